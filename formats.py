@@ -1,0 +1,318 @@
+"""Quantized weights on disk <-> one logical form. Pure functions on tensors and dictionaries.
+
+Knows: what compressed-tensors (`pack-quantized`, `int-quantized`), GPTQ (v1, v2, act-order, `dynamic`) and AWQ (`gemm`)
+write into config.json and into safetensors. Refuses to know: files, models, devices, kernels. How a loader uses it::
+
+    config = QuantConfig.from_hf(config_json.get("quantization_config"), quantize_config_json)  # None: not quantized
+    scheme = config.scheme("model.layers.0.self_attn.q_proj")  # None: a plain `.weight`
+    tensors = {s: file.get_slice(f"{name}.{s}") for s in suffixes(scheme) if it is in the file}
+    q = unpack(name, tensors, scheme, (N, K), rows=(n0, n1), columns=(k0, k1))  # only this rank's share
+    qkv = merge([q, k, v])  # rows of all; stack=True: experts. None: they disagree, join their `dequantize()` instead
+
+`tensors` holds safetensors slices or plain tensors; the result lives on the device they are read to and is ready for a
+kernel: groups are contiguous and equal in the column order of `q`. With act-order, `permutation` says which input
+feeds which column: `y = x[..., permutation] @ ((q - zero) * scale).T`. Where a slice cuts groups, the group size falls
+to what still divides it, for a slice of an act-order matrix to 1: always right, but use `dequantize()` if no kernel
+takes that size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Which logical axis (N outputs, K inputs, G groups) each dimension follows; "*": packed, 32 // bits values in an int32.
+# The order of tensors is: values, scales, zero points, group of each column, shape.
+_GPTQ = {"qweight": "K* N", "scales": "G N", "qzeros": "G N*", "g_idx": "K"}
+_OTHER = {"weight_scale": "N G", "weight_zero_point": "N* G", "weight_g_idx": "K", "weight_shape": "2"}
+LAYOUTS = {
+    "pack-quantized": {"weight_packed": "N K*", **_OTHER},
+    "int-quantized": {"weight": "N K", **_OTHER},
+    "gptq": _GPTQ,
+    "gptq_v2": _GPTQ,
+    "awq": {"qweight": "K N*", "scales": "G N", "qzeros": "G N*"},
+}
+READABLE = "compressed-tensors (pack-quantized, int-quantized), gptq and awq (gemm) weights of 4 or 8 bits are"
+AWQ_SLOTS = [0, 4, 1, 5, 2, 6, 3, 7]  # output 8c + j sits in field AWQ_SLOTS[j] of word c
+ROUTERS = r"re:.*\.(gate|shared_expert_gate)$"  # GPTQ and AWQ writers leave them plain without saying so
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one Linear is stored. group_size -1: one group for a whole row. symmetric: no zero points to read."""
+
+    format: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    act_order: bool = False
+
+    def __post_init__(self) -> None:
+        """ValueError for what no reader here understands."""
+        widths = {"int-quantized": (8,), "awq": (4,)}.get(self.format, (4, 8))
+        if self.format not in LAYOUTS or self.bits not in widths or (self.group_size < 1 and self.group_size != -1):
+            what = f"{self.bits}-bit {self.format!r} weights with group_size {self.group_size}"
+            raise ValueError(f"{what} are not supported: {READABLE}")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The logical form: weight[n, permutation[k]] = (q[n, k] - zero[n, g]) * scale[n, g], g = k // group_size.
+
+    q int8 [..., N, K], -2^(bits-1) <= q < 2^(bits-1); scale floating [..., N, G]; zero int8 [..., N, G] (None:
+    symmetric); permutation int64 [K] (None: columns are in their own order). A leading dimension is experts.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    permutation: Tensor | None = None
+    bits: int = 4
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return self.q.shape[-1] // self.scale.shape[-1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [..., N, K] in its original column order, computed in float32."""
+        w = self.q.unflatten(-1, (-1, self.group_size)).float()
+        w = w if self.zero is None else w - self.zero.unsqueeze(-1)
+        w = (w * self.scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
+        return w if self.permutation is None else w[..., self.permutation.argsort()]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What a checkpoint's config says about its weights, as rules (patterns, scheme or None), the first match wins.
+
+    A pattern is "Linear" (any), a full module name, or `re:` and an expression that matches from the start of the name.
+    """
+
+    rules: tuple[tuple[tuple[str, ...], Scheme | None], ...]
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the Linear called `name` (its path on disk, without suffix) is stored; None: a plain weight."""
+        for patterns, scheme in self.rules:
+            if any(p in ("Linear", name) or (p[:3] == "re:" and re.match(p[3:], name)) for p in patterns):
+                return scheme
+        return None
+
+    @staticmethod
+    def from_hf(config: dict[str, Any] | None, legacy: dict[str, Any] | None = None) -> QuantConfig | None:
+        """Read `quantization_config`, else the older quantize_config.json (GPTQ). ValueError names what is refused."""
+        config = config or ({"quant_method": "gptq"} | legacy if legacy else None)
+        if not config:
+            return None
+        method = config.get("quant_method", config.get("method"))
+        readers = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
+        if method not in readers:
+            raise ValueError(f"quantization method {method!r} is not supported: {READABLE}")
+        return QuantConfig(tuple(readers[method](config)))
+
+    def to_hf(self) -> dict[str, Any]:
+        """`quantization_config` for config.json, for rules [(ignored, None), (("Linear",), symmetric scheme)]."""
+        (ignored, _), (_, scheme) = self.rules
+        assert scheme is not None and scheme.symmetric
+        if scheme.format == "gptq":
+            config: dict[str, Any] = {
+                "quant_method": "gptq",
+                "checkpoint_format": "gptq",
+                "pack_dtype": "int32",
+                "sym": True,
+            }
+            config |= {
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "desc_act": False,
+                "lm_head": "lm_head" not in ignored,
+            }
+            skip = [p[3:] if p[:3] == "re:" else re.escape(p) + "$" for p in ignored if p not in ("lm_head", ROUTERS)]
+            return config | ({"dynamic": {"-:" + p: {} for p in skip}} if skip else {})
+        size = None if scheme.group_size == -1 else scheme.group_size
+        weights = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None}
+        weights |= {"strategy": "group" if size else "channel", "group_size": size}
+        # vLLM reads the format at the top, transformers the one of the group.
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        config = {"quant_method": "compressed-tensors", "format": scheme.format, "quantization_status": "compressed"}
+        config |= {"global_compression_ratio": None, "kv_cache_scheme": None, "ignore": list(ignored)}
+        return config | {"config_groups": {"group_0": group | {"format": scheme.format}}}
+
+
+Rules = list[tuple[tuple[str, ...], Scheme | None]]
+
+
+def _compressed_tensors(config: dict[str, Any]) -> Rules:
+    """Ignored modules, then the groups: those that name modules before those that name the class.
+
+    Dynamic activation quantization is an approximation made for speed: activations simply stay whole here.
+    """
+    rules: Rules = [(tuple(config.get("ignore") or ()), None)]
+    changes = [config.get("kv_cache_scheme"), config.get("transform_config")]
+    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense" or any(changes):
+        raise ValueError(
+            "compressed-tensors with a sparsity_config, kv_cache_scheme or transform_config is not supported"
+        )
+    for group in sorted(config["config_groups"].values(), key=lambda group: "Linear" in group["targets"]):
+        weights, inputs = group["weights"], group.get("input_activations")
+        form, size = group.get("format") or config["format"], weights.get("group_size") or -1
+        if weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel", "tensor", None):
+            raise ValueError(f"compressed-tensors {form!r} with weights {weights} is not supported: {READABLE}")
+        if (inputs and not inputs["dynamic"]) or group.get("output_activations"):
+            raise ValueError(f"compressed-tensors {form!r} with static activation scales is not supported: {READABLE}")
+        scheme = Scheme(form, weights["num_bits"], size, weights["symmetric"], weights.get("actorder") == "group")
+        rules.append((tuple(group["targets"]), scheme))
+    return rules
+
+
+def _gptq(config: dict[str, Any]) -> Rules:
+    """`dynamic` overrides first, then what is plain unless said, then one scheme for the rest."""
+    form = "marlin" if config.get("is_marlin_format") else config.get("checkpoint_format", config.get("format", "gptq"))
+    if form not in ("gptq", "gptq_v2") or config.get("pack_dtype", "int32") != "int32":
+        raise ValueError(f"gptq checkpoint_format {form!r} ({config.get('pack_dtype', 'int32')}) is not supported")
+
+    def scheme(override: dict[str, Any]) -> Scheme:
+        c = config | override
+        bits, size = c.get("bits", c.get("w_bit", 0)), c.get("group_size", c.get("q_group_size", -1))
+        return Scheme(form, bits, size, c.get("sym", False), c.get("desc_act", False))  # no `sym`: the file decides
+
+    rules: Rules = []
+    for pattern, override in (config.get("dynamic") or {}).items():
+        skip = override is False or pattern[:2] == "-:"
+        rules.append((("re:" + re.sub(r"^[+-]:", "", pattern),), None if skip else scheme(override)))
+    plain = [ROUTERS] + ["lm_head"] * (not config.get("lm_head"))
+    if blocks := config.get("modules_in_block_to_quantize"):
+        names = [name for names in blocks for name in ([names] if isinstance(names, str) else names)]
+        plain.append(rf"re:(?!.*\.({'|'.join(map(re.escape, names))})$|lm_head$)")
+    return [*rules, (tuple(plain), None), (("Linear",), scheme({}))]
+
+
+def _awq(config: dict[str, Any]) -> Rules:
+    """One scheme, less every module whose path contains a name of `modules_to_not_convert`."""
+    version, zero_point = config.get("version", "gemm"), config.get("zero_point", True)
+    if version.lower() != "gemm" or not zero_point:
+        raise ValueError(f"awq version {version!r} with zero_point {zero_point} is not supported: {READABLE}")
+    plain = [ROUTERS, "lm_head", *(f"re:.*{re.escape(name)}" for name in config.get("modules_to_not_convert") or ())]
+    bits, size = config.get("bits", config.get("w_bit", 0)), config.get("group_size", config.get("q_group_size", -1))
+    return [(tuple(plain), None), (("Linear",), Scheme("awq", bits, size, False))]
+
+
+def suffixes(scheme: Scheme) -> tuple[str, ...]:
+    """Suffixes of the tensors that a Linear stored this way may have besides `bias`; not every file has all of them."""
+    return tuple(LAYOUTS[scheme.format])
+
+
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """int32 [R, C] -> uint8 [R, C * 32 / bits]: fields of each word, least significant first. No wide intermediate."""
+    octets = words.contiguous().view(torch.uint8)
+    return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+
+
+def _words(fields: Tensor, bits: int) -> Tensor:
+    """uint8 [R, C] -> int32 [R, ceil(C * bits / 32)], the inverse of `_fields`; zeros fill the last word."""
+    octets = torch.nn.functional.pad(fields, (0, -fields.shape[-1] % (32 // bits)))
+    octets = octets if bits == 8 else octets[..., ::2] | octets[..., 1::2] << 4
+    return octets.contiguous().view(torch.int32)
+
+
+def _read(what: str, tensor: Any, axes: str, sizes: dict[str, int], scheme: Scheme, **spans: range) -> Tensor:  # noqa: ANN401
+    """Check the full shape, read the spans (the other axes whole) and return signed values with N first."""
+    shape = list(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+    if (
+        axes == "N G" and sizes["G"] == 1 and shape in ([1], [sizes["N"]])
+    ):  # one scale for all, or a bare column of them
+        return tensor[:].expand(sizes["N"]).unsqueeze(1)
+    span = [spans.get(axis[0], range(sizes[axis[0]])) for axis in axes.split()]
+    per_word = [32 // scheme.bits if axis[1:] else 1 for axis in axes.split()]
+    expected = [-(-sizes[axis[0]] // per) for axis, per in zip(axes.split(), per_word)]
+    if shape != expected:
+        raise ValueError(f"{what} has shape {shape}, expected {expected}")
+    x = tensor[tuple(slice(r.start // per, -(-r.stop // per)) for r, per in zip(span, per_word))]
+    if max(per_word) > 1:
+        dim = per_word.index(max(per_word))
+        x = _fields(x.transpose(dim, 1), scheme.bits)
+        x = x.unflatten(1, (-1, 8))[..., AWQ_SLOTS].flatten(1) if scheme.format == "awq" else x
+        if what.endswith("qzeros") and scheme.format == "gptq":
+            x = x + 1 & (1 << scheme.bits) - 1  # v1 stores zero - 1; a stored 15 can only be a zero of 0
+        x = (x ^ 128).view(torch.int8) if scheme.bits == 8 else x.to(torch.int8) - 8
+        x = x.narrow(1, span[dim].start % max(per_word), len(span[dim])).transpose(dim, 1)
+    return x.t() if axes[0] != "N" and x.ndim == 2 else x
+
+
+def unpack(
+    name: str,
+    tensors: Mapping[str, Any],
+    scheme: Scheme,
+    shape: tuple[int, int],
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
+) -> Quantized:
+    """Read rows [start, stop) of N and columns [start, stop) of K of the Linear `name` into the logical form.
+
+    tensors: suffix -> tensor or safetensors slice; shape: (N, K) of the whole. ValueError: missing or mis-shaped.
+    """
+    layout, size = LAYOUTS[scheme.format], shape[1] if scheme.group_size == -1 else scheme.group_size
+    sizes = {"N": shape[0], "K": shape[1], "G": -(-shape[1] // size), "2": 2}
+    n, k = range(*(rows or (0, shape[0]))), range(*(columns or (0, shape[1])))
+    values, scales, zeros, index = (*layout, "none")[:4]
+    needed = [values, scales] + [zeros] * (not scheme.symmetric) + [index] * (scheme.act_order and index in layout)
+    if missing := [suffix for suffix in needed if suffix not in tensors]:
+        raise ValueError(f"{name} is stored as {scheme.format} but has no {', '.join(missing)}")
+    if "weight_shape" in tensors and (stored := tensors["weight_shape"][:].tolist()) != list(shape):
+        raise ValueError(f"{name}.weight_shape is {stored}, expected {list(shape)}")
+
+    def read(suffix: str, axes: str, **spans: range) -> Tensor:
+        return _read(f"{name}.{suffix}", tensors[suffix], axes, sizes, scheme, **spans)
+
+    q, scale, zero = read(values, layout[values], N=n, K=k), read(scales, layout[scales], N=n), None
+    if zeros in tensors:
+        unpacked = tensors[zeros][:1].dtype == torch.int8  # compressed-tensors before 2025-04
+        zero = read(zeros, "N G" if unpacked else layout[zeros], N=n)
+        if scheme.symmetric and bool(zero.any()):
+            raise ValueError(f"{name}: the config says symmetric, but {zeros} holds other zero points")
+    step, permutation = math.gcd(size, k.start, len(k)), None
+    group = regular = torch.arange(k.start, k.stop, device=q.device) // size
+    if index in tensors and not torch.equal(group := read(index, "K", K=k).long(), regular):
+        step, order = 1, group.argsort(stable=True)
+        if len(k) == shape[1] and torch.equal(group[order], regular):  # act-order: sort the columns by group
+            q, group, permutation, step = q[:, order], regular, order, math.gcd(size, len(k))
+    pick = group[::step]
+    if int(pick.min()) < 0 or int(pick.max()) >= sizes["G"]:
+        raise ValueError(f"{name}.{index} names groups outside 0..{sizes['G'] - 1}")
+    zero = None if zero is None or scheme.symmetric else zero[:, pick].contiguous()
+    return Quantized(q.contiguous(), scale[:, pick].contiguous(), zero, permutation, scheme.bits)
+
+
+def merge(parts: Sequence[Quantized], stack: bool = False) -> Quantized | None:
+    """Several Linears as one: rows of all (q, k, v), with `stack` experts in a new dimension. None if they disagree."""
+    first, order = parts[0], parts[0].permutation
+    for p in parts:
+        alike = (p.bits, p.group_size, p.zero is None) == (first.bits, first.group_size, first.zero is None)
+        if not alike or (p.permutation is None) != (order is None):
+            return None
+        if order is not None and p.permutation is not None and not torch.equal(order, p.permutation):
+            return None
+    join = torch.stack if stack else torch.cat
+    zeros = [p.zero for p in parts if p.zero is not None]
+    q, scale, zero = join([p.q for p in parts]), join([p.scale for p in parts]), join(zeros) if zeros else None
+    return Quantized(q, scale, zero, order, first.bits)
+
+
+def pack(part: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+    """One symmetric Linear [N, K] as tensors by suffix, `pack-quantized` or `gptq` (v1). The inverse of `unpack`."""
+    assert part.zero is None and part.permutation is None
+    n, k = part.q.shape
+    fields = part.q.view(torch.uint8) ^ 128 if part.bits == 8 else (part.q + 8).view(torch.uint8)
+    words = _words(fields, part.bits)
+    if scheme.format == "pack-quantized":
+        return {"weight_packed": words, "weight_scale": part.scale, "weight_shape": torch.tensor([n, k])}
+    zeros = torch.full((k // part.group_size, n), (1 << part.bits - 1) - 1, dtype=torch.uint8)
+    group = torch.arange(k, dtype=torch.int32) // part.group_size
+    qweight, scales = words.t().contiguous(), part.scale.t().contiguous()
+    return {"qweight": qweight, "qzeros": _words(zeros, part.bits), "scales": scales, "g_idx": group}
