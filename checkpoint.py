@@ -1,0 +1,689 @@
+"""Hugging Face folder or Hub id <-> live model: config.json, safetensors, the packing table, strictness.
+
+Knows names on disk and where they go. Refuses to know what a weight format looks like inside (`formats.py`) and how a
+model is run. Weights are read in place, memory-mapped, slice by slice, straight to their device and dtype; safetensors
+only, never pickle.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from formats import QuantConfig, Quantized, Scheme, merge, suffixes, unpack
+from linear import Int4Linear, Int8Linear, Linear, RMSNorm
+from model import ModelConfig, Rope, Transformer
+from tp import SHARD_DIM, TensorParallel
+
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICEN[CS]E*", "NOTICE*"]
+HUB_IGNORED = ["*/*", "consolidated*"]  # sub-folders hold other formats; consolidated*: a second copy of the weights
+
+
+def resolve(path_or_hub_id: str) -> Path:
+    """The local folder of a checkpoint: an existing folder as it is, else the Hub's `org/name[@revision]` in its cache.
+
+    Files that the cache lacks are downloaded, with progress bars (huggingface_hub reads HF_HUB_OFFLINE, HF_TOKEN,
+    HF_ENDPOINT and HF_HOME). Raises FileNotFoundError: one line with the remedy.
+    """
+    if os.path.isdir(path_or_hub_id):
+        return Path(path_or_hub_id)
+    if os.path.exists(path_or_hub_id):
+        raise FileNotFoundError(f"checkpoint {path_or_hub_id!r} is a file: give the folder that holds it")
+    match = HUB_ID.fullmatch(path_or_hub_id)
+    if match is None or ".." in path_or_hub_id:
+        raise FileNotFoundError(f"checkpoint {path_or_hub_id!r}: no such folder, and no Hub id (org/name[@revision])")
+    repo, revision = match.groups()
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+    except Exception as error:  # each HTTP library that huggingface_hub has used (requests, httpx) raises its own
+        raise FileNotFoundError(_hub_problem(repo, revision or "main", error)) from error
+
+
+def _hub_problem(repo: str, revision: str, error: Exception) -> str:
+    """One line: why `repo` could not be downloaded, and what to do."""
+    # A fruitless look into the cache hides the Hub's own answer one level down.
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{repo}"
+    if isinstance(cause, GatedRepoError):  # before RepositoryNotFoundError, which it derives from
+        return f"{repo} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account"
+    if isinstance(cause, RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}: see {page}/commits"
+    if status == 401 and "Invalid credentials" in str(cause):
+        return (
+            f"{hub} does not know the token in HF_TOKEN (or the saved one): correct it, or unset it for a public model"
+        )
+    if isinstance(cause, (RepositoryNotFoundError, HFValidationError)) or status == 401:
+        return f"{repo!r}: no such folder, and no such repository on {hub}; if it is private, set HF_TOKEN"
+    if status == 403:
+        return f"{hub} refused access to {repo} (HTTP {status}): check HF_TOKEN, and your rights at {page}"
+    if constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled):
+        return f"{repo!r} ({revision}): no such folder, and not complete in the Hub's cache: unset HF_HUB_OFFLINE once"
+    detail = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+    return f"downloading {repo} from {hub} failed ({detail}): try again; files that arrived whole are kept"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; {} when the file is not there. ValueError when it is not a JSON object."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is. FileNotFoundError when the folder has none."""
+    if not (config := read_json(folder / "config.json")):
+        raise FileNotFoundError(f"{folder} has no config.json; give a Hugging Face checkpoint folder")
+    return config
+
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+
+# keys of config.json that do not change the mathematics of inference; every other key is either read below or refused
+_HARMLESS = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "max_new_tokens",
+        "model_max_length",
+        "name",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "padding_side",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "quantization_config",
+        "resid_pdrop",
+        "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "sep_token_id",
+        "task_specific_params",
+        "temperature",
+        "tie_encoder_decoder",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+        "vocab_size_override",
+    ]
+)
+
+
+def rope_from_hf(config: Mapping[str, Any]) -> Rope:
+    """Old spelling (rope_theta, rope_scaling with type or rope_type) and new (rope_parameters). ValueError for what
+    is unknown.
+    """
+    raw = {k: v for k, v in (config.get("rope_scaling") or {}).items() if v is not None}
+    raw |= {k: v for k, v in (config.get("rope_parameters") or {}).items() if v is not None}
+    legacy_type = raw.pop("type", "default")
+    raw.setdefault("rope_type", legacy_type)
+    raw.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if raw["rope_type"] not in ("default", "linear", "dynamic", "llama3", "yarn"):
+        raise ValueError(
+            f"rope_type {raw['rope_type']!r} is not supported; default, linear, dynamic, llama3 and yarn are"
+        )
+    if raw.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1.0 is not supported")
+    if unknown := sorted(set(raw) - set(Rope.__dataclass_fields__)):
+        raise ValueError(f"rope_scaling has keys that are not implemented: {', '.join(unknown)}")
+    return Rope(**raw)
+
+
+def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """config.json -> ModelConfig. ValueError naming an unsupported architecture, a missing key, or a key that is
+    not implemented.
+    """
+    reader = _Reader(config)
+    kind = reader("model_type", "")
+    if kind not in SUPPORTED:
+        raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    moe = kind in ("mixtral", "qwen3_moe")
+    hidden, layers, heads = reader("hidden_size"), reader("num_hidden_layers"), reader("num_attention_heads")
+    if reader("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; silu is")
+    attention_bias = reader("attention_bias", False)
+    experts = (reader("num_local_experts", 0) or reader("num_experts", 8 if kind == "mixtral" else 128)) if moe else 0
+    intermediate = reader("intermediate_size")
+    result = ModelConfig(
+        model_type=kind,
+        vocab_size=reader("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=reader("num_key_value_heads", heads),
+        head_dim=reader("head_dim", hidden // heads),
+        rms_norm_eps=reader("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6),
+        max_position_embeddings=reader("max_position_embeddings", 2048 if kind == "llama" else 32768),
+        rope=rope_from_hf(
+            {k: reader(k, None) for k in ("rope_theta", "rope_scaling", "rope_parameters") if config.get(k) is not None}
+        ),
+        tie_word_embeddings=reader("tie_word_embeddings", False),
+        qkv_bias=True if kind == "qwen2" else attention_bias,
+        o_bias=False if kind == "qwen2" else attention_bias,
+        mlp_bias=reader("mlp_bias", False),
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        windows=_windows(reader, kind, layers),
+        sparse=_sparse_layers(reader, layers) if moe else (False,) * layers,
+        num_experts=experts,
+        num_experts_per_tok=reader("num_experts_per_tok", 2 if kind == "mixtral" else 8) if moe else 0,
+        moe_intermediate_size=(intermediate if kind == "mixtral" else reader("moe_intermediate_size")) if moe else 0,
+        norm_topk_prob=kind == "mixtral" or (moe and reader("norm_topk_prob", False)),
+    )
+    reader.finish()
+    return result
+
+
+class _Reader:
+    """Reads keys of a config and remembers which, so that a key nobody read can be refused."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config, self.seen = config, set(_HARMLESS)
+
+    def __call__(self, key: str, default: Any = ...) -> Any:  # noqa: ANN401
+        self.seen.add(key)
+        value = self.config.get(key)
+        if value is None and default is ...:
+            raise ValueError(f"config.json has no {key!r}")
+        return default if value is None else value
+
+    def finish(self) -> None:
+        unknown = [k for k, v in self.config.items() if k not in self.seen and v not in (None, False)]
+        if unknown:
+            raise ValueError(
+                "config.json has keys that may change the mathematics and are not implemented: "
+                f"{', '.join(sorted(unknown))}; "
+                "delete them from config.json only if you know they do not matter"
+            )
+
+
+def _windows(reader: _Reader, kind: str, layers: int) -> tuple[int, ...]:
+    """Sliding window per layer: Mistral's on all layers; Qwen's only if switched on, by layer_types or from
+    max_window_layers up.
+    """
+    window = reader("sliding_window", 0)
+    first, types = reader("max_window_layers", layers), reader("layer_types", ())
+    if not reader("use_sliding_window", kind in ("mistral", "mixtral")) or kind == "llama":
+        window = 0
+    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        raise ValueError(
+            f"layer_types {', '.join(unknown)} are not supported; full_attention and sliding_attention are"
+        )
+    if types:
+        return tuple(window if t == "sliding_attention" else 0 for t in types)
+    return tuple(window if kind not in ("qwen2", "qwen3") or i >= first else 0 for i in range(layers))
+
+
+def _sparse_layers(reader: _Reader, layers: int) -> tuple[bool, ...]:
+    step, dense = reader("decoder_sparse_step", 1), reader("mlp_only_layers", ())
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+
+
+def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that config.json declares (`dtype` or the older `torch_dtype`), bfloat16 when it declares none."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"config.json declares dtype {name!r}; supported are {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+class Weights:
+    """The tensors of a folder's safetensors, single file or sharded, by name; memory-mapped, read to `device`."""
+
+    def __init__(self, folder: Path, device: torch.device = torch.device("cpu")) -> None:
+        self.folder, self.device = folder, device
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        self._files: dict[str, Any] = {}
+        if single.is_file():
+            self.where = dict.fromkeys(self._open(single.name).keys(), single.name)
+        elif index.is_file():
+            self.where = read_json(index).get("weight_map", {})
+            for file in sorted({str(f) for f in self.where.values()}):
+                if Path(file).name != file or not file.endswith(".safetensors"):
+                    raise ValueError(
+                        f"{index} names the file {file!r}; only .safetensors files in the folder itself are read"
+                    )
+            self._check_index(index)
+        else:
+            self._refuse()
+
+    def _check_index(self, index: Path) -> None:
+        names = {file: set(self._open(file).keys()) for file in sorted(set(self.where.values()))}
+        if absent := [name for name, file in self.where.items() if name not in names[file]]:
+            raise ValueError(f"{index} lists tensors that their files do not hold: {_some(absent)}")
+
+    def _refuse(self) -> None:
+        others = sorted(
+            f.name for f in self.folder.iterdir() if f.suffix in (".bin", ".pth", ".pt", ".gguf", ".safetensors")
+        )
+        message = f"{self.folder} has no model.safetensors and no model.safetensors.index.json"
+        if others:
+            how = "transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            message += f" but {_some(others)}; only safetensors are read: convert with {how}"
+        raise FileNotFoundError(message)
+
+    def _open(self, file: str) -> Any:  # noqa: ANN401
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self.folder / file, "pt", device=str(self.device))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{self.folder / file} cannot be read as safetensors (truncated or corrupt?): {error}"
+                ) from error
+        return self._files[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def slice(self, name: str) -> Any:  # noqa: ANN401
+        """A safetensors slice: `.get_shape()`, and `[a:b, c:d]` reads just that part. ValueError when there is no such
+        tensor.
+        """
+        if name not in self.where:
+            raise ValueError(f"{self.folder} has no tensor {name!r}, which config.json calls for")
+        return self._open(self.where[name]).get_slice(name)
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def sources(name: str, config: ModelConfig) -> list[list[str]]:
+    """The packing table: a module's path in `Transformer` -> modules on disk, [expert][part]; parts are joined along
+    the rows.
+    """
+    mixtral = config.model_type == "mixtral"
+    path = name if name.startswith("lm_head") else f"model.{name}"
+    if ".experts." in name:
+        if mixtral:
+            path = path.replace(".mlp.", ".block_sparse_moe.")
+        stem, last = path.rsplit(".", 1)
+        gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+        parts = [gate, up] if last == "gate_up_proj" else [down]
+        return [[f"{stem}.{e}.{p}" for p in parts] for e in range(config.num_experts)]
+    if name.endswith(".mlp.gate") and mixtral:
+        return [[path.replace(".mlp.", ".block_sparse_moe.")]]
+    for packed, parts in (("qkv_proj", ["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", ["gate_proj", "up_proj"])):
+        if name.endswith(f".{packed}"):
+            return [[path.removesuffix(packed) + p for p in parts]]
+    return [[path]]
+
+
+class Loader:
+    """Fills modules of a `Transformer` from `Weights` and remembers what it used, so that leftovers can be refused."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        quant: QuantConfig | None,
+        tp: TensorParallel,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.weights, self.config, self.quant, self.tp = weights, config, quant, tp
+        self.device, self.dtype = device, dtype
+        self.used: set[str] = set()
+
+    def fill_(self, root: nn.Module, prefix: str = "", progress: bool = False) -> None:
+        """Fill everything under root (on the meta device), whose path in the Transformer is `prefix`. Quantized Linears
+        are replaced.
+        """
+        modules = [(name, m) for name, m in root.named_modules() if isinstance(m, (Linear, RMSNorm, nn.Embedding))]
+        for name, module in tqdm(modules, desc="loading", unit="module", disable=not progress, leave=False):
+            path = ".".join(filter(None, (prefix, name)))
+            if isinstance(module, Linear):
+                if path != "lm_head" or not self.config.tie_word_embeddings:
+                    parent, _, child = name.rpartition(".")
+                    setattr(root.get_submodule(parent), child, self.linear(path, module))
+            else:
+                ((source,),) = sources(path, self.config)
+                n, *tail = module.weight.shape
+                n = self.config.vocab_size if isinstance(module, nn.Embedding) else n
+                weight = torch.empty(module.weight.shape, device=self.device, dtype=self.dtype)
+                module.weight = nn.Parameter(
+                    weight.copy_(self._read(source, "weight", (n, *tail))), requires_grad=False
+                )
+
+    def linear(self, path: str, module: Linear) -> Linear:
+        """The Linear for `path`, filled: `module` itself, or a quantized one in its place when the checkpoint's config
+        says so.
+        """
+        grid = self._grid(path, module)
+        schemes = {self._scheme(name) for row in grid for name, _ in row}
+        quantized = None if schemes == {None} else self._quantized(grid)
+        if quantized is not None:
+            module = self._replacement(module, quantized)
+        else:
+            rows, columns = module.out_features, module.in_features
+            weight = torch.empty((len(grid), rows, columns), device=self.device, dtype=self.dtype)
+            for e, row in enumerate(grid):
+                at = 0
+                for name, shape in row:
+                    part = self._dense(name, shape)
+                    weight[e, at : at + len(part)].copy_(part)
+                    at += len(part)
+            module.weight = nn.Parameter(weight if module.num_experts else weight[0], requires_grad=False)
+        if module.bias is not None:
+            parts = [self._read(name, "bias", shape[:1]).to(self.dtype) for name, shape in grid[0]]
+            bias = torch.cat(parts).to(self.device)
+            row_parallel = SHARD_DIM.get(grid[0][0][0].rpartition(".")[2]) == 1
+            # a row-parallel bias enters the sum over ranks once
+            module.bias = nn.Parameter(bias * (0 if row_parallel and self.tp.rank else 1), requires_grad=False)
+        return module
+
+    def finish(self) -> None:
+        """ValueError for tensors nobody asked for, but for the few that real folders are known to contain."""
+        extra = []
+        for name in self.weights:
+            if name in self.used or name.endswith(".rotary_emb.inv_freq"):
+                continue
+            if name.endswith(".bias") and not self.weights.slice(name)[:].any():
+                continue  # GPTQ writers add zero biases
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                head, embed = self.weights.slice(name), self.weights.slice("model.embed_tokens.weight")
+                if head.get_shape() == embed.get_shape() and torch.equal(head[:], embed[:]):
+                    continue
+                raise ValueError(
+                    "config.json ties the word embeddings, but lm_head.weight differs from model.embed_tokens.weight"
+                )
+            extra.append(name)
+        if extra:
+            raise ValueError(f"the checkpoint has tensors that config.json does not call for: {_some(sorted(extra))}")
+
+    def _grid(self, path: str, module: Linear) -> list[list[tuple[str, tuple[int, int]]]]:
+        """[expert][part] -> (module on disk, its full shape [N, K] before sharding)."""
+        c, names = self.config, sources(path, self.config)
+        dim = SHARD_DIM.get(names[0][0].rpartition(".")[2])
+        n = module.out_features * (self.tp.size if dim == 0 else 1)
+        k = module.in_features * (self.tp.size if dim == 1 else 1)
+        kv = c.num_key_value_heads * c.head_dim
+        rows = {1: (n,), 2: (n // 2, n // 2), 3: (c.num_attention_heads * c.head_dim, kv, kv)}[len(names[0])]
+        return [[(name, (r, k)) for name, r in zip(row, rows)] for row in names]
+
+    def _scheme(self, name: str) -> Scheme | None:
+        return None if self.quant is None else self.quant.scheme(name)
+
+    def _span(self, name: str, shape: tuple[int, ...], dim: int) -> tuple[int, int]:
+        """This rank's half-open range of one dimension of one weight."""
+        size = shape[dim]
+        if self.tp.size == 1 or SHARD_DIM.get(name.rpartition(".")[2]) != dim:
+            return 0, size
+        local = self.tp.local(size, name)
+        return self.tp.rank * local, (self.tp.rank + 1) * local
+
+    def _read(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
+        """This rank's slice of an unquantized tensor."""
+        source = self.weights.slice(f"{name}.{kind}")
+        if (found := tuple(source.get_shape())) != shape:
+            raise ValueError(f"tensor '{name}.{kind}' has shape {list(found)}; config.json calls for {list(shape)}")
+        if source.get_dtype() not in ("F32", "F16", "BF16"):
+            raise ValueError(f"tensor '{name}.{kind}' has dtype {source.get_dtype()}; supported are F32, F16 and BF16")
+        self.used.add(f"{name}.{kind}")
+        spans = [self._span(name, shape, d) for d in range(len(shape))]
+        return source[tuple(slice(a, b) for a, b in spans)]
+
+    def _unpack(self, name: str, scheme: Scheme, shape: tuple[int, int]) -> Quantized:
+        present = [s for s in suffixes(scheme) if f"{name}.{s}" in self.weights]
+        self.used.update(f"{name}.{s}" for s in present)
+        tensors = {s: self.weights.slice(f"{name}.{s}") for s in present}
+        return unpack(name, tensors, scheme, shape, rows=self._span(name, shape, 0), columns=self._span(name, shape, 1))
+
+    def _dense(self, name: str, shape: tuple[int, int]) -> Tensor:
+        scheme = self._scheme(name)
+        return (
+            self._read(name, "weight", shape)
+            if scheme is None
+            else self._unpack(name, scheme, shape).dequantize(self.dtype)
+        )
+
+    def _quantized(self, grid: list[list[tuple[str, tuple[int, int]]]]) -> Quantized | None:
+        """All parts and experts of one module as one logical tensor; None when they cannot be one (it is then
+        dequantized).
+        """
+        experts = []
+        for row in grid:
+            parts = []
+            for name, shape in row:
+                if (scheme := self._scheme(name)) is None:
+                    return None
+                parts.append(self._unpack(name, scheme, shape))
+            if (joined := merge(parts)) is None:
+                return None
+            experts.append(joined)
+        whole = merge(experts, stack=True) if len(experts) > 1 else experts[0]
+        plain8 = whole is not None and whole.bits == 8 and (whole.zero is not None or whole.scale.shape[-1] > 1)
+        return None if plain8 else whole
+
+    def _replacement(self, module: Linear, quantized: Quantized) -> Linear:
+        cls = Int4Linear if quantized.bits == 4 else Int8Linear
+        new = cls(
+            module.in_features,
+            module.out_features,
+            num_experts=module.num_experts,
+            use_kernels=module.use_kernels,
+            device=torch.device("meta"),
+        )
+        new.bias = module.bias
+        new.set_(quantized.q, quantized.scale.to(self.dtype), quantized.zero, quantized.permutation)
+        return new
+
+
+def load(
+    checkpoint: str,
+    *,
+    tp: TensorParallel = TensorParallel(),
+    device: torch.device = torch.device("cpu"),
+    dtype: torch.dtype | None = None,
+    use_kernels: bool = False,
+    progress: bool = False,
+) -> Transformer:
+    """A folder or Hub id -> a filled Transformer. dtype None: the checkpoint's own on a GPU, float32 on a CPU.
+
+    ValueError or FileNotFoundError, one line, for everything that is missing, left over, mis-shaped, unreadable or
+    unsupported.
+    """
+    folder = resolve(checkpoint)
+    hf = read_config(folder)
+    config = config_from_hf(hf)
+    quant = QuantConfig.from_hf(hf.get("quantization_config"), read_json(folder / "quantize_config.json") or None)
+    weights = Weights(folder, device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint_dtype(hf))
+    with torch.device("meta"):
+        model = Transformer(config, tp, use_kernels)
+    loader = Loader(weights, config, quant, tp, device, dtype)
+    loader.fill_(model, progress=progress)
+    loader.finish()
+    return _finish_(model, device)
+
+
+def _finish_(model: Transformer, device: torch.device) -> Transformer:
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.init_rope_(device)
+    return model.eval()
+
+
+def stored_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """What the folder's weights take in memory once loaded in `dtype`; read from the safetensors headers alone."""
+    weights, sizes, total = Weights(folder), {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}, 0
+    for name in weights:
+        part = weights.slice(name)
+        total += math.prod(part.get_shape()) * sizes.get(part.get_dtype(), dtype.itemsize)
+    return total
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device, in bytes."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_weights_fit(folder: Path, dtype: torch.dtype | None, device: torch.device) -> None:
+    """ValueError, before anything is allocated, when the weights do not fit the device."""
+    dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint_dtype(read_config(folder)))
+    need, free = stored_bytes(folder, dtype), free_bytes(device)
+    if need > free:
+        raise ValueError(
+            f"the weights need {need / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free; "
+            "use a smaller --dtype or a quantized checkpoint (quantize.py)"
+        )
+
+
+def default_sampling(folder: Path) -> dict[str, float]:
+    """What generation_config.json says of temperature, top_k, top_p and min_p; `do_sample: false` is greedy."""
+    config = read_json(folder / "generation_config.json")
+    if config.get("do_sample") is False:
+        return {"temperature": 0.0}
+    names = ("temperature", "top_k", "top_p", "min_p")
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+# name -> model_type, hidden, MLP, layers, heads, KV heads, head dim, vocabulary, context, rope_theta, tied, (experts,
+# per token)
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 128, 32000, 4096, 1e4, False),
+    "llama-2-13b": ("llama", 5120, 13824, 40, 40, 40, 128, 32000, 4096, 1e4, False),
+    "llama-2-70b": ("llama", 8192, 28672, 80, 64, 8, 128, 32000, 4096, 1e4, False),
+    "codellama-34b": ("llama", 8192, 22016, 48, 64, 8, 128, 32000, 16384, 1e6, False),
+    "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128, 128256, 131072, 5e5, False),
+    "llama-3.1-70b": ("llama", 8192, 28672, 80, 64, 8, 128, 128256, 131072, 5e5, False),
+    "llama-3.2-1b": ("llama", 2048, 8192, 16, 32, 8, 64, 128256, 131072, 5e5, True),
+    "llama-3.2-3b": ("llama", 3072, 8192, 28, 24, 8, 128, 128256, 131072, 5e5, True),
+    "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 128, 32768, 32768, 1e6, False),
+    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 131072, 1e6, False),
+    "qwen3-0.6b": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, 40960, 1e6, True),
+    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, 40960, 1e6, False),
+    "qwen3-32b": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, 40960, 1e6, False),
+    "mixtral-8x7b": ("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, 32768, 1e6, False, 8, 2),
+    "qwen3-30b-a3b": ("qwen3_moe", 2048, 768, 48, 32, 4, 128, 151936, 40960, 1e6, False, 128, 8),
+    "tiny": ("llama", 256, 512, 2, 4, 2, 64, 512, 1024, 1e4, False),
+}
+
+
+def shape_config(name: str) -> ModelConfig:
+    """The config of a named public shape. ValueError lists the names."""
+    if name not in SHAPES:
+        raise ValueError(f"shape {name!r} is not known; known are {', '.join(SHAPES)}")
+    kind, hidden, mlp, layers, heads, kv_heads, head_dim, vocab, context, theta, tied, *moe = SHAPES[name]
+    hf: dict[str, Any] = {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+    }
+    hf |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab}
+    hf |= {"max_position_embeddings": context, "rope_theta": theta, "tie_word_embeddings": tied}
+    if moe:
+        hf |= {"num_local_experts": moe[0], "num_experts_per_tok": moe[1]}
+    if kind == "qwen3_moe":
+        hf |= {"moe_intermediate_size": mlp, "norm_topk_prob": True}
+    return config_from_hf(hf)
+
+
+def random_model(
+    config: ModelConfig,
+    *,
+    bits: int = 16,
+    group_size: int = 128,
+    quantize_head: bool = True,
+    tp: TensorParallel = TensorParallel(),
+    device: torch.device = torch.device("cpu"),
+    dtype: torch.dtype = torch.bfloat16,
+    use_kernels: bool = False,
+) -> Transformer:
+    """A Transformer with random weights of standard deviation 0.02, for measuring; quantized weights are drawn in
+    packed form.
+    """
+    with torch.device("meta"):
+        model = Transformer(config, tp, use_kernels)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (RMSNorm, nn.Embedding)):
+            fresh = torch.ones if isinstance(module, RMSNorm) else torch.randn
+            module.weight = nn.Parameter(fresh(module.weight.shape, device=device, dtype=dtype), requires_grad=False)
+            if isinstance(module, nn.Embedding):
+                module.weight.mul_(0.02)
+        elif isinstance(module, Linear):
+            lead = (module.num_experts,) if module.num_experts else ()
+            n, k = module.out_features, module.in_features
+            if module.bias is not None:
+                module.bias = nn.Parameter(torch.zeros(n, device=device, dtype=dtype), requires_grad=False)
+            plain = name.endswith("mlp.gate") or (name == "lm_head" and not quantize_head)
+            if bits == 16 or plain:
+                weight = torch.empty((*lead, n, k), device=device, dtype=dtype).normal_(std=0.02)
+                module.weight = nn.Parameter(weight, requires_grad=False)
+                continue
+            half, groups = (8, k // group_size if group_size > 0 else 1) if bits == 4 else (127, 1)
+            q = torch.randint(-half, half, (*lead, n, k), device=device, dtype=torch.int8)
+            scale = torch.full((*lead, n, groups), 0.02 * 3**0.5 / half, device=device, dtype=dtype)
+            new = (Int4Linear if bits == 4 else Int8Linear)(
+                k, n, num_experts=module.num_experts, use_kernels=use_kernels, device=torch.device("meta")
+            )
+            new.bias = module.bias
+            new.set_(q, scale, None)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+    if config.tie_word_embeddings and not (bits < 16 and quantize_head):
+        model.lm_head.weight = model.embed_tokens.weight
+    model.init_rope_(device)
+    return model.eval()

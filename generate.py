@@ -1,0 +1,725 @@
+"""Prompt in, text out: the `Engine` (cache, prefill, decode, compilation, scoring), its `generate()` iterator, and the
+main command.
+
+Knows how to drive a model fast. Refuses to know its mathematics (`model.py`), its files (`checkpoint.py`) and its words
+(`tokenizer.py`).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+import checkpoint
+import kernels
+import tp as tensor_parallel
+from linear import Linear
+from model import KVCache, Transformer
+from sampling import SamplingParams, sample
+from tokenizer import Tokenizer
+
+DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tales"
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Increment:
+    """What one row gained: new ids, the text that is now certain, and why the row ended (eos, stop, length) if so."""
+
+    row: int
+    ids: list[int]
+    text: str
+    stop_reason: str | None
+
+
+@dataclass
+class Stats:
+    """Of the last `generate()`: seconds, counts, and the bytes a decode step reads (weights, average KV prefix)."""
+
+    load_s: float = 0.0
+    compile_s: float = 0.0
+    prefill_tokens: int = 0
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    decode_steps: int = 0
+    batch_size: int = 0
+    bytes_per_step: int = 0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens per second of one row."""
+        return self.decode_steps / self.decode_s if self.decode_s else 0.0
+
+
+class Decoder(Protocol):
+    def add(self, ids: list[int]) -> str: ...
+    def flush(self) -> str: ...
+
+
+class Ids:
+    """Stands in for a tokenizer where a model has none (`--shape`): UTF-8 bytes in, numbers out."""
+
+    stop_ids: frozenset[int] = frozenset()
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [b % self.vocab_size for b in text.encode()] or [0]
+
+    def decoder(self, prompt: Sequence[int] = ()) -> "Ids":
+        return self
+
+    def add(self, ids: list[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+    def flush(self) -> str:
+        return ""
+
+
+class Answer:
+    """One row's answer as it grows: ids, certain text, stop ids and stop strings (also across token boundaries)."""
+
+    def __init__(self, decoder: Decoder, stop_ids: frozenset[int], stop: Sequence[str], limit: int) -> None:
+        self.decoder, self.stop_ids, self.stop, self.limit = decoder, stop_ids, tuple(stop), limit
+        self.ids: list[int] = []
+        self.held = ""  # text that may be the beginning of a stop string
+        self.stop_reason: str | None = None
+
+    def add(self, ids: list[int]) -> tuple[list[int], str]:
+        """Take ids until the answer ends; returns those taken and the text that became certain."""
+        taken: list[int] = []
+        for token in ids:
+            if self.stop_reason is not None:
+                break
+            taken.append(token)
+            if token in self.stop_ids:
+                self.stop_reason = "eos"
+            else:
+                self.held += self.decoder.add([token])
+                if len(self.ids) + len(taken) == self.limit:
+                    self.stop_reason = "length"
+            if self.stop_reason is not None:
+                self.held += self.decoder.flush()
+            if found := [i for s in self.stop if (i := self.held.find(s)) >= 0]:
+                self.held, self.stop_reason = self.held[: min(found)], "stop"
+        self.ids += taken
+        keep = 0
+        if self.stop_reason is None:
+            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return taken, text
+
+
+class State:
+    """Everything a decode step reads and writes besides the cache: static device tensors, so that a step takes no
+    argument.
+    """
+
+    def __init__(self, batch_size: int, max_seq_len: int, device: torch.device) -> None:
+        self.token = torch.zeros((batch_size, 1), dtype=torch.int64, device=device)
+        self.position = torch.zeros((batch_size, 1), dtype=torch.int64, device=device)
+        self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.knobs = torch.ones(3, device=device)
+        self.out = torch.zeros(
+            (batch_size, max_seq_len), dtype=torch.int64, device=device
+        )  # column i: the i-th step's tokens
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def private_copy(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """fn with a code object of its own: Dynamo counts recompilations per code object, so two engines must not share
+    one.
+    """
+    code = fn.__code__.replace(co_name=name)
+    return types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
+
+
+class Engine:
+    """A model, its tokenizer, one static cache, and the two callables that run it: prefill and decode, compiled or not.
+
+        engine = Engine.load("org/name")
+        for piece in engine.generate(["Once upon a time"], max_new_tokens=100):
+            print(piece.text, end="", flush=True)
+
+    A cache slot depends on the ids before it alone, so a prompt that starts like the previous one (a chat) prefills
+    only the rest.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | Ids,
+        *,
+        compile: bool | None = None,
+        compile_prefill: bool = False,
+        prefill_chunk: int = 0,
+        use_kernels: bool = False,
+        defaults: SamplingParams = SamplingParams(),
+    ) -> None:
+        self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
+        self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
+        self.compile = self.device.type == "cuda" if compile is None else compile
+        self.use_kernels, self.stats = use_kernels, Stats()
+        windows = [w for w in model.config.windows if w]  # bounds the mask of a long prompt
+        self.prefill_chunk = prefill_chunk or (max(min(windows), 512) if windows else 0)
+        self.sync_every = 8 if self.device.type == "cuda" else 1
+        self.cache: KVCache | None = None
+        self.state = State(0, 0, self.device)
+        self._programs: dict[tuple[Any, ...], Callable[[], None]] = {}
+        self._cached: list[int] = []
+        self._forward: Callable[..., torch.Tensor] = model.__call__
+        if compile_prefill:
+            if any(model.config.sparse):
+                raise ValueError("--compile-prefill: a mixture-of-experts prefill needs the host; leave the flag out")
+
+            def prefill(*args: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+                return model(*args, **kwargs)
+
+            self._forward = torch.compile(private_copy(prefill, "prefill"), fullgraph=True, dynamic=True)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint_name: str | Path = DEFAULT_CHECKPOINT,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        kernel_choice: str = "auto",
+        shape: str | None = None,
+        max_seq_len: int | None = None,
+        batch_size: int = 1,
+        progress: bool = False,
+        **options: Any,  # noqa: ANN401
+    ) -> "Engine":
+        """A checkpoint folder or Hub id (or a named `shape` with random weights) on a device, ready to generate.
+
+        device None: CUDA if there is one, else the CPU. kernel_choice: triton, inductor (plain PyTorch), or auto
+        (triton where it runs). max_seq_len and batch_size reserve the cache now; otherwise it grows on demand. options:
+        see `__init__`. ValueError or FileNotFoundError for everything that a user can get wrong, memory included.
+        """
+        start = time.perf_counter()
+        where = pick_device(device)
+        group = tensor_parallel.init(where)
+        if kernel_choice == "triton" and not kernels.supported(where):
+            raise ValueError(f"--kernels triton needs Triton and a CUDA device of capability 8.0 or newer, not {where}")
+        use_kernels = kernel_choice != "inductor" and kernels.supported(where)
+        if shape is not None:
+            config = checkpoint.shape_config(shape)
+            kind = DTYPES[dtype] or torch.bfloat16
+            model = checkpoint.random_model(config, tp=group, device=where, dtype=kind, use_kernels=use_kernels)
+            engine = cls(model, Ids(config.vocab_size), use_kernels=use_kernels, **options)
+        else:
+            folder = checkpoint.resolve(str(checkpoint_name))
+            checkpoint.check_weights_fit(folder, DTYPES[dtype], where)
+            model = checkpoint.load(
+                str(folder), tp=group, device=where, dtype=DTYPES[dtype], use_kernels=use_kernels, progress=progress
+            )
+            tokenizer = Tokenizer.from_folder(folder)
+            if tokenizer.vocab_size > model.config.vocab_size:
+                print(
+                    f"warning: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; "
+                    "a prompt that uses one beyond is refused",
+                    file=sys.stderr,
+                )
+            options.setdefault("defaults", SamplingParams(**checkpoint.default_sampling(folder)))
+            engine = cls(model, tokenizer, use_kernels=use_kernels, **options)
+        if max_seq_len is not None:
+            engine.reserve(batch_size, max_seq_len)
+        engine.stats.load_s = time.perf_counter() - start
+        return engine
+
+    # -- memory ----------------
+
+    def reserve(self, batch_size: int, max_seq_len: int) -> None:
+        """Make sure that the cache holds batch_size rows of max_seq_len slots. ValueError, before allocating, when it
+        cannot.
+        """
+        if self.cache is not None and (self.cache.batch_size, self.cache.max_seq_len >= max_seq_len) == (
+            batch_size,
+            True,
+        ):
+            return
+        config = self.model.config
+        if not 0 < max_seq_len <= config.max_position_embeddings:
+            kind = " (rope_type dynamic is exact up to there)" if config.rope.rope_type == "dynamic" else ""
+            raise ValueError(
+                f"{max_seq_len} tokens do not fit the model's context of {config.max_position_embeddings}{kind}"
+            )
+        slots = min(-(-max_seq_len // 128) * 128, config.max_position_embeddings)
+        self.cache = None  # free the old one first
+        self._programs, self._cached = {}, []
+        per_slot = 2 * len(self.model.layers) * config.num_key_value_heads // self.model.tp.size
+        per_slot *= config.head_dim * self.dtype.itemsize
+        need, free = batch_size * slots * per_slot, checkpoint.free_bytes(self.device)
+        if need > free:
+            fits = max(int(free // (batch_size * per_slot)), 0)
+            raise ValueError(
+                f"a cache of {batch_size} x {slots} slots needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+                f"what fits: --max-seq-len {fits} at this batch, or a batch of {int(free // (slots * per_slot))}"
+            )
+        self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
+        self.state = State(batch_size, slots, self.device)
+
+    # -- the two programs ----------------
+
+    def prefill(self, prompts: Sequence[Sequence[int]], start: int = 0) -> torch.Tensor:
+        """Write prompts[b][start:] into the cache behind `start` slots that are already right; logits float32 [B, V] of
+        each last id.
+
+        Rows are padded on the right: a padded slot is overwritten by the row's own next tokens before anything may
+        attend to it.
+        """
+        assert self.cache is not None
+        lengths = torch.tensor([len(p) for p in prompts])
+        longest = int(lengths.max())
+        tokens = torch.zeros((len(prompts), longest), dtype=torch.int64)
+        for row, prompt in zip(tokens, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        tokens, last = tokens.to(self.device), (lengths - 1).to(self.device)
+        chunk = self.prefill_chunk or longest
+        logits: torch.Tensor | None = None
+        for a in range(start, longest, chunk):
+            b = min(a + chunk, longest)
+            positions = torch.arange(a, b, device=self.device).expand(len(prompts), -1)
+            new = self._forward(tokens[:, a:b], positions, self.cache, end=b, select=(last - a).clamp(0, b - a - 1))[
+                :, 0
+            ]
+            logits = new if logits is None else torch.where((last >= a)[:, None], new, logits)
+        assert logits is not None
+        return logits
+
+    def _decode(self, position: int, structure: tuple[bool, int, bool, bool]) -> Callable[[], None]:
+        """The program for one decode step of rows at `position` at most: built, warmed up and captured on first use.
+
+        Without a kernel that reads the length on the device, the attended prefix is rounded up to a power of two, so
+        that a cache of S slots needs at most log2(S) programs.
+        """
+        cache, state, model = self.cache, self.state, self.model
+        assert cache is not None
+        end = cache.max_seq_len
+        if not self.use_kernels:
+            end = min(end, max(128, 1 << position.bit_length()))
+        if (program := self._programs.get((end, structure))) is not None:
+            return program
+
+        def step() -> None:
+            logits = model(state.token, state.position, cache, end=end)[:, 0]
+            state.position.add_(1)
+            token = model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, state.position[:, 0]))
+            state.out.index_copy_(1, state.step, token[:, None])
+            state.token.copy_(token.clamp(min=0)[:, None])
+            state.step.add_(1)
+
+        began = time.perf_counter()
+        program = private_copy(step, f"decode_{end}")
+        if self.compile:
+            options = {"coordinate_descent_tuning": self.device.type == "cuda" and not self.use_kernels}
+            program = torch.compile(program, fullgraph=True, options=options)
+            program = self._warm_up(program)
+        self._programs[end, structure] = program
+        self.stats.compile_s += time.perf_counter() - began
+        return program
+
+    def _warm_up(self, program: Callable[[], None]) -> Callable[[], None]:
+        """Compile by running, then on a GPU capture one CUDA graph: a step is then one launch, with no guards and no
+        arguments.
+
+        The trial steps write to the last slot, which never belongs to a prefix that is kept, and the state is put back.
+        """
+        state = self.state
+        names = ("token", "position", "out", "step")
+        saved = {name: getattr(state, name).clone() for name in names}
+
+        def trial() -> None:
+            state.step.zero_()
+            state.position.fill_(state.out.shape[1] - 1)
+            program()
+
+        if self.device.type != "cuda":
+            trial()
+        else:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    trial()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                program()
+            program = graph.replay
+        for name, value in saved.items():
+            getattr(state, name).copy_(value)
+        return program
+
+    def _steps(self, count: int, position: int, structure: tuple[bool, int, bool, bool]) -> Iterator[list[list[int]]]:
+        """Run `count` decode steps; yields ids [B][n] a few columns at a time.
+
+        On a GPU the host reads one block behind the one it has just queued, so the queue never runs dry.
+        """
+        pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        for a in range(0, count, self.sync_every):
+            b = min(a + self.sync_every, count)
+            for i in range(a, b):
+                self._decode(position + i, structure)()
+            if self.device.type != "cuda":
+                yield self.state.out[:, a:b].tolist()
+                continue
+            host = torch.empty((self.state.out.shape[0], b - a), dtype=torch.int64, pin_memory=True)
+            host.copy_(self.state.out[:, a:b], non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            if pending is not None:
+                pending[1].synchronize()
+                yield pending[0].tolist()
+            pending = host, event
+        if pending is not None:
+            pending[1].synchronize()
+            yield pending[0].tolist()
+
+    # -- what callers use ----------------
+
+    def encode(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        """Ids of each prompt. ValueError for an empty one and for ids beyond the model's vocabulary."""
+        rows = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        for row in rows:
+            if not row:
+                raise ValueError("the prompt is empty and the model has no BOS token to start from; give some text")
+            if (worst := max(row)) >= self.model.config.vocab_size:
+                raise ValueError(
+                    f"the prompt uses token id {worst}; the model's vocabulary has {self.model.config.vocab_size}"
+                )
+        return rows
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | None = None,
+        *,
+        max_new_tokens: int = 200,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        seed: int = 0,
+    ) -> Iterator[Increment]:
+        """Continue every prompt (text or ids); yields increments as they come, row by row, until every row has ended.
+
+        Each row's draws depend on (seed, row, position) alone. Generation ends at the model's context at the latest.
+        ValueError for a prompt that does not fit, and for logits that are not finite.
+        """
+        sampling, rows = sampling or self.defaults, self.encode(prompts)
+        longest, context = max(map(len, rows)), self.model.config.max_position_embeddings
+        if longest >= context:
+            raise ValueError(
+                f"the prompt has {longest} tokens; the model's context of {context} leaves no room to continue"
+            )
+        limit = min(max_new_tokens, context - longest)
+        self.reserve(len(rows), longest + limit)
+        self.stats = Stats(load_s=self.stats.load_s, batch_size=len(rows))
+        state, structure, known = self.state, sampling.structure, 0
+        for position in range(longest, longest + limit - 1):
+            self._decode(position, structure)
+        if len(rows) == 1:  # keep what the cache already holds, but for the last id, whose logits are needed
+            same = (a == b for a, b in zip(rows[0][:-1], self._cached))
+            known = next((i for i, equal in enumerate(same) if not equal), min(len(rows[0]) - 1, len(self._cached)))
+        began = time.perf_counter()
+        state.seeds.copy_(torch.arange(len(rows)) + (seed << 20))
+        state.knobs.copy_(sampling.knobs(self.device))
+        self._cached = []
+        logits = self.prefill(rows, known)
+        lengths = torch.tensor([len(r) for r in rows], device=self.device)
+        first = self.model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, lengths))
+        state.token.copy_(first.clamp(min=0)[:, None])
+        state.position.copy_(lengths[:, None])
+        state.step.zero_()
+        stop_ids = frozenset() if ignore_eos else self.tokenizer.stop_ids
+        answers = [Answer(self.tokenizer.decoder(row), stop_ids, stop, limit) for row in rows]
+        block = first[:, None].tolist()
+        self.stats.ttft_s, self.stats.prefill_tokens = time.perf_counter() - began, sum(map(len, rows)) - known
+        began = time.perf_counter()
+        steps = self._steps(limit - 1, longest, structure)
+        while block:
+            yield from self._increments(answers, block)
+            if len(rows) == 1:
+                self._cached = [*rows[0], *answers[0].ids[:-1]]
+            block = [] if all(a.stop_reason for a in answers) else next(steps, [])
+            self.stats.decode_s = time.perf_counter() - began
+            self.stats.decode_steps = max(len(a.ids) for a in answers) - 1
+        self.stats.bytes_per_step = self._bytes_per_step(longest + self.stats.decode_steps // 2)
+
+    def _increments(self, answers: list[Answer], block: list[list[int]]) -> Iterator[Increment]:
+        for row, (answer, ids) in enumerate(zip(answers, block)):
+            if answer.stop_reason is None:
+                if -1 in ids[: answer.limit - len(answer.ids)]:
+                    raise ValueError(
+                        f"row {row}: the logits are not finite; is the checkpoint damaged, or {self.dtype} too narrow?"
+                    )
+                taken, text = answer.add(ids)
+                yield Increment(row, taken, text, answer.stop_reason)
+
+    def score(self, tokens: torch.Tensor, chunk: int = 512) -> torch.Tensor:
+        """Log-probability float32 [B, T - 1] of each of tokens[:, 1:] (int64 [B, T]) given the ones before it, in one
+        pass.
+        """
+        B, T = tokens.shape
+        self.reserve(B, T)
+        self._cached = []
+        tokens, out = tokens.to(self.device), []
+        for a in range(0, T - 1, chunk):
+            b = min(a + chunk, T - 1)
+            positions = torch.arange(a, b, device=self.device).expand(B, -1)
+            logits = self._forward(tokens[:, a:b], positions, self.cache, end=b)
+            out.append(torch.log_softmax(logits, -1).gather(-1, tokens[:, a + 1 : b + 1, None]).squeeze(-1))
+        return torch.cat(out, 1)
+
+    def _bytes_per_step(self, prefix: int) -> int:
+        """Bytes one decode step must read: every weight and scale used (of one embedding row), and the KV prefix
+        attended.
+        """
+        config, B = self.model.config, self.stats.batch_size
+        total = 0
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                times = min(B * config.num_experts_per_tok, module.num_experts) if module.num_experts else 1
+                total += module.bytes_read() * times
+        kv = 2 * config.num_key_value_heads // self.model.tp.size * config.head_dim * self.dtype.itemsize
+        return total + B * kv * sum(min(prefix, w or prefix) for w in config.windows)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """cpu, cuda or mps; None takes CUDA if there is one, else the CPU. ValueError for a device that is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = name or ("cuda" if available["cuda"] else "cpu")
+    if not available.get(name):
+        raise ValueError(
+            f"device {name!r} is not available here; available: {', '.join(d for d, ok in available.items() if ok)}"
+        )
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+# -- the command ----------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An argparse type: an integer from `low` up."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if not low <= value < 1 << 40:
+            raise argparse.ArgumentTypeError(f"{value} is not sensible; at least {low} is")
+        return value
+
+    return integer
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="generate.py", description="Stream text from a Hugging Face checkpoint.", allow_abbrev=False)
+    p.add_argument(
+        "--checkpoint",
+        default=str(DEFAULT_CHECKPOINT),
+        help="folder or Hub id org/name[@revision] (the embedded model)",
+    )
+    p.add_argument("--shape", help="a named public shape with random weights instead of a checkpoint")
+    p.add_argument("--prompt", default="", help="text, - for standard input, @FILE; empty: from BOS alone")
+    p.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, generated as one batch")
+    p.add_argument("--chat", action="store_true", help="talk, with the checkpoint's chat template")
+    p.add_argument("--system", metavar="TEXT", help="the system message of a chat")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=200)
+    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float)):
+        p.add_argument(f"--{name}", type=kind, help="default: generation_config.json's, else 0.8 / 200 / 1.0 / 0")
+    p.add_argument("--seed", type=at_least(0), help="repeat a run (default: a new one each time)")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+    p.add_argument("--ignore-eos", action="store_true", help="do not end at the model's own stop ids")
+    p.add_argument("--num-samples", type=at_least(1), default=1, help="answers to each prompt, as one batch")
+    p.add_argument(
+        "--max-seq-len", type=at_least(1), help="cache slots (default: what is asked for; chat: the context or 8192)"
+    )
+    p.add_argument("--prefill-chunk", type=at_least(0), default=0, help="prefill this many tokens at a time (0: all)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    p.add_argument("--compile-prefill", action="store_true")
+    p.add_argument(
+        "--kernels", choices=("auto", "triton", "inductor"), default="auto", help="inductor: plain PyTorch only"
+    )
+    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    p.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="auto", help="auto: the checkpoint's on a GPU, float32 on a CPU"
+    )
+    p.add_argument("--json", action="store_true", help="standard output is one JSON object per answer")
+    p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the generation")
+    p.add_argument(
+        "--selftest", action="store_true", help="check this machine against references; exit status 1 on a failure"
+    )
+    args = p.parse_args(argv)
+    if "" in args.stop:
+        p.error("--stop is empty; give some text")
+    if args.chat and (args.json or args.prompts_file or args.num_samples > 1 or args.shape):
+        p.error("--chat goes with none of --json, --prompts-file, --num-samples, --shape")
+    return args
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, each repeated --num-samples times."""
+    try:
+        if args.prompts_file:
+            prompts = [line for line in Path(args.prompts_file).read_text("utf-8").splitlines() if line.strip()]
+            if not prompts:
+                raise ValueError(f"--prompts-file {args.prompts_file} holds no prompt")
+        elif args.prompt == "-":
+            prompts = [sys.stdin.read()]
+        else:
+            prompts = [Path(args.prompt[1:]).read_text("utf-8") if args.prompt.startswith("@") else args.prompt]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt file is not UTF-8: {error}") from error
+    return [p for p in prompts for _ in range(args.num_samples)]
+
+
+def summary(engine: Engine) -> str:
+    """The last generation in one line."""
+    s, gb = engine.stats, engine.stats.bytes_per_step / 1e9
+    memory = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else peak_host_bytes()
+    rate = s.decode_tok_s
+    return (
+        f"load {s.load_s:.1f} s | compile {s.compile_s:.1f} s | "
+        f"TTFT {s.ttft_s * 1e3:.0f} ms ({s.prefill_tokens} tokens) | decode {rate * s.batch_size:.1f} tok/s | "
+        f"{gb:.3f} GB/step | {gb * rate:.1f} GB/s | memory {memory / 1e9:.2f} GB"
+    )
+
+
+def peak_host_bytes() -> int:
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
+
+
+def run(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> None:
+    """Generate once and print: one answer streams; several come whole, in order; --json prints objects and nothing
+    else.
+    """
+    prompts = engine.encode(read_prompts(args))
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "stop": args.stop,
+        "ignore_eos": args.ignore_eos,
+        "seed": args.seed,
+    }
+    text, ids, reasons = [""] * len(prompts), [[] for _ in prompts], ["interrupted"] * len(prompts)
+    streaming = len(prompts) == 1 and not args.json
+    try:
+        for piece in engine.generate(prompts, sampling, **options):
+            text[piece.row] += piece.text
+            ids[piece.row] += piece.ids
+            reasons[piece.row] = piece.stop_reason or reasons[piece.row]
+            if streaming:
+                print(piece.text, end="", flush=True)
+    finally:
+        for row, prompt in enumerate(prompts):
+            if args.json:
+                record = {"text": text[row], "ids": ids[row], "prompt_ids": prompt, "stop_reason": reasons[row]}
+                record |= {"ttft_ms": engine.stats.ttft_s * 1e3, "decode_tok_s": engine.stats.decode_tok_s}
+                print(json.dumps(record, ensure_ascii=False))
+            elif not streaming:
+                print(f"[{row + 1}]{text[row]}\n")
+        if streaming:
+            print(flush=True)
+        print(summary(engine), file=sys.stderr)
+
+
+def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> None:
+    """Turns until end of file. Ctrl-C ends the answer, which stays in the conversation as far as it came."""
+    tokenizer = engine.tokenizer
+    if not isinstance(tokenizer, Tokenizer) or not tokenizer.has_chat_template:
+        raise ValueError("this checkpoint has no chat template; leave out --chat and use --prompt")
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "ignore_eos": args.ignore_eos}
+    for turn in range(1 << 30):
+        try:
+            messages.append({"role": "user", "content": input("> ")})
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        ids, answer = tokenizer.encode_chat(messages), ""
+        room = engine.cache.max_seq_len - len(ids) if engine.cache else 0
+        if room < 1:
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens and --max-seq-len is {len(ids) + room}; start a new one"
+            )
+        options |= {"max_new_tokens": min(args.max_new_tokens, room), "seed": args.seed + turn}
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece in engine.generate([ids], sampling, **options):
+                answer += piece.text
+                print(piece.text, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+        if sys.stdin.isatty():
+            print(summary(engine), file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 a failed selftest, 2 bad input (one line), 130 interrupted (what was generated is printed)."""
+    args = parse(argv)
+    if args.selftest:  # a program of its own, which uses this one
+        program = Path(__file__).resolve().parent / "scripts" / "selftest.py"
+        return subprocess.call([sys.executable, str(program), *(sys.argv[1:] if argv is None else argv)])
+    if args.seed is None:
+        args.seed = int.from_bytes(os.urandom(4), "little")
+    try:
+        chosen = {
+            n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p") if getattr(args, n) is not None
+        }
+        SamplingParams(**chosen)  # a bad value is refused before anything is loaded
+        prompts = 1 if args.chat else len(read_prompts(args))
+        engine = Engine.load(
+            args.checkpoint,
+            device=args.device,
+            dtype=args.dtype,
+            kernel_choice=args.kernels,
+            shape=args.shape,
+            max_seq_len=args.max_seq_len,
+            batch_size=prompts,
+            progress=sys.stderr.isatty(),
+            compile=args.compile,
+            compile_prefill=args.compile_prefill,
+            prefill_chunk=args.prefill_chunk,
+        )
+        sampling = replace(engine.defaults, **chosen)
+        if args.chat and args.max_seq_len is None:
+            engine.reserve(1, min(engine.model.config.max_position_embeddings, 8192))
+        rank = engine.model.tp.rank  # one rank speaks
+        trace = torch.profiler.profile() if args.profile else contextlib.nullcontext()
+        with trace, open(os.devnull, "w") as null, contextlib.redirect_stdout(null if rank else sys.stdout):
+            (chat if args.chat else run)(engine, args, sampling)
+        if isinstance(trace, torch.profiler.profile):
+            trace.export_chrome_trace(args.profile)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

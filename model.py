@@ -1,0 +1,364 @@
+"""The decoder: configuration, KV cache, attention, MLP, mixture of experts, rotary embedding.
+
+Knows the mathematics of Llama, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE. Refuses to know files, sampling and
+compilation.
+
+Legend: B batch, T new tokens, S cache slots, D hidden, H query heads, Hkv key/value heads, Dh head dim, F MLP width, V
+vocabulary, L layers, E experts, M = B * T rows. Under tensor parallelism H, Hkv, F and V are this rank's share wherever
+a module says `local`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+from linear import Linear, RMSNorm
+from tp import TensorParallel
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021) and its scalings; names as in config.json, see `checkpoint.py`."""
+
+    rope_theta: float
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def frequencies(self, dim: int, max_position_embeddings: int) -> tuple[torch.Tensor, float]:
+        """(inverse frequencies float32 [dim / 2], factor on cos and sin). `dynamic` is the unscaled table: exact up to
+        the original context.
+        """
+        power = torch.arange(0, dim, 2).float() / dim
+        inv_freq = 1.0 / self.rope_theta**power
+        original = self.original_max_position_embeddings or max_position_embeddings
+        if self.rope_type == "linear":
+            return inv_freq / self.factor, 1.0
+        if self.rope_type == "llama3":  # Llama 3.1: scale long wavelengths, keep short ones, blend between
+            turns = original * inv_freq / (2 * math.pi)
+            keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            keep = keep.clamp(0, 1)
+            return keep * inv_freq + (1 - keep) * inv_freq / self.factor, 1.0
+        if self.rope_type == "yarn":
+            return self._yarn(inv_freq, dim, original)
+        return inv_freq, 1.0
+
+    def _yarn(self, inv_freq: torch.Tensor, dim: int, original: int) -> tuple[torch.Tensor, float]:
+        """YaRN, Peng et al. 2023, section 3: NTK-by-parts (equations 17-23) and the attention temperature."""
+
+        def correction(turns: float) -> float:
+            return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(self.rope_theta))
+
+        low, high = correction(self.beta_fast), correction(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+        attention = self.attention_factor
+        if attention is None:
+            scale = 0.1 * math.log(self.factor) if self.factor > 1 else 0.0
+            attention = 1 + scale
+            if self.mscale and self.mscale_all_dim:
+                attention = (1 + scale * self.mscale) / (1 + scale * self.mscale_all_dim)
+        return inv_freq / self.factor * ramp + inv_freq * (1 - ramp), attention
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The global truth about a model, in Hugging Face's names; never edited, not even under tensor parallelism."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: Rope
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]  # per layer: keys a query sees, itself included; 0 means all
+    sparse: tuple[bool, ...]  # per layer: mixture of experts instead of one MLP
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+
+
+class LayerCache(nn.Module):
+    """Keys and values of one layer: two buffers [B, Hkv local, S, Dh] that are written in place."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+
+
+class KVCache(nn.Module):
+    """The static cache of one generation: whoever decodes owns one and passes it to `Transformer.forward`.
+
+    A slot's content depends only on the ids before it, so rows may be at different positions, and a padded slot is
+    simply overwritten before any query is allowed to see it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_seq_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        tp: TensorParallel = TensorParallel(),
+    ) -> None:
+        super().__init__()
+        shape = (batch_size, tp.local(config.num_key_value_heads, "num_key_value_heads"), max_seq_len, config.head_dim)
+        self.layers = nn.ModuleList(LayerCache(shape, device, dtype) for _ in range(config.num_hidden_layers))
+        self.batch_size, self.max_seq_len = batch_size, max_seq_len
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split RoPE of x [B, T, heads, Dh] with cos, sin float32 [B, T, 1, Dh / 2]; computed in float32."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
+    """Causal attention of q [B, T, H, Dh] over slots k, v [B, Hkv, S, Dh]; query t of row b sees slots <= positions[b,
+    t].
+
+    Returns [B, T, H, Dh]. With S == T the queries are the slots themselves, so plain causal attention needs no mask.
+    A few queries (decode) read K and V once for all query heads of a group; nothing is repeated.
+    """
+    B, T, H, Dh = q.shape
+    Hkv, S = k.shape[1], k.shape[2]
+    if S == T and not 0 < window < T:
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=Hkv != H)
+        return y.transpose(1, 2)
+    slots = torch.arange(S, device=q.device)
+    mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
+    if window:
+        mask = mask & (slots > positions[:, None, :, None] - window)
+    if T > kernels.MAX_ROWS:
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=Hkv != H)
+        return y.transpose(1, 2)
+    grouped = q.view(B, T, Hkv, H // Hkv, Dh).permute(0, 2, 3, 1, 4).reshape(B, Hkv, H // Hkv * T, Dh)
+    scores = (grouped @ k.transpose(-1, -2)).float().view(B, Hkv, H // Hkv, T, S) * Dh**-0.5
+    probs = torch.softmax(scores.masked_fill(~mask[:, :, None], float("-inf")), -1)
+    y = probs.to(v.dtype).view(B, Hkv, H // Hkv * T, S) @ v
+    return y.view(B, Hkv, H // Hkv, T, Dh).permute(0, 3, 1, 2, 4).reshape(B, T, H, Dh)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with its projections, cache write and residual add."""
+
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, use_kernels: bool) -> None:
+        super().__init__()
+        self.tp, self.use_kernels = tp, use_kernels
+        self.num_heads = tp.local(config.num_attention_heads, "num_attention_heads")
+        self.num_kv_heads = tp.local(config.num_key_value_heads, "num_key_value_heads")
+        self.head_dim, self.window = config.head_dim, config.windows[layer]
+        out = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv_proj = Linear(config.hidden_size, out, config.qkv_bias, use_kernels=use_kernels)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, config.o_bias, use_kernels=use_kernels)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        norm: RMSNorm,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        cache: LayerCache,
+        end: int,
+    ) -> torch.Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x, norm=norm)
+        if self.use_kernels and T <= kernels.MAX_ROWS:
+            y = kernels.decode_attention(
+                qkv.view(B * T, -1),
+                cos.view(B * T, -1),
+                sin.view(B * T, -1),
+                positions,
+                cache.k,
+                cache.v,
+                None if self.q_norm is None else self.q_norm.weight,
+                None if self.k_norm is None else self.k_norm.weight,
+                0.0 if self.q_norm is None else self.q_norm.eps,
+                self.window,
+            )
+        else:
+            heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+            q, k, v = qkv.view(B, T, -1, self.head_dim).split(heads, 2)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            rows = torch.arange(B, device=x.device)[:, None]
+            cache.k[rows, :, positions] = k
+            cache.v[rows, :, positions] = v
+            y = attend(q, cache.k[:, :, :end], cache.v[:, :, :end], positions, self.window)
+        # the residual enters the sum over ranks once, through rank 0
+        residual = x if self.tp.rank == 0 else None
+        return self.tp.all_reduce(self.o_proj(y.reshape(B, T, -1), residual=residual))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020), norm before and residual after fused in."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, use_kernels: bool) -> None:
+        super().__init__()
+        self.tp = tp
+        width = tp.local(config.intermediate_size, "intermediate_size")
+        self.gate_up_proj = Linear(config.hidden_size, 2 * width, config.mlp_bias, use_kernels=use_kernels)
+        self.down_proj = Linear(width, config.hidden_size, config.mlp_bias, use_kernels=use_kernels)
+
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        residual = x if self.tp.rank == 0 else None
+        return self.tp.all_reduce(self.down_proj(self.gate_up_proj(x, norm=norm, silu_mul=True), residual=residual))
+
+
+class Experts(nn.Module):
+    """E MLPs stored as two stacked weights."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, use_kernels: bool) -> None:
+        super().__init__()
+        E, width = config.num_experts, tp.local(config.moe_intermediate_size, "moe_intermediate_size")
+        self.gate_up_proj = Linear(config.hidden_size, 2 * width, num_experts=E, use_kernels=use_kernels)
+        self.down_proj = Linear(width, config.hidden_size, num_experts=E, use_kernels=use_kernels)
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor | int) -> torch.Tensor:
+        return self.down_proj(self.gate_up_proj(x, silu_mul=True, experts=experts), experts=experts)
+
+
+class MoE(nn.Module):
+    """Sparse mixture of experts (Mixtral, Jiang et al. 2024): the router picks num_experts_per_tok experts for each
+    row.
+
+    A few rows (decode) read the chosen experts' weights and no others, with shapes that do not depend on the choice;
+    many rows (prefill) go expert by expert, which needs one host synchronisation.
+    """
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, use_kernels: bool) -> None:
+        super().__init__()
+        self.tp, self.top_k, self.normalise = tp, config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = Linear(config.hidden_size, config.num_experts, use_kernels=use_kernels)
+        self.experts = Experts(config, tp, use_kernels)
+
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        h = norm(x).flatten(0, 1)  # [M, D]
+        weights, chosen = torch.softmax(self.gate(h).float(), -1).topk(self.top_k, -1)  # [M, k]
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if h.shape[0] <= kernels.MAX_ROWS:
+            y = self.experts(h.repeat_interleave(self.top_k, 0), chosen.flatten()).view(*chosen.shape, -1)
+            y = (y * weights.unsqueeze(-1)).sum(1)
+        else:
+            y = torch.zeros_like(h, dtype=torch.float32)
+            for e in chosen.unique().tolist():
+                rows, slot = torch.where(chosen == e)
+                y.index_add_(0, rows, self.experts(h[rows], e) * weights[rows, slot, None])
+        return x + self.tp.all_reduce(y.to(x.dtype)).view_as(x)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, use_kernels: bool) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, tp, use_kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = (MoE if config.sparse[layer] else MLP)(config, tp, use_kernels)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        cache: LayerCache,
+        end: int,
+    ) -> torch.Tensor:
+        x = self.self_attn(x, self.input_layernorm, cos, sin, positions, cache, end)
+        return self.mlp(x, self.post_attention_layernorm)
+
+
+class Transformer(nn.Module):
+    """The whole decoder. Build it under `torch.device("meta")`; `checkpoint.py` fills it."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel = TensorParallel(), use_kernels: bool = False) -> None:
+        super().__init__()
+        self.config, self.tp = config, tp
+        self.vocab_local = tp.local(config.vocab_size, "vocab_size")
+        self.embed_tokens = nn.Embedding(self.vocab_local, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, tp, use_kernels) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, self.vocab_local, use_kernels=use_kernels)
+        self.register_buffer("inv_freq", torch.empty(config.head_dim // 2), persistent=False)
+        self.rope_factor = 1.0
+
+    def init_rope_(self, device: torch.device) -> None:
+        """Compute the rotary frequencies: float32, on the device, after everything else is loaded (no `.to(dtype)` may
+        touch them).
+        """
+        c = self.config
+        inv_freq, self.rope_factor = c.rope.frequencies(c.head_dim, c.max_position_embeddings)
+        self.inv_freq = inv_freq.to(device)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens int64 [B, T] -> [B, T, D]; each rank looks up its slice of the vocabulary and the others add zeros."""
+        if self.tp.size == 1:
+            return self.embed_tokens(tokens)
+        local = tokens - self.tp.rank * self.vocab_local
+        inside = (local >= 0) & (local < self.vocab_local)
+        return self.tp.all_reduce(self.embed_tokens(local.where(inside, 0)) * inside.unsqueeze(-1))
+
+    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin float32 [B, T, 1, Dh / 2]: a few hundred numbers a step, cheaper than a table."""
+        angles = positions[:, :, None, None].float() * self.inv_freq
+        return angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        *,
+        end: int,
+        select: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """tokens, positions int64 [B, T] -> logits float32 [B, T, V], or [B, 1, V] at index select[b] of each row.
+
+        Keys and values of the new tokens are written to `cache` at `positions`. end: how many cache slots attention may
+        look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
+        first prefill).
+        """
+        x = self.embed(tokens)
+        cos, sin = self.rope(positions)
+        for layer, layer_cache in zip(self.layers, cache.layers):
+            x = layer(x, cos, sin, positions, layer_cache, end)
+        if select is not None:
+            x = x[torch.arange(x.shape[0], device=x.device), select][:, None]
+        return self.tp.all_gather(self.lm_head(x, norm=self.norm)).float()

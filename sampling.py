@@ -1,0 +1,118 @@
+"""Logits -> token: pure functions on float32, no host synchronisation, no random state.
+
+Knows temperature, top-k, top-p, min-p and how to draw. Refuses to know models, caches and text. Randomness is
+counter-based (Salmon et al. 2011): the noise of a draw is a hash of (the row's seed, its position, the lane), so a draw
+does not depend on the batch around it, nor on whether the step runs eagerly, compiled or in a CUDA graph, and nothing
+has to be captured or advanced.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+_MIX1, _MIX2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # splitmix64's constants as int64
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is argmax; top_k 0, top_p 1 and min_p 0 are off. Applied in the order temperature, top-k, top-p,
+    min-p.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, ok, want in (
+            (
+                "temperature",
+                self.temperature == 0 or 1e-3 <= self.temperature < float("inf"),
+                "0 (greedy) or at least 0.001",
+            ),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            ("min_p", 0 <= self.min_p < 1, "at least 0 (off) and below 1"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {want}")
+
+    @property
+    def structure(self) -> tuple[bool, int, bool, bool]:
+        """What changes the program and not only a number in it: (greedy, top_k, top-p on, min-p on)."""
+        greedy = self.temperature == 0
+        return greedy, 0 if greedy else self.top_k, not greedy and self.top_p < 1, not greedy and self.min_p > 0
+
+    def knobs(self, device: torch.device) -> torch.Tensor:
+        """float32 [3] on the device: 1 / temperature, top_p, min_p; changing them recompiles nothing."""
+        return torch.tensor([1 / (self.temperature or 1.0), self.top_p, self.min_p], device=device)
+
+
+def distribution(
+    logits: torch.Tensor, structure: tuple[bool, int, bool, bool], knobs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """logits [..., V] float32 -> (probs [..., C] float32 summing to 1, their token ids [..., C] or None when C is the
+    vocabulary).
+
+    Greedy puts all mass on argmax (the lowest id among ties). top-k keeps exactly k, top-p the smallest set of the most
+    probable tokens whose mass reaches p (Holtzman et al. 2020), min-p those of at least p times the top probability.
+    """
+    greedy, top_k, use_top_p, use_min_p = structure
+    if greedy:
+        ids = logits.argmax(-1, keepdim=True)
+        return torch.ones_like(ids, dtype=torch.float32), ids
+    ids = None
+    if 0 < top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k)
+    elif use_top_p:
+        logits, ids = logits.sort(descending=True, stable=True)
+    probs = torch.softmax(logits * knobs[0], -1)
+    if use_top_p:
+        probs = torch.where(probs.cumsum(-1) - probs < knobs[1], probs, 0)
+    if use_min_p:
+        probs = torch.where(probs >= knobs[2] * probs.amax(-1, keepdim=True), probs, 0)
+    if use_top_p or use_min_p:
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs, ids
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finaliser (Steele et al. 2014) on int64, whose products wrap and whose right shifts need a mask."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def uniform(seeds: torch.Tensor, positions: torch.Tensor, lanes: int, stream: int = 0) -> torch.Tensor:
+    """float32 [..., lanes] in (0, 1), a pure function of (seed, position, lane, stream). seeds, positions: int64 [...].
+
+    Small values keep their relative precision (63 random bits, rounded once), which the race below needs for rare
+    tokens.
+    """
+    key = _mix(_mix(seeds * _GOLDEN + stream) ^ positions)
+    bits = _mix(key.unsqueeze(-1) + torch.arange(1, lanes + 1, device=seeds.device) * _GOLDEN)
+    return ((bits & 0x7FFFFFFFFFFFFFFF).float() * 2.0**-63).clamp(2.0**-63, 1 - 2.0**-24)
+
+
+def draw(probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, stream: int = 0) -> torch.Tensor:
+    """Index [...] int64 drawn from probs [..., C] by an exponential race: argmax p / E with E ~ Exp(1), no sort, no
+    host sync.
+    """
+    e = -torch.log1p(-uniform(seeds, positions, probs.shape[-1], stream))
+    return torch.argmax(probs / e, -1)
+
+
+def sample(
+    logits: torch.Tensor,
+    structure: tuple[bool, int, bool, bool],
+    knobs: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Next token [B] int64 for logits [B, V] float32; -1 in a row whose logits are not finite (the host raises)."""
+    probs, ids = distribution(logits, structure, knobs)
+    token = probs.argmax(-1) if structure[0] else draw(probs, seeds, positions)
+    if ids is not None:
+        token = ids.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    return torch.where(logits.abs().amax(-1) < float("inf"), token, -1)

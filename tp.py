@@ -1,0 +1,68 @@
+"""Tensor parallelism: who am I among the ranks, three collectives, and the plan that says which dimension of which
+weight is sharded.
+
+Knows torch.distributed and the names of the linear layers. Refuses to know models, checkpoints or quantization:
+`model.py` calls the collectives where the reader can see them, `checkpoint.py` reads each rank's slice with the plan.
+
+The split is Megatron-LM's (Shoeybi et al. 2019, section 3): query/key/value, gate and up by output rows, o_proj and
+down_proj by input columns, so each block needs one all-reduce after attention and one after the MLP. Vocabulary
+matrices are split by rows.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+# HF module name -> dimension of its [out_features, in_features] weight that is split; every other parameter is
+# replicated
+SHARD_DIM = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "embed_tokens", "lm_head"), 0),
+    **dict.fromkeys(("o_proj", "down_proj", "w2"), 1),
+}
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """One rank's view of the group. With size 1 every collective returns its argument."""
+
+    rank: int = 0
+    size: int = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of x over all ranks; x is overwritten."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] on each rank -> [..., size * n], ranks in order along the last dimension."""
+        if self.size == 1:
+            return x
+        out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out.unflatten(0, (self.size, x.shape[0])).movedim(0, -2).flatten(-2)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's x on every rank; x is overwritten."""
+        if self.size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
+    def local(self, n: int, what: str) -> int:
+        """This rank's share of n. ValueError when n does not divide."""
+        if n % self.size:
+            raise ValueError(
+                f"{what} = {n} cannot be split over {self.size} ranks; use a number of ranks that divides it"
+            )
+        return n // self.size
+
+
+def init(device: torch.device) -> TensorParallel:
+    """The group torchrun started (RANK, WORLD_SIZE), or a group of one. NCCL on a GPU, gloo elsewhere."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return TensorParallel()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return TensorParallel(dist.get_rank(), size)
