@@ -1,0 +1,556 @@
+"""Hugging Face folder -> quantized Hugging Face folder: int8 and int4 by rounding to nearest, int4 by GPTQ.
+
+Knows the algorithms, how to stream a model block by block with its calibration activations, and how to leave a whole
+folder or none. Refuses to know what the formats look like inside (`formats.py`) and how names map (`checkpoint.py`).
+
+Memory: the weights of one block, the Hessian of one Linear (all its experts), the activations of the calibration and
+held-out rows, and one output shard.
+
+Source of the algorithm: GPTQ, Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. Three differences, each with its
+reason where it is: scales come from the updated block; act-order keeps groups in place; damping rises by itself.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import Loader, Weights, checkpoint_dtype, config_from_hf, read_config, resolve, sources
+from formats import QuantConfig, Quantized, Scheme, pack
+from generate import DEFAULT_CHECKPOINT, DTYPES, Parser, at_least, pick_device
+from linear import Linear, quantize_rtn
+from model import LayerCache, ModelConfig, Transformer
+from tokenizer import Tokenizer
+from tp import TensorParallel
+
+COPIED = [
+    "*token*",
+    "*.jinja",
+    "vocab*",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template*",
+    "LICEN[CS]E*",
+    "NOTICE*",
+]
+SHARD_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do to every Linear. mode: int8 (per row), int4 (per group, round to nearest), int4-gptq."""
+
+    mode: str = "int4-gptq"
+    group_size: int = 128
+    format: str = "compressed-tensors"
+    act_order: bool = False
+    clip_search: bool = False
+    quantize_head: bool = False
+    skip: tuple[str, ...] = ()
+    damp: float = 0.01
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the result is stored."""
+        form = "gptq" if self.format == "gptq" else "pack-quantized"
+        return Scheme(form, 8, -1, True) if self.mode == "int8" else Scheme(form, 4, self.group_size, True)
+
+
+def fit_scale(w: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
+    """4-bit symmetric scales [N] for groups w [N, g], rounded to dtype, as float32: amax / 7.5.
+
+    importance [g]: search the clipping ratio with the least squared error weighted so.
+    """
+    full = (w.abs().amax(1) / 7.5).clamp(min=2.0**-24)
+    if importance is None:
+        return full.to(dtype).float()
+    best, least = full, torch.full_like(full, math.inf)
+    for ratio in torch.linspace(1.07, 0.5, 20).tolist():  # 1.07: amax / 7, where nothing is clipped
+        s = (full * ratio).to(dtype).float()
+        error = w - (w / s[:, None]).round().clamp(-8, 7) * s[:, None]
+        error = (error.square() * importance).sum(1)
+        best, least = torch.where(error < least, s, best), torch.minimum(error, least)
+    return best
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float] | None:
+    """Upper triangular U with U.T @ U = inverse(hessian + damp * mean * I), and the damping that sufficed, or None.
+
+    With the inputs in reverse, one Cholesky factor gives H = R @ R.T with R upper triangular, and U = inverse(R): one
+    factorisation instead of the usual three.
+    """
+    diagonal = hessian.diagonal()
+    for _ in range(6):
+        damped = hessian.clone()
+        damped.diagonal().add_(damp * diagonal.mean())
+        damped.diagonal()[diagonal == 0] = 1.0  # a dead input: nothing propagates from it or to it
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        u = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower)).to(lower), upper=True)
+        if not int(failed) and bool(u.isfinite().all()):
+            return u, damp
+        damp *= 10
+    return None
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, settings: Settings, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float] | None:
+    """GPTQ to 4 bits of weight [N, K] for inputs X with hessian = X.T @ X [K, K], both float32.
+
+    Returns q int8 [N, K], scale [N, G] in scale_dtype and the damping used; None when no damping makes it solvable.
+    An input that calibration never activated (dead) is rounded to nearest: unseen is not unused.
+    """
+    n, k = weight.shape
+    size = k if settings.group_size == -1 else settings.group_size
+    order = torch.arange(k, device=weight.device)
+    if settings.act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order], settings.damp) if bool(hessian.isfinite().all()) else None
+    if factor is None:
+        return None
+    u, damp = factor
+    back, group = order.argsort(), (order // size).tolist()
+    # What GPTQ's loss charges for an error in each input, in processing order.
+    importance = u.diagonal().square().reciprocal() if settings.clip_search else None
+    w = weight.t()[order].contiguous()  # a row is an input
+    q, scale = torch.empty_like(w, dtype=torch.int8), torch.empty(k // size, n, device=w.device)
+
+    def set_scale(g: int, source: Tensor, rows: Tensor) -> None:
+        scale[g] = fit_scale(source[rows].t(), scale_dtype, None if importance is None else importance[rows])
+
+    if settings.act_order:  # the inputs of a group are scattered in the order, so its scale is fixed beforehand
+        for g in range(k // size):
+            set_scale(g, w, back[g * size : (g + 1) * size])
+    block = size if size < k and 128 % size and size % 128 else 128  # a group starts where a block does, or inside
+    for start in range(0, k, block):
+        stop = min(start + block, k)
+        errors = torch.empty(stop - start, n, device=w.device)
+        for j in range(start, stop):
+            if not settings.act_order and j % size == 0:  # from the block as updated so far
+                set_scale(j // size, w, order[j : j + size])
+            s = scale[group[j]]
+            q[j] = level = (w[j] / s).round_().clamp_(-8, 7)
+            errors[j - start] = error = (w[j] - level * s) / u[j, j]
+            w[j + 1 : stop].addr_(u[j, j + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(u[start:stop, stop:].t(), errors, alpha=-1)
+    return q[back].t().contiguous(), scale.t().to(scale_dtype).contiguous(), damp
+
+
+def relative_errors(weight: Tensor, approximation: Tensor, hessian: Tensor) -> tuple[float, float]:
+    """Relative root-mean-square error of the weight, and of the output on inputs with this hessian."""
+    d = weight - approximation
+    outputs = [float(((m @ hessian) * m).sum().clamp(min=1e-30)) for m in (d, weight)]
+    return float(d.norm() / weight.norm().clamp(min=1e-30)), math.sqrt(outputs[0] / outputs[1])
+
+
+@dataclass(frozen=True)
+class Target:
+    """One Linear to quantize: its path in the Transformer; [expert][part]: module on disk, rows, wanted or not."""
+
+    path: str
+    parts: list[list[tuple[str, int, bool]]]
+
+
+class Streams:
+    """Activations of rows of tokens before the next block: `calibration`, and held-out text `before` and `after`."""
+
+    def __init__(self, model: Transformer, calibration: Tensor, heldout: Tensor, tokens_at_once: int = 8192) -> None:
+        rows = max(1, tokens_at_once // calibration.shape[1])
+        self.model = model
+        self.heldout = list(heldout.split(rows)) if len(heldout) else []
+        self.calibration = [model.embed(part) for part in calibration.split(rows)]
+        self.before = [model.embed(part) for part in self.heldout]
+        self.after = [x.clone() for x in self.before]
+
+    def run(self, block: nn.Module, xs: list[Tensor], keep: bool = True) -> None:
+        """One block over all rows; keep: its outputs replace its inputs."""
+        config = self.model.config
+        for i, x in enumerate(xs):
+            positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+            shape = (x.shape[0], config.num_key_value_heads, x.shape[1], config.head_dim)
+            y = block(x, *self.model.rope(positions), positions, LayerCache(shape, x.device, x.dtype), x.shape[1])
+            xs[i] = y if keep else x
+
+    def head(self, xs: list[Tensor]) -> Iterator[Tensor]:
+        """Logits of all rows, a few hundred tokens at a time: with a vocabulary of 150,000 each takes 600 KB."""
+        for x in xs:
+            for h in x.flatten(0, 1).split(512):
+                yield self.model.lm_head(h, norm=self.model.norm).float()
+
+    def perplexity(self, xs: list[Tensor]) -> float | None:
+        """exp of the mean loss of every held-out token but the first of each row; None without held-out rows."""
+        wanted = [t for tokens in self.heldout for t in tokens[:, 1:].flatten().split(512)]
+        logits = self.head([x[:, :-1] for x in xs])
+        total = sum(float(F.cross_entropy(h, t, reduction="sum")) for h, t in zip(logits, wanted))
+        return math.exp(total / sum(map(len, wanted))) if wanted else None
+
+
+def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[int]]:
+    """X.T @ X / tokens, float32 [experts, K, K], of what `linear` sees while `run()` runs, and each expert's tokens."""
+    experts, k = max(linear.num_experts, 1), linear.in_features
+    total, counts = torch.zeros(experts, k, k, device=linear.weight.device), [0] * experts
+
+    def hook(_: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
+        x, norm, chosen = args[0], kwargs.get("norm"), kwargs.get("experts")
+        x = (x if norm is None else norm(x)).flatten(0, -2).float()
+        rows = chosen.unique().tolist() if isinstance(chosen, Tensor) else [chosen or 0]
+        for e in rows:
+            h = x[chosen == e] if isinstance(chosen, Tensor) else x
+            total[e].addmm_(h.t(), h)
+            counts[e] += len(h)
+
+    handle = linear.register_forward_pre_hook(hook, with_kwargs=True)
+    run()
+    handle.remove()
+    return total / torch.tensor(counts, device=total.device).clamp(min=1).view(-1, 1, 1), counts
+
+
+def quantize_linear_(
+    linear: Linear, target: Target, hessian: Tensor, counts: list[int], settings: Settings, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Quantize one Linear; its weight becomes the dequantized one. Returns the report's row, and tensors by name."""
+    scheme, notes, tensors, errors = settings.scheme, [], dict[str, Tensor](), []
+    for e, weight in enumerate(linear.weight if linear.num_experts else linear.weight[None]):
+        w, where = weight.float(), f"expert {e}: " if linear.num_experts else ""
+        if not bool(w.isfinite().all()):
+            raise ValueError(f"{target.parts[e][0][0]}.weight holds NaN or infinite values: the checkpoint is damaged")
+        chosen = nearest = Quantized(*quantize_rtn(w, scheme.bits, scheme.group_size, dtype), bits=scheme.bits)
+        if settings.mode == "int4-gptq":
+            if solved := gptq(w, hessian[e], settings, dtype):
+                chosen = Quantized(*solved[:2])
+                notes += [f"{where}damping raised to {solved[2]:g}"] * (solved[2] > settings.damp)
+            else:
+                notes.append(f"{where}not solvable, rounded to nearest")
+            if counts[e] < linear.in_features:
+                notes.append(f"{where}only {counts[e]} calibration tokens for {linear.in_features} inputs")
+        values = chosen.dequantize()
+        errors.append(
+            (*relative_errors(w, values, hessian[e]), relative_errors(w, nearest.dequantize(), hessian[e])[1])
+        )
+        start = 0
+        for name, rows, wanted in target.parts[e]:
+            span = slice(start, start := start + rows)
+            if wanted:
+                weight[span] = values[span]
+                part = pack(Quantized(chosen.q[span], chosen.scale[span], bits=scheme.bits), scheme)
+                tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in part.items()}
+    error, output, output_rtn = (math.sqrt(sum(e * e for e in column) / len(errors)) for column in zip(*errors))
+    report = {"name": target.path, "shape": list(linear.weight.shape), "tokens": sum(counts), "weight_error": error}
+    return report | {"output_error_rtn": output_rtn, "output_error": output, "notes": notes}, tensors
+
+
+def plan(model: Transformer, settings: Settings) -> tuple[list[Target], list[str]]:
+    """What to quantize, and the Linears on disk that stay plain.
+
+    ValueError for a group size that does not divide, and for a --skip pattern that matches nothing.
+    """
+    targets, plain, used, size = [], [], set[str](), settings.scheme.group_size
+    kv = model.config.num_key_value_heads * model.config.head_dim
+    for path, linear in model.named_modules():
+        if not isinstance(linear, Linear):
+            continue
+        n, parts = linear.out_features, []
+        for names in sources(path, model.config):
+            rows = {1: [n], 2: [n // 2] * 2, 3: [n - 2 * kv, kv, kv]}[len(names)]
+            hits = [[p for p in settings.skip if fnmatch.fnmatchcase(name, p)] for name in names]
+            used.update(*hits)
+            always = path.endswith("mlp.gate") or (path == "lm_head" and not settings.quantize_head)
+            parts.append([(name, r, not (always or hit)) for name, r, hit in zip(names, rows, hits)])
+        wanted = [name for row in parts for name, _, chosen in row if chosen]
+        plain += [name for row in parts for name, _, chosen in row if not chosen]
+        if wanted and size > 0 and linear.in_features % size:
+            raise ValueError(
+                f"{wanted[0]}: in_features {linear.in_features} is not a multiple of --group-size {size}: use one that "
+                f"divides it, or -1 (one group per row), or --skip '*.{wanted[0].rpartition('.')[2]}'"
+            )
+        if wanted:
+            targets.append(Target(path, parts))
+    if set(settings.skip) - used or not targets:
+        raise ValueError(
+            f"--skip {' '.join(settings.skip)}: {'a pattern matches no Linear' if targets else 'nothing is left'}"
+        )
+    return targets, plain
+
+
+class Writer:
+    """Collects tensors and writes them as safetensors shards of about SHARD_BYTES into `folder`."""
+
+    def __init__(self, folder: Path, replaced: set[str]) -> None:
+        self.folder, self.replaced = folder, replaced  # modules on disk whose `.weight` is not copied
+        self.waiting, self.size, self.shards = dict[str, Tensor](), 0, list[list[str]]()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """ValueError for a tensor with NaN or infinite values."""
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinite values: the checkpoint is damaged")
+        self.waiting[name] = tensor.to("cpu", copy=True).contiguous()
+        self.size += tensor.nbytes
+        if self.size >= SHARD_BYTES:
+            self.flush()
+
+    def copy(self, weights: Weights, prefix: str) -> None:
+        """The checkpoint's own tensors under `prefix`, unchanged."""
+        for name in weights:
+            if name.startswith(prefix) and name.removesuffix(".weight") not in self.replaced:
+                self.add(name, weights.slice(name)[:])
+
+    def flush(self) -> None:
+        self.shards.append(list(self.waiting))
+        save_file(self.waiting, self.folder / f"{len(self.shards)}.safetensors", metadata={"format": "pt"})
+        self.waiting, self.size = {}, 0
+
+    def finish(self) -> int:
+        """Give the shards their final names, with an index if they are several. Returns their bytes."""
+        self.flush()
+        count, where, total = len(self.shards), dict[str, str](), 0
+        for i, names in enumerate(self.shards, 1):
+            file = f"model-{i:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+            path = (self.folder / f"{i}.safetensors").rename(self.folder / file)
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+            total += path.stat().st_size
+            where |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            write_json(self.folder / "model.safetensors.index.json", index)
+        return total
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+@contextlib.contextmanager
+def complete_folder(output: Path, force: bool) -> Iterator[Path]:
+    """A hidden folder beside `output` that takes its name only if the body succeeds; what killed runs left is removed.
+
+    With force an existing folder is replaced. It waits under a hidden name for the instant between two renames; should
+    the program be killed just then, the next run puts it back first.
+    """
+    parent, hidden = output.absolute().parent, f".{output.name}.{os.getpid()}"
+    for stale in [*parent.glob(f".{output.name}.*.partial"), *parent.glob(f".{output.name}.*.old")]:
+        if not alive(int(stale.suffixes[-2][1:])):
+            if stale.suffix == ".old" and not output.exists():
+                stale.rename(output)
+            shutil.rmtree(stale, ignore_errors=True)
+    if output.exists() and not force:
+        raise ValueError(f"{output} exists: give another --output, or --force to replace it")
+    parent.mkdir(parents=True, exist_ok=True)
+    work, old = parent / f"{hidden}.partial", parent / f"{hidden}.old"
+    work.mkdir()
+    try:
+        yield work
+        if output.exists():
+            output.rename(old)
+        work.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this number runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def text_rows(file: Path, tokenizer: Tokenizer, config: ModelConfig, rows: int, length: int) -> Tensor:
+    """int64 [<= rows, length] of a text: tokenized whole, cut into pieces that follow BOS, taken evenly from it."""
+    bos, ids = tokenizer.encode("")[:1], tokenizer.encode(file.read_text("utf-8"), bos=False)
+    step = length - len(bos)
+    pieces = torch.tensor(ids[: len(ids) // step * step], dtype=torch.int64).view(-1, step)
+    rows, least = min(rows, len(pieces)), max(512, config.hidden_size)
+    if rows * step < least:
+        raise ValueError(
+            f"{file} gives {len(ids)} tokens, {rows * step} in {rows} rows of {length}: at least {least} are needed to "
+            "know this model's activations; use a longer text, more --rows or a smaller --row-length"
+        )
+    if int(pieces.max()) >= config.vocab_size:
+        raise ValueError(f"the tokenizer gives id {int(pieces.max())} to a model with vocab_size {config.vocab_size}")
+    pieces = pieces[torch.linspace(0, len(pieces) - 1, rows).long()]
+    return torch.cat((torch.tensor(bos, dtype=torch.int64).expand(rows, -1), pieces), 1)
+
+
+@torch.inference_mode()
+def stream(
+    loader: Loader, texts: tuple[Tensor, Tensor], settings: Settings, targets: list[Target], writer: Writer
+) -> dict[str, Any]:
+    """Quantize Linear after Linear, each for what the quantized ones before it make of the calibration rows; write all.
+
+    Returns the report: perplexity before and after, and a row for every Linear.
+    """
+    scale_dtype, report, model = checkpoint_dtype(read_config(loader.weights.folder)), [], empty(loader.config)
+
+    def quantize_(root: nn.Module, prefix: str, run: Callable[[], object]) -> None:
+        for target in targets:
+            if not target.path.startswith(prefix):
+                continue
+            started, linear = time.perf_counter(), root.get_submodule(target.path.removeprefix(prefix))
+            assert isinstance(linear, Linear)
+            row, tensors = quantize_linear_(linear, target, *hessians(linear, run), settings, scale_dtype)
+            report.append(row | {"seconds": time.perf_counter() - started})
+            say(report[-1])
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+
+    loader.fill_(model.embed_tokens, "embed_tokens")
+    model.init_rope_(loader.device)
+    streams = Streams(model, *texts)
+    for i, block in enumerate(tqdm(model.layers, desc="quantizing", unit="block", disable=None)):
+        loader.fill_(block, f"layers.{i}")
+        streams.run(block, streams.before)
+        quantize_(block, f"layers.{i}.", partial(streams.run, block, streams.calibration, keep=False))
+        writer.copy(loader.weights, f"model.layers.{i}.")
+        streams.run(block, streams.calibration)
+        streams.run(block, streams.after)
+        block.to_empty(device="meta")
+    loader.fill_(model.norm, "norm")
+    model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.clone(), requires_grad=False)
+    if not model.config.tie_word_embeddings:
+        loader.linear("lm_head", model.lm_head)
+    before = streams.perplexity(streams.before)
+    quantize_(model.lm_head, "lm_head", lambda: deque(streams.head(streams.calibration), maxlen=0))
+    for prefix in ("model.embed_tokens.", "model.norm.", "lm_head."):
+        writer.copy(loader.weights, prefix)
+    loader.finish()
+    return {"perplexity_before": before, "perplexity_after": streams.perplexity(streams.after), "layers": report}
+
+
+def empty(config: ModelConfig) -> Transformer:
+    """A Transformer without memory."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def say(row: dict[str, Any]) -> None:
+    """One line of the table on standard output."""
+    numbers = "".join(f"{row[key]:11.5f}" for key in ("weight_error", "output_error_rtn", "output_error"))
+    notes = row["notes"][:1] + [f"and {len(row['notes']) - 1} more notes"] * (len(row["notes"]) > 1)
+    shape = "x".join(map(str, row["shape"]))
+    tqdm.write(f"{row['name']:32}{shape:>18}{numbers}{row['seconds']:9.2f}  {'; '.join(notes)}".rstrip())
+
+
+def quantize(
+    checkpoint: str,
+    output: Path,
+    settings: Settings,
+    calibration: tuple[Path, int, int],
+    heldout: tuple[Path, int],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """A folder or Hub id -> a quantized folder. calibration: file, rows, tokens a row; heldout: file, tokens (or 0).
+
+    dtype: of the activations; None: the checkpoint's on a GPU, float32 on a CPU. Returns the report, as written beside
+    the weights. ValueError or OSError, one line, for all that is wrong with input or disk; nothing is left then.
+    """
+    folder = resolve(checkpoint)
+    hf = read_config(folder)
+    if "quantization_config" in hf or (folder / "quantize_config.json").exists():
+        raise ValueError(f"{folder} is quantized already: start from the unquantized checkpoint")
+    config, tokenizer, weights = config_from_hf(hf), Tokenizer.from_folder(folder), Weights(folder, device)
+    targets, plain = plan(empty(config), settings)
+    length = min(calibration[2], config.max_position_embeddings)
+    rows = text_rows(calibration[0], tokenizer, config, calibration[1], length)
+    held = text_rows(heldout[0], tokenizer, config, heldout[1] // length, length) if heldout[1] else rows[:0]
+    tqdm.write(f"calibration: {rows.numel()} tokens in {len(rows)} rows of {length}; held-out: {held.numel()} tokens")
+    tqdm.write(f"{'relative errors of':32}{'':18}{'weight':>11}{'output RTN':>11}{settings.mode:>11}  seconds")
+    dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint_dtype(hf))
+    loader = Loader(weights, config, None, TensorParallel(), device, dtype)
+    with complete_folder(output, force) as work:
+        replaced = {name for target in targets for row in target.parts for name, _, wanted in row if wanted}
+        writer = Writer(work, replaced)
+        report = stream(loader, (rows.to(device), held.to(device)), settings, targets, writer)
+        report["bytes_after"] = writer.finish()
+        report["bytes_before"] = sum((folder / file).stat().st_size for file in set(weights.where.values()))
+        for file in folder.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED):
+                shutil.copyfile(file, work / file.name)
+        hf["quantization_config"] = QuantConfig(((tuple(plain), None), (("Linear",), settings.scheme))).to_hf()
+        hf["tie_word_embeddings"] = config.tie_word_embeddings and not settings.quantize_head
+        write_json(work / "config.json", hf)
+        run = {"torch": torch.__version__, "device": device.type, "dtype": str(dtype), **asdict(settings)}
+        report |= run | {"calibration_tokens": rows.numel(), "heldout_tokens": held.numel()}
+        write_json(work / "quantization_report.json", report)
+    return report
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="quantize.py", description="Quantize a Hugging Face checkpoint.", allow_abbrev=False)
+    flag, data = argparse.BooleanOptionalAction, Path(__file__).resolve().parent / "data"
+    p.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision]")
+    p.add_argument("--mode", choices=("int8", "int4", "int4-gptq"), required=True)
+    p.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128, -1), default=128, help="of int4; -1: one group per row"
+    )
+    p.add_argument("--output", type=Path, help="folder to write (default: NAME-MODE here)")
+    p.add_argument("--force", action="store_true", help="replace an existing --output")
+    p.add_argument("--format", choices=("compressed-tensors", "gptq"), default="compressed-tensors")
+    p.add_argument("--calibration", type=Path, default=data / "calibration.txt", metavar="FILE", help="any UTF-8 text")
+    p.add_argument("--rows", type=at_least(1), help="calibration rows (default: 128; 8 where they only measure errors)")
+    p.add_argument("--row-length", type=at_least(16), default=2048, help="tokens in a row, at most the model's context")
+    p.add_argument("--heldout", type=Path, default=data / "heldout.txt", metavar="FILE", help="text for the perplexity")
+    p.add_argument("--heldout-tokens", type=at_least(0), default=32768, help="0: no perplexity")
+    p.add_argument("--act-order", action=flag, default=False, help="GPTQ: inputs with large activations first")
+    p.add_argument("--clip-search", action=flag, default=False, help="GPTQ: search the range of every group")
+    p.add_argument(
+        "--quantize-head", action=flag, default=False, help="lm_head too (a tied one becomes a tensor of its own)"
+    )
+    p.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="Linears to leave, such as '*.layers.0.*'")
+    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="of activations; auto: as in generate.py")
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 bad input or a full disk (one line), 130 interrupted."""
+    args = parse(argv)
+    size = args.group_size if args.mode != "int8" else -1
+    try:
+        settings = Settings(
+            args.mode, size, args.format, args.act_order, args.clip_search, args.quantize_head, tuple(args.skip)
+        )
+        name = f"{Path(args.checkpoint.partition('@')[0]).name}-{args.mode}"
+        rows = args.rows or (128 if args.mode == "int4-gptq" else 8)
+        calibration, heldout = (args.calibration, rows, args.row_length), (args.heldout, args.heldout_tokens)
+        output, device = args.output or Path(name), pick_device(args.device)
+        report = quantize(
+            args.checkpoint, output, settings, calibration, heldout, device, DTYPES[args.dtype], args.force
+        )
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        print(f"quantize.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    before, after = (report[f"perplexity_{when}"] for when in ("before", "after"))
+    print(f"{output}: {report['bytes_before'] / 1e6:.1f} MB -> {report['bytes_after'] / 1e6:.1f} MB")
+    if before:
+        print(f"held-out perplexity: {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.2f}%)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
