@@ -1,0 +1,197 @@
+"""The twins against plain formulas; every Triton kernel against its twin, on a GPU or in Triton's CPU interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not kernels.interpreted() else "cpu")
+DTYPES = (
+    [torch.float16] if kernels.interpreted() else [torch.bfloat16, torch.float16]
+)  # the interpreter truncates to bf16
+needs_kernels = pytest.mark.skipif(not kernels.supported(DEVICE), reason="needs a GPU or Triton's interpreter")
+
+
+def test_kernels_in_the_interpreter():
+    """Runs the difference tests of this file in a process of its own: Triton reads the variable when it is imported."""
+    if kernels.triton is None:
+        pytest.skip("needs Triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", __file__, "-k", "equals_twin", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout
+
+
+def relative_error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (3, 48, 192), (2, 2, 16, 128)])
+def test_int4_packing_round_trip(shape):
+    q = torch.randint(-8, 8, shape, dtype=torch.int8)
+    packed = kernels.pack_int4(q)
+    assert packed.dtype == torch.int32 and packed.numel() * 8 == q.numel()
+    assert torch.equal(kernels.unpack_int4(packed), q)
+
+
+def test_int4_packing_pads_with_zeros():
+    q = torch.randint(-8, 8, (40, 96), dtype=torch.int8)
+    wide = kernels.unpack_int4(kernels.pack_int4(q))
+    assert wide.shape == (48, 128)
+    assert torch.equal(wide[:40, :96], q)
+    assert wide.int().abs().sum() == q.int().abs().sum()
+
+
+def make_linear(fmt, m, n, k, dtype, experts=0, seed=0):
+    """Random operands and the [.., N, K] float64 matrix they stand for; formats: dense, int8, g<size>, z = zeros."""
+    gen = torch.Generator().manual_seed(seed)
+    lead = (experts,) if experts else ()
+    x = torch.randn(m, k, generator=gen).to(dtype)
+    if fmt == "dense":
+        w = torch.randn(*lead, n, k, generator=gen).to(dtype) / k**0.5
+        return x, w, None, None, w.double()
+    if fmt == "int8":
+        w = torch.randint(-128, 128, (*lead, n, k), generator=gen, dtype=torch.int8)
+        scale = ((torch.rand(*lead, n, generator=gen) + 0.5) / 80 / k**0.5).to(dtype)
+        return x, w, scale, None, w.double() * scale.double()[..., None]
+    group = int(fmt.strip("gz") or k)
+    q = torch.randint(-8, 8, (*lead, n, k), generator=gen, dtype=torch.int8)
+    scale = ((torch.rand(*lead, n, k // group, generator=gen) + 0.5) / 5 / k**0.5).to(dtype)
+    zero = torch.randint(-8, 8, scale.shape, generator=gen).to(dtype) if "z" in fmt else None
+    centered = q.double() - (0 if zero is None else zero.double().repeat_interleave(group, -1))
+    w = centered * scale.double().repeat_interleave(group, -1)
+    return x, kernels.pack_int4(q), scale, zero, w
+
+
+def expected_linear(x, w, bias, norm_weight, eps, residual, silu_mul, experts):
+    x = x.double()
+    if norm_weight is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm_weight.double()
+    y = x @ w.T if experts is None else torch.stack([w[e] @ row for e, row in zip(experts.tolist(), x)])
+    if bias is not None:
+        y = y + bias.double()
+    if silu_mul:
+        gate, up = y.chunk(2, -1)
+        y = gate * gate.sigmoid() * up
+    return y if residual is None else y + residual.double()
+
+
+def check_linear(
+    function, fmt, m, n, k, dtype, device, bound, norm=False, bias=False, silu_mul=False, residual=False, experts=0
+):
+    x, weight, scale, zero, w = make_linear(fmt, m, n, k, dtype, experts)
+    norm_weight = (torch.rand(k) + 0.5).to(dtype) if norm else None
+    b = torch.randn(n).to(dtype) if bias else None
+    r = torch.randn(m, n // 2 if silu_mul else n).to(dtype) if residual else None
+    chosen = torch.randint(0, experts, (m,)) if experts else None
+    move = [t if t is None else t.to(device) for t in (x, weight, scale, zero, b, norm_weight, r, chosen)]
+    y = function(*move[:5], norm_weight=move[5], eps=1e-5, residual=move[6], silu_mul=silu_mul, experts=move[7])
+    assert y.dtype == dtype
+    assert relative_error(y.cpu(), expected_linear(x, w, b, norm_weight, 1e-5, r, silu_mul, chosen)) < bound
+
+
+FORMATS = ["dense", "int8", "g32", "g64", "g128", "g", "g64z", "gz"]
+EXTRAS = [{}, {"norm": True, "silu_mul": True}, {"bias": True, "residual": True}, {"experts": 3, "norm": True}]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("extra", EXTRAS, ids=str)
+def test_linear_twin_is_the_formula(fmt, extra):
+    check_linear(kernels.linear_reference, fmt, 5, 64, 256, torch.float32, "cpu", 1e-5, **extra)
+
+
+SHAPES = [(1, 64, 256), (3, 48, 1152), (9, 96, 640), (16, 32, 2176), (8, 40, 384)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_linear_equals_twin(dtype, fmt, shape):
+    (m, n, k), extra = SHAPES[shape], EXTRAS[(shape + FORMATS.index(fmt)) % len(EXTRAS)]
+    bound = 8e-3 if dtype == torch.bfloat16 else 2e-3
+    check_linear(kernels.linear, fmt, m, n, k, dtype, DEVICE, bound, **extra)
+
+
+# batch, T, H, Hkv, Dh, slots, first positions, window, q and k norm
+ATTENTIONS = [
+    (1, 1, 4, 4, 64, 128, [5], 0, False),
+    (1, 1, 8, 2, 128, 512, [300], 0, True),
+    (2, 3, 6, 2, 64, 640, [0, 500], 0, True),
+    (1, 16, 8, 1, 64, 300, [200], 0, False),
+    (2, 2, 4, 4, 48, 300, [7, 270], 64, False),
+    (1, 5, 4, 2, 8, 128, [100], 0, False),
+    (1, 2, 4, 1, 256, 300, [77], 0, True),
+]
+
+
+def make_attention(b, t, h, hkv, dim, slots, first, dtype, norm):
+    gen = torch.Generator().manual_seed(slots + t)
+    qkv = torch.randn(b * t, (h + 2 * hkv) * dim, generator=gen).to(dtype)
+    angle = torch.rand(b * t, dim // 2, generator=gen) * 6
+    positions = torch.tensor(first)[:, None] + torch.arange(t)
+    caches = [torch.randn(b, hkv, slots, dim, generator=gen).to(dtype) for _ in range(2)]
+    norms = [(torch.rand(dim, generator=gen) + 0.5).to(dtype) if norm else None for _ in range(2)]
+    return qkv, angle.cos(), angle.sin(), positions, *caches, *norms
+
+
+def naive_attention(qkv, cos, sin, positions, k_cache, v_cache, q_norm, k_norm, eps, window):
+    """One token, one head at a time, in float64; caches are changed in place."""
+    (b, t), (hkv, _, dim) = positions.shape, k_cache.shape[1:]
+    heads = qkv.double().view(b, t, -1, dim)
+    h = heads.shape[2] - 2 * hkv
+    out = torch.empty(b, t, h, dim, dtype=torch.float64)
+
+    def prepare(x, norm, i):
+        x = x if norm is None else x / (x.square().mean() + eps).sqrt() * norm.double()
+        x1, x2 = x.chunk(2)
+        c, s = cos[i].double(), sin[i].double()
+        return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s])
+
+    for i in range(b):
+        for j in range(t):
+            p = int(positions[i, j])
+            for kv in range(hkv):
+                k_cache[i, kv, p] = prepare(heads[i, j, h + kv], k_norm, i * t + j)
+                v_cache[i, kv, p] = heads[i, j, h + hkv + kv]
+            low = max(0, p - window + 1) if window else 0
+            for head in range(h):
+                kv = head // (h // hkv)
+                scores = k_cache[i, kv, low : p + 1] @ prepare(heads[i, j, head], q_norm, i * t + j) / dim**0.5
+                out[i, j, head] = scores.softmax(0) @ v_cache[i, kv, low : p + 1]
+    return out.view(b * t, h * dim)
+
+
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_attention_twin_is_the_formula(case):
+    b, t, h, hkv, dim, slots, first, window, norm = case
+    args = make_attention(b, t, h, hkv, dim, slots, first, torch.float32, norm)
+    wanted_args = [a.double() if i in (4, 5) else a for i, a in enumerate(args)]
+    got = kernels.decode_attention_reference(*args, eps=1e-5, window=window)
+    wanted = naive_attention(*wanted_args, eps=1e-5, window=window)
+    assert relative_error(got, wanted) < 1e-5
+    assert all(relative_error(args[i], wanted_args[i]) < 1e-6 for i in (4, 5))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_attention_equals_twin(dtype, case):
+    b, t, h, hkv, dim, slots, first, window, norm = case
+    args = [a if a is None else a.to(DEVICE) for a in make_attention(b, t, h, hkv, dim, slots, first, dtype, norm)]
+    wanted_args = [a if a is None or not a.is_floating_point() else a.float() for a in args]
+    got = kernels.decode_attention(*args, eps=1e-5, window=window)
+    wanted = kernels.decode_attention_reference(*wanted_args, eps=1e-5, window=window)
+    bound = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    assert relative_error(got, wanted) < bound
+    assert all(relative_error(args[i], wanted_args[i]) < bound for i in (4, 5))
+    changed = (
+        (args[4] != wanted_args[4].to(dtype)).any(-1).any(1).nonzero()
+    )  # rounding may differ, but only in new slots
+    assert all(first[i] <= slot < first[i] + t for i, slot in changed.tolist())
