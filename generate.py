@@ -7,6 +7,7 @@ Knows how to drive a model fast. Refuses to know its mathematics (`model.py`), i
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -131,9 +132,8 @@ class State:
         self.position = torch.zeros((batch_size, 1), dtype=torch.int64, device=device)
         self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.knobs = torch.ones(3, device=device)
-        self.out = torch.zeros(
-            (batch_size, max_seq_len), dtype=torch.int64, device=device
-        )  # column i: the i-th step's tokens
+        # column i: the i-th step's tokens
+        self.out = torch.zeros((batch_size, max_seq_len), dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
 
 
@@ -175,6 +175,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk or (max(min(windows), 512) if windows else 0)
         self.sync_every = 8 if self.device.type == "cuda" else 1
         self.cache: KVCache | None = None
+        self.max_seq_len = model.config.max_position_embeddings
         self.state = State(0, 0, self.device)
         self._programs: dict[tuple[Any, ...], Callable[[], None]] = {}
         self._cached: list[int] = []
@@ -232,25 +233,27 @@ class Engine:
                     "a prompt that uses one beyond is refused",
                     file=sys.stderr,
                 )
-            options.setdefault("defaults", SamplingParams(**checkpoint.default_sampling(folder)))
+            options.setdefault("defaults", SamplingParams(**dict[str, Any](checkpoint.default_sampling(folder))))
             engine = cls(model, tokenizer, use_kernels=use_kernels, **options)
         if max_seq_len is not None:
-            engine.reserve(batch_size, max_seq_len)
+            engine.limit(batch_size, max_seq_len)
         engine.stats.load_s = time.perf_counter() - start
         return engine
 
     # -- memory ----------------
 
+    def limit(self, batch_size: int, max_seq_len: int) -> None:
+        """Reserve the cache now, and let no sequence grow beyond it."""
+        self.reserve(batch_size, max_seq_len)
+        self.max_seq_len = max_seq_len
+
     def reserve(self, batch_size: int, max_seq_len: int) -> None:
         """Make sure that the cache holds batch_size rows of max_seq_len slots. ValueError, before allocating, when it
         cannot.
         """
-        if self.cache is not None and (self.cache.batch_size, self.cache.max_seq_len >= max_seq_len) == (
-            batch_size,
-            True,
-        ):
+        cache, config = self.cache, self.model.config
+        if cache is not None and cache.batch_size == batch_size and cache.max_seq_len >= max_seq_len:
             return
-        config = self.model.config
         if not 0 < max_seq_len <= config.max_position_embeddings:
             kind = " (rope_type dynamic is exact up to there)" if config.rope.rope_type == "dynamic" else ""
             raise ValueError(
@@ -414,16 +417,18 @@ class Engine:
     ) -> Iterator[Increment]:
         """Continue every prompt (text or ids); yields increments as they come, row by row, until every row has ended.
 
-        Each row's draws depend on (seed, row, position) alone. Generation ends at the model's context at the latest.
+        Each row's draws depend on (seed, row, position) alone. Generation ends at max_seq_len (that of `load`, else the
+        model's context) at the latest.
         ValueError for a prompt that does not fit, and for logits that are not finite.
         """
         sampling, rows = sampling or self.defaults, self.encode(prompts)
         longest, context = max(map(len, rows)), self.model.config.max_position_embeddings
-        if longest >= context:
+        if longest >= self.max_seq_len:
             raise ValueError(
-                f"the prompt has {longest} tokens; the model's context of {context} leaves no room to continue"
+                f"the prompt has {longest} tokens; --max-seq-len {self.max_seq_len} (the model's context: {context}) "
+                "leaves no room to continue"
             )
-        limit = min(max_new_tokens, context - longest)
+        limit = min(max_new_tokens, self.max_seq_len - longest)
         self.reserve(len(rows), longest + limit)
         self.stats = Stats(load_s=self.stats.load_s, batch_size=len(rows))
         state, structure, known = self.state, sampling.structure, 0
@@ -517,7 +522,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -614,67 +619,64 @@ def peak_host_bytes() -> int:
     return 0
 
 
-def run(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> None:
+def run(engine: Engine, args: argparse.Namespace, sampling: SamplingParams, texts: list[str]) -> int:
     """Generate once and print: one answer streams; several come whole, in order; --json prints objects and nothing
-    else.
+    else. Returns the exit status; Ctrl-C ends the answers as they are.
     """
-    prompts = engine.encode(read_prompts(args))
-    options = {
-        "max_new_tokens": args.max_new_tokens,
-        "stop": args.stop,
-        "ignore_eos": args.ignore_eos,
-        "seed": args.seed,
-    }
-    text, ids, reasons = [""] * len(prompts), [[] for _ in prompts], ["interrupted"] * len(prompts)
+    prompts = engine.encode(texts)
+    text, reasons = [""] * len(prompts), ["interrupted"] * len(prompts)
+    ids: list[list[int]] = [[] for _ in prompts]
     streaming = len(prompts) == 1 and not args.json
-    try:
-        for piece in engine.generate(prompts, sampling, **options):
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in engine.generate(prompts, sampling, **options(args), seed=args.seed):
             text[piece.row] += piece.text
             ids[piece.row] += piece.ids
             reasons[piece.row] = piece.stop_reason or reasons[piece.row]
             if streaming:
                 print(piece.text, end="", flush=True)
-    finally:
-        for row, prompt in enumerate(prompts):
-            if args.json:
-                record = {"text": text[row], "ids": ids[row], "prompt_ids": prompt, "stop_reason": reasons[row]}
-                record |= {"ttft_ms": engine.stats.ttft_s * 1e3, "decode_tok_s": engine.stats.decode_tok_s}
-                print(json.dumps(record, ensure_ascii=False))
-            elif not streaming:
-                print(f"[{row + 1}]{text[row]}\n")
-        if streaming:
-            print(flush=True)
-        print(summary(engine), file=sys.stderr)
+    for row, prompt in enumerate(prompts):
+        if args.json:
+            record: dict[str, Any] = {"text": text[row], "ids": ids[row], "prompt_ids": prompt}
+            record |= {"stop_reason": reasons[row], "ttft_ms": engine.stats.ttft_s * 1e3}
+            print(json.dumps(record | {"decode_tok_s": engine.stats.decode_tok_s}, ensure_ascii=False))
+        elif not streaming:
+            print(f"[{row + 1}]{text[row]}\n")
+    if streaming:
+        print(flush=True)
+    print(summary(engine), file=sys.stderr)
+    return 130 if "interrupted" in reasons else 0
 
 
-def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> None:
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "ignore_eos": args.ignore_eos}
+
+
+def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> int:
     """Turns until end of file. Ctrl-C ends the answer, which stays in the conversation as far as it came."""
     tokenizer = engine.tokenizer
     if not isinstance(tokenizer, Tokenizer) or not tokenizer.has_chat_template:
         raise ValueError("this checkpoint has no chat template; leave out --chat and use --prompt")
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "ignore_eos": args.ignore_eos}
-    for turn in range(1 << 30):
+    for turn in itertools.count(args.seed):
         try:
             messages.append({"role": "user", "content": input("> ")})
         except (EOFError, KeyboardInterrupt):
             print()
-            return
+            return 0
         ids, answer = tokenizer.encode_chat(messages), ""
-        room = engine.cache.max_seq_len - len(ids) if engine.cache else 0
-        if room < 1:
+        if len(ids) >= engine.max_seq_len:
             raise ValueError(
-                f"the conversation has {len(ids)} tokens and --max-seq-len is {len(ids) + room}; start a new one"
+                f"the conversation has {len(ids)} tokens and --max-seq-len is {engine.max_seq_len}; start a new one"
             )
-        options |= {"max_new_tokens": min(args.max_new_tokens, room), "seed": args.seed + turn}
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in engine.generate([ids], sampling, **options):
+            for piece in engine.generate([ids], sampling, **options(args), seed=turn):
                 answer += piece.text
                 print(piece.text, end="", flush=True)
         print()
         messages.append({"role": "assistant", "content": answer})
         if sys.stdin.isatty():
             print(summary(engine), file=sys.stderr)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -690,7 +692,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p") if getattr(args, n) is not None
         }
         SamplingParams(**chosen)  # a bad value is refused before anything is loaded
-        prompts = 1 if args.chat else len(read_prompts(args))
+        prompts = [] if args.chat else read_prompts(args)
+        if args.profile:
+            Path(args.profile).touch()  # refused now, not after the generation
         engine = Engine.load(
             args.checkpoint,
             device=args.device,
@@ -698,7 +702,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             kernel_choice=args.kernels,
             shape=args.shape,
             max_seq_len=args.max_seq_len,
-            batch_size=prompts,
+            batch_size=len(prompts) or 1,
             progress=sys.stderr.isatty(),
             compile=args.compile,
             compile_prefill=args.compile_prefill,
@@ -706,11 +710,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         sampling = replace(engine.defaults, **chosen)
         if args.chat and args.max_seq_len is None:
-            engine.reserve(1, min(engine.model.config.max_position_embeddings, 8192))
+            engine.limit(1, min(engine.max_seq_len, 8192))
         rank = engine.model.tp.rank  # one rank speaks
         trace = torch.profiler.profile() if args.profile else contextlib.nullcontext()
         with trace, open(os.devnull, "w") as null, contextlib.redirect_stdout(null if rank else sys.stdout):
-            (chat if args.chat else run)(engine, args, sampling)
+            status = chat(engine, args, sampling) if args.chat else run(engine, args, sampling, prompts)
         if isinstance(trace, torch.profiler.profile):
             trace.export_chrome_trace(args.profile)
     except KeyboardInterrupt:
@@ -718,7 +722,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 if __name__ == "__main__":
