@@ -83,9 +83,10 @@ class Linear(nn.Module):
         experts: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """x [..., K] -> [..., N], or [..., N/2] with silu_mul. experts: one for all, or int64 [M] with x [M, K]."""
-        operands = self.operands()
+        weight, scale, zero = self.operands()
         if isinstance(experts, int):
-            operands, experts = tuple(t if t is None else t[experts] for t in operands), None
+            one, experts = experts, None
+            weight, scale, zero = (t if t is None else t[one] for t in (weight, scale, zero))
         rows = x.reshape(-1, self.in_features)
         added = None if residual is None else residual.reshape(-1, residual.shape[-1])
         fused = self.use_kernels and (rows.shape[0] <= kernels.MAX_ROWS or experts is not None)
@@ -94,7 +95,9 @@ class Linear(nn.Module):
         y = [
             (kernels.linear if fused else kernels.linear_reference)(
                 rows[part],
-                *operands,
+                weight,
+                scale,
+                zero,
                 self.bias,
                 norm_weight=None if norm is None else norm.weight,
                 eps=0.0 if norm is None else norm.eps,
