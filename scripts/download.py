@@ -1,0 +1,33 @@
+"""Downloads a checkpoint's files from the Hugging Face Hub into its cache and prints the folder.
+
+    python scripts/download.py ORG/NAME[@REVISION]
+
+Takes the safetensors, the configuration, the tokenizer and the licence, never pickled weights. Which files those are,
+and what each failure means, is `checkpoint.resolve`'s knowledge, which `--checkpoint` uses as well.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules are used from the checkout, not installed
+
+from checkpoint import resolve  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="download.py", description="Download a checkpoint and print its folder.")
+    parser.add_argument("checkpoint", metavar="ORG/NAME[@REVISION]")
+    checkpoint = parser.parse_args().checkpoint
+    try:
+        folder = resolve(checkpoint)
+        if next(folder.glob("*.safetensors"), None) is None:
+            raise FileNotFoundError(f"{checkpoint} holds no *.safetensors (other weight formats are not supported)")
+    except FileNotFoundError as error:
+        print(f"download.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()
