@@ -1,0 +1,393 @@
+"""Measures decoding, prefill and the cost of more rows against the device's memory bandwidth.
+
+    python scripts/benchmark.py --shape llama-2-7b --mode int4
+    python scripts/benchmark.py --checkpoint DIR_OR_HUB_ID
+
+Prints a table and, last, one JSON line; appends the same numbers to `benchmarks/decode.csv` (and `prefill.csv`,
+`rows.csv` beside it). Knows clocks, bytes and bandwidths. Refuses to know how a step is run: it times
+`Engine.generate` as a user calls it, sampling and host loop included, the device synchronised only at the two ends of
+the loop. Under torchrun every rank takes part, the first one reports, and bytes are those of one rank.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
+
+import checkpoint  # noqa: E402
+import kernels  # noqa: E402
+import tp  # noqa: E402
+from generate import DTYPES, Engine, Ids, Parser, at_least, peak_host_bytes, pick_device, private_copy  # noqa: E402
+from linear import Linear  # noqa: E402
+from sampling import SamplingParams, sample  # noqa: E402
+
+# Bytes per second that the best read-only kernel reached; a slower measurement must not flatter MBU.
+KNOWN_READ = {"NVIDIA H200": 4.68e12}
+BITS = {"bf16": 16, "int8": 8, "int4": 4}
+
+
+def numbers(text: str) -> list[int]:
+    """An argparse type: 2048,8192 -> [2048, 8192]."""
+    return [at_least(1)(part) for part in text.split(",")]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="benchmark.py", description="Measure decoding against memory bandwidth.", allow_abbrev=False)
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--shape", choices=tuple(checkpoint.SHAPES), help="a named shape with random weights")
+    which.add_argument("--checkpoint", help="folder or Hub id")
+    p.add_argument("--mode", choices=tuple(BITS), help="weights of a --shape (default bf16: not quantized)")
+    p.add_argument("--group-size", type=int, default=128, help="of int4; -1 is one group a row")
+    for name, default in (("batch", 1), ("prompt-len", 5), ("new-tokens", 200), ("repeats", 4)):
+        p.add_argument(f"--{name}", type=at_least(1 + (name == "new-tokens")), default=default)
+    p.add_argument("--cache-len", type=at_least(1), help="cache slots (default: what the run needs)")
+    p.add_argument("--top-k", type=int, default=200)
+    p.add_argument("--temperature", type=float, default=0.8)
+    p.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    p.add_argument("--compile-prefill", action="store_true")
+    p.add_argument("--compile-twice", action="store_true", help="build again, from the caches, for compile_s_warm")
+    p.add_argument("--prefill", type=numbers, default=[], metavar="T,T", help="also time prefills of these lengths")
+    rows = "also time steps of this many rows of one sequence against one (default 1,2,4,8,16)"
+    p.add_argument(
+        "--rows-table", type=numbers, nargs="?", const=[1, 2, 4, 8, 16], default=[], metavar="M,M", help=rows
+    )
+    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    p.add_argument("--csv", metavar="FILE", default=str(ROOT / "benchmarks" / "decode.csv"))
+    p.add_argument("--no-csv", action="store_true", help="append no row")
+    p.add_argument("--commit", metavar="HASH", help="what to record where there is no git repository")
+    args = p.parse_args(argv)
+    if args.checkpoint and args.mode:
+        p.error("--mode goes with --shape: a checkpoint brings its own weight format")
+    if args.rows_table and (args.rows_table[0] != 1 or max(args.rows_table) > kernels.MAX_ROWS):
+        p.error(f"--rows-table starts with 1 and goes to {kernels.MAX_ROWS} at most, not {args.rows_table}")
+    return args
+
+
+# -- the device ----------------
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def seconds(run: Callable[[], object], device: torch.device, times: int) -> float:
+    """Seconds of one of `times` runs queued back to back, the device synchronised at the two ends."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - began) / times
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that the fastest of a few read-only reductions reaches, over 8.6 GB on a GPU."""
+    x = torch.ones((1 << (17 if device.type == "cuda" else 12), 1 << 14), device=device)  # float32: 8.6 GB or 0.27 GB
+    candidates: list[Callable[[], object]] = [x.sum, lambda: x.sum(1)]
+    if device.type == "cuda":
+        candidates.append(torch.compile(lambda: x.sum(1)))
+    for run in candidates:
+        run()
+    return max(x.nbytes / min(seconds(run, device, 3) for _ in range(4)) for run in candidates)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of one 8192^3 matrix product (512^3 off the GPU) in `dtype`."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    seconds(lambda: a @ b, device, 3)
+    return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device, 10) for _ in range(4))
+
+
+def process_seconds() -> float:
+    """Since this process started, imports included (Linux; elsewhere since the clock was first read)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return time.process_time()
+
+
+# -- what is measured ----------------
+
+
+def build(args: argparse.Namespace, device: torch.device) -> Engine:
+    """The engine of a checkpoint, or of a named shape with random weights in the asked format."""
+    options = {"compile": args.compile, "compile_prefill": args.compile_prefill}
+    if args.checkpoint:
+        return Engine.load(args.checkpoint, device=device.type, dtype=args.dtype, kernel_choice=args.kernels, **options)
+    if args.kernels == "triton" and not kernels.supported(device):
+        raise ValueError(f"--kernels triton needs Triton and a CUDA device of capability 8.0 or newer, not {device}")
+    config = checkpoint.shape_config(args.shape)
+    if args.group_size != -1 and (args.group_size < 1 or config.hidden_size % args.group_size):
+        raise ValueError(f"--group-size {args.group_size} does not divide hidden_size {config.hidden_size}")
+    model = checkpoint.random_model(
+        config,
+        bits=BITS[args.mode or "bf16"],
+        group_size=args.group_size,
+        tp=tp.init(device),
+        device=device,
+        dtype=DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else torch.bfloat16),
+        use_kernels=args.kernels != "inductor" and kernels.supported(device),
+    )
+    return Engine(model, Ids(config.vocab_size), use_kernels=model.lm_head.use_kernels, **options)
+
+
+def random_prompts(engine: Engine, batch: int, length: int, seed: int) -> list[list[int]]:
+    """Ids that differ from run to run at the first one, so that no run finds its prompt in the cache."""
+    g = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(engine.model.config.vocab_size, (batch, length), generator=g)
+    prompts[:, 0] = seed % engine.model.config.vocab_size
+    return prompts.tolist()
+
+
+def decode(engine: Engine, args: argparse.Namespace, seed: int) -> tuple[float, float, float]:
+    """One whole generation: (seconds to the first token, decode seconds, seconds of building programs)."""
+    sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k)
+    prompts = random_prompts(engine, args.batch, args.prompt_len, seed)
+    for _ in engine.generate(prompts, sampling, max_new_tokens=args.new_tokens, ignore_eos=True, seed=seed):
+        pass
+    if engine.stats.decode_steps != args.new_tokens - 1:
+        context = engine.model.config.max_position_embeddings
+        raise ValueError(f"{args.prompt_len} + {args.new_tokens} tokens do not fit the context of {context}")
+    return engine.stats.ttft_s, engine.stats.decode_s, engine.stats.compile_s
+
+
+def measure_decode(engine: Engine, args: argparse.Namespace, bandwidth: float, spent: float) -> dict[str, Any]:
+    """A warm-up, which compiles, then the median of the timed runs. spent: seconds so far that were not start-up."""
+    if args.cache_len:
+        engine.reserve(args.batch, args.cache_len)
+    counters.clear()
+    _, _, compile_s = decode(engine, args, seed=1)
+    first_token_s = process_seconds() - spent - engine.stats.decode_s
+    cold = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"] > 0
+    runs = [decode(engine, args, seed) for seed in range(2, 2 + args.repeats)]
+    ttft, decode_s, total = (statistics.median(x) for x in zip(*((a, b, a + b) for a, b, _ in runs)))
+    memory = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else peak_host_bytes()
+    rate = engine.stats.decode_steps / decode_s
+    return {
+        **{key: getattr(args, key) for key in ("batch", "prompt_len", "new_tokens", "top_k", "temperature", "repeats")},
+        "cache_len": engine.state.out.shape[1],
+        "decode_tok_s": args.batch * rate,
+        "total_tok_s": args.batch * args.new_tokens / total,  # the prefill's seconds counted in
+        "tpot_ms": 1e3 / rate,
+        "ttft_ms": 1e3 * ttft,
+        "prefill_tok_s": args.batch * args.prompt_len / ttft,
+        "mfu": None,  # the longest --prefill's, and then prefill_tok_s too
+        "bytes_per_token": engine.stats.bytes_per_step // args.batch,
+        "read_gb_s": engine.stats.bytes_per_step * rate / 1e9,
+        "bandwidth_gb_s": bandwidth / 1e9,
+        "mbu": engine.stats.bytes_per_step * rate / bandwidth,
+        "compile_s_cold": compile_s if engine.compile and cold else None,
+        "compile_s_warm": compile_s if engine.compile and not cold else None,
+        "first_token_s": first_token_s,
+        "peak_memory_gb": memory / 1e9,
+    }
+
+
+def prefill_flops(engine: Engine, T: int) -> float:
+    """Of one prompt of T ids on this rank: the Linears (the head on one position) and causal attention."""
+    model, c = engine.model, engine.model.config
+    total = 0.0
+    for name, m in model.named_modules():
+        if isinstance(m, Linear):
+            uses = 1 if name == "lm_head" else T * (c.num_experts_per_tok if m.num_experts else 1)
+            total += 2.0 * uses * m.in_features * m.out_features
+    pairs = sum(T * (T + 1) / 2 if not w or w >= T else w * (T - w) + w * (w + 1) / 2 for w in c.windows)
+    return total + 4.0 * pairs * c.head_dim * c.num_attention_heads / model.tp.size
+
+
+def measure_prefill(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens per second of whole prompts, and MFU against a matrix product measured here."""
+    rate, out = matmul_rate(engine.device, engine.dtype), []
+    for T in args.prefill:
+        engine.reserve(args.batch, T)
+        prompts = random_prompts(engine, args.batch, T, seed=T)
+
+        def run(prompts: list[list[int]] = prompts) -> None:
+            engine.prefill(prompts)
+
+        run()
+        s = statistics.median(seconds(run, engine.device, 1) for _ in range(args.repeats))
+        mfu = args.batch * prefill_flops(engine, T) / s / rate
+        row = {"batch": args.batch, "prompt_len": T, "ms": 1e3 * s, "prefill_tok_s": args.batch * T / s}
+        out.append(row | {"matmul_tflop_s": rate / 1e12, "mfu": mfu})
+    return out
+
+
+def rows_program(engine: Engine, rows: int, position: int, sampling: SamplingParams) -> Callable[[], None]:
+    """A step of `rows` new tokens of one sequence from `position` on (a verification), each sampled: compiled and
+    captured as a decode step is.
+    """
+    model, cache, device = engine.model, engine.cache, engine.device
+    assert cache is not None
+    tokens = torch.randint(model.config.vocab_size, (1, rows), device=device)
+    positions = torch.arange(position, position + rows, device=device)[None]
+    seeds, out, knobs = torch.zeros_like(positions[0]), torch.zeros_like(positions[0]), sampling.knobs(device)
+    end = cache.max_seq_len if engine.use_kernels else max(128, 1 << (position + rows).bit_length())
+    end, structure = min(end, cache.max_seq_len), sampling.structure
+
+    def step() -> None:
+        logits = model(tokens, positions, cache, end=end)[0]
+        out.copy_(model.tp.broadcast(sample(logits, structure, knobs, seeds, positions[0])))
+
+    program = private_copy(step, f"rows_{rows}")
+    if engine.compile:
+        program = torch.compile(program, fullgraph=True)
+    if not engine.compile or device.type != "cuda":
+        program()
+        return program
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        program()
+        program()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        program()
+    return graph.replay
+
+
+def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds of a step of M rows, and how many one-row steps that is."""
+    position, times = args.prompt_len, 50 if engine.device.type == "cuda" else 3
+    engine.reserve(1, max(position + kernels.MAX_ROWS, args.cache_len or 1))
+    sampling, out = SamplingParams(temperature=args.temperature, top_k=args.top_k), []
+    for rows in args.rows_table:
+        program = rows_program(engine, rows, position, sampling)
+        s = statistics.median(seconds(program, engine.device, times) for _ in range(args.repeats + 1))
+        out.append({"position": position, "rows": rows, "ms": 1e3 * s})
+        out[-1]["ratio"] = out[-1]["ms"] / out[0]["ms"]
+    return out
+
+
+# -- the report ----------------
+
+
+def commit_hash() -> str:
+    """Short hash, +dirty with uncommitted changes outside benchmarks/; unknown where there is no repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--", ".", ":!benchmarks")
+        return git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows under the header, which is their keys; the file is replaced whole. ValueError for another header."""
+    columns = list(rows[0])
+    text = path.read_text("utf-8") if path.is_file() else ",".join(columns) + "\n"
+    if text.splitlines()[0].split(",") != columns:
+        raise ValueError(f"{path} has another header than {','.join(columns)}; give --csv another file")
+    buffer = io.StringIO()
+    csv.DictWriter(buffer, columns, lineterminator="\n").writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + buffer.getvalue(), "utf-8")
+    temporary.replace(path)
+
+
+def describe(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """The setting of a run: what every row of every CSV starts with."""
+    local = args.checkpoint and os.path.isdir(args.checkpoint)  # a folder's path is nobody's business
+    return {
+        "commit": args.commit or commit_hash(),
+        "device": device_name(engine.device),
+        "torch": torch.__version__,
+        "triton": getattr(kernels.triton, "__version__", None),
+        "tp": engine.model.tp.size,
+        "shape": Path(args.checkpoint).resolve().name if local else args.shape or args.checkpoint,
+        "mode": args.mode or ("bf16" if args.shape else "checkpoint"),
+        "group_size": args.group_size if args.mode == "int4" else None,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "kernels": "triton" if engine.use_kernels else "inductor" if engine.compile else "eager",
+        "compiled": engine.compile,
+    }
+
+
+def report(setting: dict[str, Any], tables: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
+    """Every table (decode, prefill, rows) on the screen and appended to its CSV; last the JSON line: the decode row,
+    with the others inside.
+    """
+    tables = json.loads(json.dumps(tables), parse_float=lambda text: float(f"{float(text):.5g}"))
+    (decoded,) = tables["decode"]
+    for key, value in (setting | decoded).items():
+        print(f"{key:>16}  {'-' if value is None else value}")
+    for name, rows in tables.items():
+        for row in [dict(zip(rows[0], rows[0])), *rows] if name != "decode" else []:
+            print(" ".join(f"{value:>14}" for value in row.values()))
+        if not args.no_csv:
+            path = Path(args.csv)
+            path = path if name == "decode" else path.with_name(f"{name}.csv")
+            append_csv(path, [setting | row for row in rows])
+    versions = {"torch": setting["torch"], "triton": setting["triton"], "gpu": setting["device"]}
+    del tables["decode"]
+    print(json.dumps(setting | decoded | tables | {"versions": versions}))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Bandwidth first, then the model, then whatever was asked for."""
+    SamplingParams(temperature=args.temperature, top_k=args.top_k)  # a bad value is refused before the work
+    device = pick_device(args.device)
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    bandwidth = max(read_bandwidth(device), KNOWN_READ.get(device_name(device), 0.0))
+    spent = time.perf_counter() - began
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    engine = build(args, device)
+    decoded = measure_decode(engine, args, bandwidth, spent)
+    tables = {"decode": [decoded]}
+    if args.rows_table:
+        tables["rows"] = measure_rows(engine, args)
+    if args.prefill:
+        tables["prefill"] = measure_prefill(engine, args)
+        decoded |= {key: tables["prefill"][-1][key] for key in ("prefill_tok_s", "mfu")}
+    if args.compile_twice and engine.compile:
+        torch._dynamo.reset()
+        again = Engine(engine.model, engine.tokenizer, use_kernels=engine.use_kernels, compile=True)
+        engine.cache = None
+        decoded["compile_s_warm"] = decode(again, args, seed=1)[2]
+    if engine.model.tp.rank == 0:
+        report(describe(engine, args), tables, args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 after one line on standard error for bad input."""
+    args = parse(argv)
+    try:
+        measure(args)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"benchmark.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
