@@ -106,7 +106,8 @@ def read_bandwidth(device: torch.device) -> float:
     x = torch.ones((1 << (17 if device.type == "cuda" else 12), 1 << 14), device=device)  # float32: 8.6 GB or 0.27 GB
     candidates: list[Callable[[], object]] = [x.sum, lambda: x.sum(1)]
     if device.type == "cuda":
-        candidates.append(torch.compile(lambda: x.sum(1)))
+        by_row = torch.compile(lambda rows: rows.sum(1))
+        candidates.append(lambda: by_row(x))
     for run in candidates:
         run()
     return max(x.nbytes / min(seconds(run, device, 3) for _ in range(4)) for run in candidates)
@@ -259,10 +260,11 @@ def rows_program(engine: Engine, rows: int, position: int, sampling: SamplingPar
         program()
         return program
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         program()
         program()
-    side.synchronize()
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         program()
