@@ -180,14 +180,9 @@ class Engine:
         self._programs: dict[tuple[Any, ...], Callable[[], None]] = {}
         self._cached: list[int] = []
         self._forward: Callable[..., torch.Tensor] = model.__call__
-        if compile_prefill:
-            if any(model.config.sparse):
-                raise ValueError("--compile-prefill: a mixture-of-experts prefill needs the host; leave the flag out")
-
-            def prefill(*args: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-                return model(*args, **kwargs)
-
-            self._forward = torch.compile(private_copy(prefill, "prefill"), fullgraph=True, dynamic=True)
+        self.compile_prefill = compile_prefill
+        if compile_prefill and any(model.config.sparse):
+            raise ValueError("--compile-prefill: a mixture-of-experts prefill needs the host; leave the flag out")
 
     @classmethod
     def load(
@@ -273,6 +268,9 @@ class Engine:
             )
         self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
         self.state = State(batch_size, slots, self.device)
+        if self.compile_prefill:  # anew: it is tied to the cache, and Dynamo allows a code object few variants
+            own = types.MethodType(private_copy(Transformer.forward, "prefill"), self.model)
+            self._forward = torch.compile(own, fullgraph=True, dynamic=True)
 
     # -- the two programs ----------------
 
@@ -294,10 +292,9 @@ class Engine:
         logits: torch.Tensor | None = None
         for a in range(start, longest, chunk):
             b = min(a + chunk, longest)
-            positions = torch.arange(a, b, device=self.device).expand(len(prompts), -1)
-            new = self._forward(tokens[:, a:b], positions, self.cache, end=b, select=(last - a).clamp(0, b - a - 1))[
-                :, 0
-            ]
+            positions = torch.arange(a, b, device=self.device).repeat(len(prompts), 1)
+            select = (last - a).clamp(0, b - a - 1)
+            new = self._forward(tokens[:, a:b].clone(), positions, self.cache, end=b, select=select)[:, 0]
             logits = new if logits is None else torch.where((last >= a)[:, None], new, logits)
         assert logits is not None
         return logits
@@ -483,7 +480,7 @@ class Engine:
         for a in range(0, T - 1, chunk):
             b = min(a + chunk, T - 1)
             positions = torch.arange(a, b, device=self.device).expand(B, -1)
-            logits = self._forward(tokens[:, a:b], positions, self.cache, end=b)
+            logits = self.model(tokens[:, a:b], positions, self.cache, end=b)
             out.append(torch.log_softmax(logits, -1).gather(-1, tokens[:, a + 1 : b + 1, None]).squeeze(-1))
         return torch.cat(out, 1)
 
