@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
@@ -106,6 +106,7 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 # keys of config.json that do not change the mathematics of inference; every other key is either read below or refused
 _HARMLESS = frozenset(
     [
+        "_attn_implementation_autoset",
         "_name_or_path",
         "architectures",
         "attention_dropout",
@@ -122,8 +123,10 @@ _HARMLESS = frozenset(
         "initializer_range",
         "is_decoder",
         "is_encoder_decoder",
+        "is_llama_config",
         "label2id",
         "max_new_tokens",
+        "max_sequence_length",
         "model_max_length",
         "name",
         "num_return_sequences",
@@ -150,6 +153,7 @@ _HARMLESS = frozenset(
         "top_p",
         "torch_dtype",
         "torchscript",
+        "transformers.js_config",
         "transformers_version",
         "unk_token_id",
         "unsloth_fixed",
@@ -174,10 +178,15 @@ def rope_from_hf(config: Mapping[str, Any]) -> Rope:
         raise ValueError(
             f"rope_type {raw['rope_type']!r} is not supported; default, linear, dynamic, llama3 and yarn are"
         )
+    scaled = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+    if absent := [k for k in scaled.get(raw["rope_type"], []) if k not in raw]:
+        raise ValueError(f"rope_type {raw['rope_type']!r} needs {', '.join(absent)}, which config.json does not give")
     if raw.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor other than 1.0 is not supported")
     if unknown := sorted(set(raw) - set(Rope.__dataclass_fields__)):
         raise ValueError(f"rope_scaling has keys that are not implemented: {', '.join(unknown)}")
+    if wrong := [f"{k} = {v!r}" for k, v in raw.items() if k != "rope_type" and not isinstance(v, (int, float))]:
+        raise ValueError(f"rope_scaling has values that are not numbers: {', '.join(wrong)}")
     return Rope(**raw)
 
 
@@ -208,7 +217,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=reader("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6),
         max_position_embeddings=reader("max_position_embeddings", 2048 if kind == "llama" else 32768),
         rope=rope_from_hf(
-            {k: reader(k, None) for k in ("rope_theta", "rope_scaling", "rope_parameters") if config.get(k) is not None}
+            {"rope_theta": reader("rope_theta", 1e6 if kind == "mixtral" else 1e4)}
+            | {k: reader(k, None) for k in ("rope_scaling", "rope_parameters")}
         ),
         tie_word_embeddings=reader("tie_word_embeddings", False),
         qkv_bias=True if kind == "qwen2" else attention_bias,
@@ -237,6 +247,8 @@ class _Reader:
         value = self.config.get(key)
         if value is None and default is ...:
             raise ValueError(f"config.json has no {key!r}")
+        if default is ... and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"config.json has {key} = {value!r}; it must be a positive integer")
         return default if value is None else value
 
     def finish(self) -> None:
@@ -253,14 +265,17 @@ def _windows(reader: _Reader, kind: str, layers: int) -> tuple[int, ...]:
     """Sliding window per layer: Mistral's on all layers; Qwen's only if switched on, by layer_types or from
     max_window_layers up.
     """
-    window = reader("sliding_window", 0)
-    first, types = reader("max_window_layers", layers), reader("layer_types", ())
+    absent = 0 if "sliding_window" in reader.config or kind == "mixtral" else 4096  # null is none; absent, the default
+    window = reader("sliding_window", absent)
+    first, types = reader("max_window_layers", 28), reader("layer_types", ())
     if not reader("use_sliding_window", kind in ("mistral", "mixtral")) or kind == "llama":
         window = 0
     if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
         raise ValueError(
             f"layer_types {', '.join(unknown)} are not supported; full_attention and sliding_attention are"
         )
+    if types and len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} entries and num_hidden_layers is {layers}")
     if types:
         return tuple(window if t == "sliding_attention" else 0 for t in types)
     return tuple(window if kind not in ("qwen2", "qwen3") or i >= first else 0 for i in range(layers))
@@ -290,7 +305,10 @@ class Weights:
         if single.is_file():
             self.where = dict.fromkeys(self._open(single.name).keys(), single.name)
         elif index.is_file():
-            self.where = read_json(index).get("weight_map", {})
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict):
+                raise ValueError(f"{index} has no weight_map of tensor names to files")
+            self.where = where
             for file in sorted({str(f) for f in self.where.values()}):
                 if Path(file).name != file or not file.endswith(".safetensors"):
                     raise ValueError(
