@@ -91,7 +91,8 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, lanes: int, stream: in
     tokens.
     """
     key = _mix(_mix(seeds * _GOLDEN + stream) ^ positions)
-    bits = _mix(key.unsqueeze(-1) + torch.arange(1, lanes + 1, device=seeds.device) * _GOLDEN)
+    # lanes are not multiplied by a constant as splitmix64 would: compilers hold an index in 32 bits. Mixing twice makes up for it
+    bits = _mix(_mix(key.unsqueeze(-1) + torch.arange(lanes, device=seeds.device)))
     return ((bits & 0x7FFFFFFFFFFFFFFF).float() * 2.0**-63).clamp(2.0**-63, 1 - 2.0**-24)
 
 
