@@ -210,7 +210,7 @@ def suffixes(scheme: Scheme) -> tuple[str, ...]:
 
 def _fields(words: Tensor, bits: int) -> Tensor:
     """int32 [R, C] -> uint8 [R, C * 32 / bits]: fields of each word, least significant first. No wide intermediate."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 
@@ -224,11 +224,9 @@ def _words(fields: Tensor, bits: int) -> Tensor:
 def _read(what: str, tensor: Any, axes: str, sizes: dict[str, int], scheme: Scheme, **spans: range) -> Tensor:  # noqa: ANN401
     """Check the full shape, read the spans (the other axes whole) and return signed values with N first."""
     shape = list(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
-    if (
-        axes == "N G" and sizes["G"] == 1 and shape in ([1], [sizes["N"]])
-    ):  # one scale for all, or a bare column of them
-        return tensor[:].expand(sizes["N"]).unsqueeze(1)
     span = [spans.get(axis[0], range(sizes[axis[0]])) for axis in axes.split()]
+    if axes == "N G" and sizes["G"] == 1 and shape in ([1], [sizes["N"]]):  # one scale for all, or a bare column
+        return tensor[:].expand(sizes["N"])[span[0].start : span[0].stop, None]
     per_word = [32 // scheme.bits if axis[1:] else 1 for axis in axes.split()]
     expected = [-(-sizes[axis[0]] // per) for axis, per in zip(axes.split(), per_word)]
     if shape != expected:
