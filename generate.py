@@ -213,6 +213,10 @@ class Engine:
         if shape is not None:
             config = checkpoint.shape_config(shape)
             kind = DTYPES[dtype] or torch.bfloat16
+            with torch.device("meta"):
+                need = sum(p.numel() for p in Transformer(config, group).parameters()) * kind.itemsize
+            if need > (free := checkpoint.free_bytes(where)):
+                raise ValueError(f"{shape} needs {need / 1e9:.1f} GB on {where} and {free / 1e9:.1f} GB are free")
             model = checkpoint.random_model(config, tp=group, device=where, dtype=kind, use_kernels=use_kernels)
             engine = cls(model, Ids(config.vocab_size), use_kernels=use_kernels, **options)
         else:
@@ -463,6 +467,7 @@ class Engine:
         for row, (answer, ids) in enumerate(zip(answers, block)):
             if answer.stop_reason is None:
                 if -1 in ids[: answer.limit - len(answer.ids)]:
+                    self.cache = None  # it holds NaN, and 0 * NaN would reach the next prompt too
                     raise ValueError(
                         f"row {row}: the logits are not finite; is the checkpoint damaged, or {self.dtype} too narrow?"
                     )
@@ -523,13 +528,13 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """An argparse type: an integer from `low` up."""
+def at_least(low: int, high: int = 1 << 40) -> Callable[[str], int]:
+    """An argparse type: an integer from `low` up to an absurd one."""
 
     def integer(text: str) -> int:
         value = int(text)
-        if not low <= value < 1 << 40:
-            raise argparse.ArgumentTypeError(f"{value} is not sensible; at least {low} is")
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"{value} is not sensible; {low} to {high - 1} is")
         return value
 
     return integer
@@ -537,15 +542,13 @@ def at_least(low: int) -> Callable[[str], int]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="generate.py", description="Stream text from a Hugging Face checkpoint.", allow_abbrev=False)
-    p.add_argument(
-        "--checkpoint",
-        default=str(DEFAULT_CHECKPOINT),
-        help="folder or Hub id org/name[@revision] (the embedded model)",
-    )
-    p.add_argument("--shape", help="a named public shape with random weights instead of a checkpoint")
-    p.add_argument("--prompt", default="", help="text, - for standard input, @FILE; empty: from BOS alone")
-    p.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, generated as one batch")
-    p.add_argument("--chat", action="store_true", help="talk, with the checkpoint's chat template")
+    one = p.add_mutually_exclusive_group()
+    one.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision]")
+    one.add_argument("--shape", help="a named public shape with random weights instead of a checkpoint")
+    one = p.add_mutually_exclusive_group()
+    one.add_argument("--prompt", default="", help="text, - for standard input, @FILE; empty: from BOS alone")
+    one.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, generated as one batch")
+    one.add_argument("--chat", action="store_true", help="talk, with the checkpoint's chat template")
     p.add_argument("--system", metavar="TEXT", help="the system message of a chat")
     p.add_argument("--max-new-tokens", type=at_least(1), default=200)
     for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float)):
@@ -553,30 +556,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=at_least(0), help="repeat a run (default: a new one each time)")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
     p.add_argument("--ignore-eos", action="store_true", help="do not end at the model's own stop ids")
-    p.add_argument("--num-samples", type=at_least(1), default=1, help="answers to each prompt, as one batch")
-    p.add_argument(
-        "--max-seq-len", type=at_least(1), help="cache slots (default: what is asked for; chat: the context or 8192)"
-    )
+    p.add_argument("--num-samples", type=at_least(1, 1 << 16), default=1, help="answers to each prompt, as one batch")
+    p.add_argument("--max-seq-len", type=at_least(1), help="default: what is asked for; chat: the context or 8192")
     p.add_argument("--prefill-chunk", type=at_least(0), default=0, help="prefill this many tokens at a time (0: all)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     p.add_argument("--compile-prefill", action="store_true")
-    p.add_argument(
-        "--kernels", choices=("auto", "triton", "inductor"), default="auto", help="inductor: plain PyTorch only"
-    )
+    p.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto", help="inductor: plain PyTorch")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"))
-    p.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="auto", help="auto: the checkpoint's on a GPU, float32 on a CPU"
-    )
+    p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="auto: the checkpoint's; float32 on a CPU")
     p.add_argument("--json", action="store_true", help="standard output is one JSON object per answer")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the generation")
-    p.add_argument(
-        "--selftest", action="store_true", help="check this machine against references; exit status 1 on a failure"
-    )
+    p.add_argument("--selftest", action="store_true", help="check this machine; exit status 1 on a failure")
     args = p.parse_args(argv)
     if "" in args.stop:
         p.error("--stop is empty; give some text")
-    if args.chat and (args.json or args.prompts_file or args.num_samples > 1 or args.shape):
-        p.error("--chat goes with none of --json, --prompts-file, --num-samples, --shape")
+    if args.chat and (args.json or args.num_samples > 1 or args.shape):
+        p.error("--chat goes with none of --json, --num-samples, --shape")
+    if args.system is not None and not args.chat:
+        p.error("--system goes with --chat")
     return args
 
 
@@ -604,7 +601,7 @@ def summary(engine: Engine) -> str:
     return (
         f"load {s.load_s:.1f} s | compile {s.compile_s:.1f} s | "
         f"TTFT {s.ttft_s * 1e3:.0f} ms ({s.prefill_tokens} tokens) | decode {rate * s.batch_size:.1f} tok/s | "
-        f"{gb:.3f} GB/step | {gb * rate:.1f} GB/s | memory {memory / 1e9:.2f} GB"
+        f"{gb / max(s.batch_size, 1):.3g} GB/token | {gb * rate:.1f} GB/s | memory {memory / 1e9:.2f} GB"
     )
 
 
@@ -635,7 +632,7 @@ def run(engine: Engine, args: argparse.Namespace, sampling: SamplingParams, text
         if args.json:
             record: dict[str, Any] = {"text": text[row], "ids": ids[row], "prompt_ids": prompt}
             record |= {"stop_reason": reasons[row], "ttft_ms": engine.stats.ttft_s * 1e3}
-            print(json.dumps(record | {"decode_tok_s": engine.stats.decode_tok_s}, ensure_ascii=False))
+            print(json.dumps(record | {"decode_tok_s": engine.stats.decode_tok_s}))
         elif not streaming:
             print(f"[{row + 1}]{text[row]}\n")
     if streaming:

@@ -1,0 +1,686 @@
+"""The command: every flag, every sentence it says, every way to misuse it. In this process, on the CPU."""
+
+import functools
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scripted import SPECIAL, VOCAB, add_tokenizer, recital, write_json
+
+import checkpoint
+import generate
+
+ROOT = Path(__file__).resolve().parent.parent
+STORIES = ROOT.parent / "shared" / "models" / "stories260K"
+SUMMARY = re.compile(
+    r"load [\d.]+ s \| compile [\d.]+ s \| TTFT \d+ ms \((\d+) tokens\) \| decode [\d.]+ tok/s \| "
+    r"[\d.e+-]+ GB/token \| [\d.]+ GB/s \| memory [\d.]+ GB\n"
+)
+
+
+@pytest.fixture(scope="module")
+def abc(tmp_path_factory):
+    """Says `abcdefg`, then EOS. No generation_config, so it samples at the default temperature 0.8."""
+    return recital(tmp_path_factory.mktemp("abc"), "abcdefg", "<|eos|>")
+
+
+@pytest.fixture(scope="module")
+def dice(tiny):
+    """A random model with our byte tokenizer: what it says is noise."""
+    folder, _ = tiny("llama", vocab_size=VOCAB, max_position_embeddings=128, eos_token_id=257, bos_token_id=256)
+    return add_tokenizer(folder)
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """call(*argv, stdin=..., status=0) -> (stdout, stderr) of the command, which must end with that status."""
+
+    def call(*argv, stdin="", status=0):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()  # what fixtures printed
+        try:
+            code = generate.main([str(a) for a in argv])
+        except SystemExit as stopped:
+            code = stopped.code
+        out, err = capsys.readouterr()
+        assert code == status, err
+        return out, err
+
+    return call
+
+
+@pytest.fixture
+def fails(call):
+    """fails(*argv) -> the message of a refusal: status 2, nothing on stdout, exactly one line on stderr."""
+
+    def fails(*argv, stdin="", printed=""):
+        out, err = call(*argv, stdin=stdin, status=2)
+        assert out == printed
+        assert err.startswith("generate.py: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+        return err.removeprefix("generate.py: error: ")
+
+    return fails
+
+
+@pytest.fixture
+def records(call):
+    def records(*argv, **options):
+        out, err = call(*argv, "--json", **options)
+        assert SUMMARY.fullmatch(err)
+        assert out.endswith("\n")
+        return [json.loads(line) for line in out.splitlines()]
+
+    return records
+
+
+@pytest.fixture
+def eager_compile(monkeypatch):
+    """torch.compile without a code generator, so that it takes no time; gives the list of what was compiled."""
+    compiled, real = [], torch.compile
+
+    def patched(function, *, fullgraph, dynamic=None, options=None):
+        compiled.append(getattr(function, "__name__", str(function)))
+        return real(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", patched)
+    return compiled
+
+
+# -- output ----------------
+
+
+def test_streams_the_text_and_sums_up_on_stderr(call, abc):
+    out, err = call("--checkpoint", abc, "--prompt", "ab")
+    assert out == "cdefg\n"
+    assert SUMMARY.fullmatch(err)[1] == "3"  # BOS, a, b
+
+
+def test_text_is_flushed_as_it_comes(abc, monkeypatch, capsys):
+    seen = []
+
+    class Out(io.StringIO):
+        def flush(self):
+            seen.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Out())
+    assert generate.main(["--checkpoint", str(abc)]) == 0
+    assert [s for s in seen if s and "\n" not in s][:7] == ["abcdefg"[: n + 1] for n in range(7)]
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is absent")
+def test_golden_text_of_stories260k(call):
+    out, _ = call("--checkpoint", STORIES, "--temperature", 0, "--max-new-tokens", 199)
+    assert out == (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "
+        "a big, red ball. She wanted to play with it, but it was too high.\nLily's mom said, \"Lily, let's go to the "
+        "park.\" Lily was sad and didn't know what to do. She said, \"I want to play with your ball, but I can't find "
+        "it.\"\nLily was sad and didn't know what to do. She said, \"I'm sorry, Lily. I didn't know what to do.\"\n"
+        "Lily didn't want to help her mom, so\n"
+    )
+
+
+def test_json_holds_exactly_the_documented_keys(records, abc):
+    (record,) = records("--checkpoint", abc, "--prompt", "ef", "--seed", 1)
+    assert record.pop("ttft_ms") > 0 and record.pop("decode_tok_s") > 0
+    g, eos = 70, 257
+    assert record == {"text": "g", "ids": [g, eos], "prompt_ids": [256, 68, 69], "stop_reason": "eos"}
+
+
+def test_json_keeps_every_character(records, tmp_path):
+    folder = recital(tmp_path, "é日\n\u2028", "<|eos|>")
+    assert [r["text"] for r in records("--checkpoint", folder, "--num-samples", 2)] == ["é日\n\u2028"] * 2
+
+
+def test_several_samples_are_printed_whole_and_in_order(call, records, abc, dice):
+    out, _ = call("--checkpoint", abc, "--num-samples", 3, "--stop", "e")
+    assert out == "[1]abcd\n\n[2]abcd\n\n[3]abcd\n\n"
+    rows = records("--checkpoint", dice, "--num-samples", 3, "--max-new-tokens", 12, "--seed", 5)
+    assert len({tuple(r["ids"]) for r in rows}) == 3
+
+
+# -- prompts ----------------
+
+
+def test_prompt_from_text_stdin_and_file(records, abc, tmp_path):
+    (tmp_path / "p.txt").write_text("ab\n", "utf-8")
+    expected = [256, 64, 65]
+    assert records("--checkpoint", abc, "--prompt", "ab")[0]["prompt_ids"] == expected
+    assert records("--checkpoint", abc, "--prompt", "-", stdin="ab")[0]["prompt_ids"] == expected
+    assert records("--checkpoint", abc, "--prompt", f"@{tmp_path / 'p.txt'}")[0]["prompt_ids"][:3] == expected
+    assert records("--checkpoint", abc, "--prompt", "")[0]["prompt_ids"] == [256]
+    assert records("--checkpoint", abc)[0]["prompt_ids"] == [256]
+
+
+def test_prompts_file_is_one_ragged_batch(records, abc, tmp_path):
+    (tmp_path / "prompts").write_text("a\n\nabcdef\nde\n", "utf-8")
+    rows = records("--checkpoint", abc, "--prompts-file", tmp_path / "prompts", "--num-samples", 2)
+    assert [r["text"] for r in rows] == ["bcdefg", "bcdefg", "g", "g", "fg", "fg"]
+    assert {r["stop_reason"] for r in rows} == {"eos"}
+
+
+def test_prompts_that_cannot_be_read(fails, abc, tmp_path):
+    (tmp_path / "empty").write_text("\n  \n")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    assert "holds no prompt" in fails("--checkpoint", abc, "--prompts-file", tmp_path / "empty")
+    assert "UTF-8" in fails("--checkpoint", abc, "--prompts-file", tmp_path / "latin")
+    assert "UTF-8" in fails("--checkpoint", abc, "--prompt", f"@{tmp_path / 'latin'}")
+    assert "missing" in fails("--checkpoint", abc, "--prompt", f"@{tmp_path / 'missing'}")
+    fails("--checkpoint", abc, "--prompt", "caf\udce9")  # what Python makes of an argument that is not UTF-8
+
+
+def test_empty_prompt_without_bos_is_refused(fails, tmp_path):
+    folder = recital(tmp_path, "abc", bos=False)
+    assert "no BOS" in fails("--checkpoint", folder, "--prompt", "")
+
+
+def test_prompt_longer_than_the_context(fails, abc):
+    message = fails("--checkpoint", abc, "--prompt", "a" * 300)
+    assert "301" in message and "256" in message
+
+
+def test_tokenizer_beyond_the_vocabulary_warns_and_raises_only_on_use(call, tiny):
+    folder, _ = tiny("llama", vocab_size=257, eos_token_id=None)
+    add_tokenizer(folder)
+    _, err = call("--checkpoint", folder, "--prompt", "a", "--max-new-tokens", 2)
+    assert err.startswith("warning: the tokenizer has 259 ids, the model 257") and err.count("\n") == 2
+    files = json.loads((folder / "tokenizer.json").read_text())
+    files["post_processor"]["special_tokens"]["<|bos|>"]["ids"] = [258]
+    write_json(folder / "tokenizer.json", files)
+    _, err = call("--checkpoint", folder, "--prompt", "a", status=2)
+    assert "token id 258" in err.splitlines()[-1] and "257" in err.splitlines()[-1]
+
+
+# -- where an answer ends ----------------
+
+
+def test_max_new_tokens_and_its_default(records, abc, tiny):
+    (record,) = records("--checkpoint", abc, "--max-new-tokens", 3)
+    assert (record["text"], record["stop_reason"], len(record["ids"])) == ("abc", "length", 3)
+    (record,) = records("--checkpoint", abc, "--ignore-eos")
+    assert len(record["ids"]) == 200
+
+
+def test_context_clips_max_new_tokens(records, abc):
+    (record,) = records("--checkpoint", abc, "--ignore-eos", "--max-new-tokens", 10**9, "--prompt", "abc")
+    assert len(record["ids"]) == 256 - 4 and record["stop_reason"] == "length"
+
+
+def test_max_seq_len_limits(records, fails, abc):
+    (record,) = records("--checkpoint", abc, "--ignore-eos", "--max-seq-len", 20, "--prompt", "abc")
+    assert len(record["ids"]) == 20 - 4 and record["stop_reason"] == "length"
+    assert "--max-seq-len 4" in fails("--checkpoint", abc, "--max-seq-len", 4, "--prompt", "abc")
+    message = fails("--checkpoint", abc, "--max-seq-len", 257)
+    assert "257" in message and "256" in message
+
+
+def test_ignore_eos_goes_on_with_the_same_logits(records, abc):
+    (record,) = records("--checkpoint", abc, "--ignore-eos", "--max-new-tokens", 10)
+    a, eos = 64, 257
+    assert record["ids"] == [*range(a, a + 7), eos, a, a + 1]
+    assert (record["text"], record["stop_reason"]) == ("abcdefgab", "length")
+
+
+@pytest.mark.parametrize(
+    "stops, text",
+    [(["d"], "abc"), (["cde"], "ab"), (["ef", "bc"], "a"), (["cx", "fgh"], "abcdefg"), (["abcdefg"], ""), (["a"], "")],
+)
+def test_stop_strings(records, call, abc, stops, text):
+    flags = [part for stop in stops for part in ("--stop", stop)]
+    (record,) = records("--checkpoint", abc, *flags)
+    assert record["text"] == text
+    assert record["stop_reason"] == ("eos" if text == "abcdefg" else "stop")
+    if record["stop_reason"] == "stop":  # the ids tell what was sampled, up to the stop string's last token
+        assert max(record["ids"]) == 63 + min("abcdefg".index(s) + len(s) for s in stops if s in "abcdefg")
+    out, _ = call("--checkpoint", abc, *flags)  # streamed: what may begin a stop string is held back, then released
+    assert out == text + "\n"
+
+
+def test_every_stop_id_of_the_configuration_ends(records, tmp_path):
+    for end in SPECIAL[1:]:
+        folder = recital(tmp_path / end, "abc", end, eos_token_id=[258])
+        (record,) = records("--checkpoint", folder)
+        assert (record["text"], record["stop_reason"]) == ("abc", "eos")
+        assert record["ids"][-1] == 256 + SPECIAL.index(end)
+
+
+# -- sampling ----------------
+
+
+def test_seed_repeats_and_its_absence_varies(records, dice):
+    def ids(*flags):
+        return [r["ids"] for r in records("--checkpoint", dice, "--max-new-tokens", 12, *flags)]
+
+    first = ids("--seed", 3)
+    assert ids("--seed", 3) == first
+    assert ids("--seed", 4) != first
+    assert ids() != ids()
+    batch = ids("--seed", 3, "--num-samples", 2)
+    assert ids("--seed", 3, "--num-samples", 2) == batch
+
+
+def test_temperature_zero_is_argmax(records, dice):
+    runs = [
+        records("--checkpoint", dice, "--temperature", 0, "--seed", s, "--max-new-tokens", 12)[0]["ids"] for s in (1, 2)
+    ]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("flags", [("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 0.999999)])
+def test_each_filter_can_leave_the_argmax_alone(records, dice, flags):
+    hot = ("--checkpoint", dice, "--temperature", 2, "--seed", 1, "--max-new-tokens", 8)
+    greedy = records("--checkpoint", dice, "--temperature", 0, "--max-new-tokens", 8)[0]["ids"]
+    assert records(*hot, *flags)[0]["ids"] == greedy != records(*hot)[0]["ids"]
+
+
+def test_sampling_defaults_come_from_generation_config(monkeypatch, call, tmp_path):
+    used, real = [], generate.Engine.generate
+
+    def spy(self, prompts, sampling, **options):
+        used.append(sampling)
+        return real(self, prompts, sampling, **options)
+
+    monkeypatch.setattr(generate.Engine, "generate", spy)
+    bare = recital(tmp_path / "bare", "abc", "<|eos|>")
+    call("--checkpoint", bare)
+    rich = recital(tmp_path / "rich", "abc", "<|eos|>", temperature=0.6, top_k=20, top_p=0.9, min_p=0.01)
+    call("--checkpoint", rich)
+    call("--checkpoint", rich, "--top-k", 0, "--temperature", 1.5)
+    greedy = recital(tmp_path / "greedy", "abc", "<|eos|>", do_sample=False, temperature=0.6)
+    call("--checkpoint", greedy)
+    assert [(s.temperature, s.top_k, s.top_p, s.min_p) for s in used[:3]] == [
+        (0.8, 200, 1.0, 0.0),
+        (0.6, 20, 0.9, 0.01),
+        (1.5, 0, 0.9, 0.01),
+    ]
+    assert used[3].temperature == 0
+
+
+# -- how it runs ----------------
+
+
+def test_prefill_chunk_changes_nothing(records, dice):
+    argv = ("--checkpoint", dice, "--prompt", "x" * 40, "--max-new-tokens", 10, "--temperature", 0)
+    assert records(*argv)[0]["ids"] == records(*argv, "--prefill-chunk", 7)[0]["ids"]
+
+
+def test_compile_flags(records, dice, eager_compile):
+    argv = ("--checkpoint", dice, "--prompt", "hello", "--max-new-tokens", 8, "--seed", 2)
+    eager = records(*argv, "--no-compile")[0]["ids"]
+    assert eager_compile == []
+    if not torch.cuda.is_available():
+        assert records(*argv, "--device", "cpu")[0]["ids"] == eager
+        assert eager_compile == []  # the default on a CPU
+    assert records(*argv, "--compile", "--device", "cpu")[0]["ids"] == eager
+    assert eager_compile == ["decode_128"]
+    assert records(*argv, "--no-compile", "--compile-prefill", "--device", "cpu")[0]["ids"] == eager
+    assert eager_compile == ["decode_128", "prefill"]
+
+
+def test_compile_prefill_refuses_a_mixture_of_experts(fails, tiny):
+    folder, _ = tiny("mixtral", num_local_experts=4, vocab_size=VOCAB)
+    add_tokenizer(folder)
+    assert "--compile-prefill" in fails("--checkpoint", folder, "--compile-prefill")
+
+
+@pytest.mark.parametrize("name, dtype", [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
+def test_dtype_on_a_cpu(monkeypatch, records, tmp_path, name, dtype):
+    engines, real = [], generate.Engine.load.__func__
+    monkeypatch.setattr(
+        generate.Engine, "load", classmethod(lambda cls, *a, **k: engines.append(real(cls, *a, **k)) or engines[-1])
+    )
+    folder = recital(tmp_path, "abc", "<|eos|>")
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"torch_dtype": "bfloat16"})
+    assert records("--checkpoint", folder, "--device", "cpu", "--dtype", name)[0]["text"] == "abc"
+    assert engines[0].dtype == getattr(torch, dtype) == engines[0].model.lm_head.weight.dtype
+
+
+def test_kernels_flag(records, fails, abc, monkeypatch):
+    assert records("--checkpoint", abc, "--kernels", "inductor")[0]["text"] == "abcdefg"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "triton" in fails("--checkpoint", abc, "--kernels", "triton", "--device", "cpu").lower()
+
+
+def test_shape_needs_no_files(records, fails):
+    (record,) = records("--shape", "tiny", "--max-new-tokens", 6, "--prompt", "hi", "--max-seq-len", 64)
+    assert len(record["ids"]) == 6 and record["prompt_ids"] == list(b"hi")
+    message = fails("--shape", "gpt-5")
+    assert "gpt-5" in message and "llama-2-7b" in message and "tiny" in message
+
+
+def test_profile_writes_a_chrome_trace(call, fails, abc, tmp_path):
+    call("--checkpoint", abc, "--profile", tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::linear" for event in events)
+    assert "nowhere" in fails("--checkpoint", abc, "--profile", tmp_path / "nowhere" / "trace.json")
+
+
+def test_help_names_every_flag(call):
+    out, err = call("--help")
+    flags = "checkpoint shape prompt prompts-file chat system max-new-tokens temperature top-k top-p min-p seed stop"
+    flags += " ignore-eos num-samples max-seq-len prefill-chunk compile no-compile compile-prefill kernels device dtype"
+    for flag in (flags + " json profile selftest").split():
+        assert f"--{flag}" in out
+    assert err == ""
+
+
+# -- refusals ----------------
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--temp", "0"], "--temp"),  # no abbreviations
+        (["stray\nargument"], "stray argument"),
+        (["--prompt"], "--prompt"),
+        (["--max-new-tokens", "0"], "0"),
+        (["--max-new-tokens", "-3"], "-3"),
+        (["--max-new-tokens", "many"], "many"),
+        (["--max-new-tokens", "9" * 30], "9" * 30),
+        (["--num-samples", "0"], "0"),
+        (["--num-samples", "10000000"], "10000000"),
+        (["--max-seq-len", "-1"], "-1"),
+        (["--prefill-chunk", "-1"], "-1"),
+        (["--seed", "-1"], "-1"),
+        (["--temperature", "-0.5"], "-0.5"),
+        (["--temperature", "nan"], "nan"),
+        (["--temperature", "inf"], "inf"),
+        (["--temperature", "1e-9"], "1e-09"),
+        (["--temperature", "warm"], "warm"),
+        (["--top-k", "-1"], "-1"),
+        (["--top-k", "2.5"], "2.5"),
+        (["--top-p", "0"], "0"),
+        (["--top-p", "1.1"], "1.1"),
+        (["--top-p", "nan"], "nan"),
+        (["--min-p", "1"], "1"),
+        (["--min-p", "-0.1"], "-0.1"),
+        (["--stop", ""], "--stop"),
+        (["--dtype", "int8"], "int8"),
+        (["--device", "tpu"], "tpu"),
+        (["--kernels", "cutlass"], "cutlass"),
+        (["--chat", "--json"], "--json"),
+        (["--chat", "--num-samples", "2"], "--num-samples"),
+        (["--chat", "--prompt", "x"], "--prompt"),
+        (["--chat", "--prompts-file", "x"], "--prompts-file"),
+        (["--chat", "--shape", "tiny"], "--shape"),
+        (["--prompt", "x", "--prompts-file", "x"], "--prompts-file"),
+        (["--system", "x"], "--system"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_loaded(fails, abc, argv, named, monkeypatch):
+    monkeypatch.setattr(generate.Engine, "load", None)
+    assert named in fails("--checkpoint", abc, *argv)
+
+
+def test_a_device_that_is_not_there(fails, abc):
+    missing = "mps" if sys.platform != "darwin" else "cuda"
+    message = fails("--checkpoint", abc, "--device", missing)
+    assert missing in message and "cpu" in message
+
+
+def damaged(folder, how):
+    """abc's folder with one thing wrong."""
+    recital(folder, "abc", "<|eos|>")
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    head = tensors["lm_head.weight"]
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "config is no JSON":
+        (folder / "config.json").write_text("{")
+    elif how == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif how == "architecture":
+        write_json(folder / "config.json", config | {"model_type": "mamba"})
+    elif how == "truncated":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:-100])
+    elif how == "index leaves the folder":
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        index = {"weight_map": dict.fromkeys(tensors, "../a.safetensors")}
+        write_json(folder / "model.safetensors.index.json", index)
+    else:
+        changed = {"missing": {}, "extra": {"lm_head.weight": head, "more.weight": head.clone()}}
+        changed |= {"mis-shaped": {"lm_head.weight": head[:-1].clone()}, "NaN": {"lm_head.weight": head * float("nan")}}
+        del tensors["lm_head.weight"]
+        save_file(tensors | changed[how], folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how, named",
+    [
+        ("no config", "config.json"),
+        ("config is no JSON", "not valid JSON"),
+        ("no weights", "model.safetensors"),
+        ("no tokenizer", "tokenizer"),
+        ("architecture", "mamba"),
+        ("truncated", "truncated"),
+        ("index leaves the folder", "../a.safetensors"),
+        ("missing", "lm_head.weight"),
+        ("extra", "more.weight"),
+        ("mis-shaped", "lm_head.weight"),
+        ("NaN", "not finite"),
+    ],
+)
+def test_damaged_folders(fails, tmp_path, how, named):
+    printed = "\n" if how == "NaN" else ""
+    assert named in fails("--checkpoint", damaged(tmp_path / "model", how), printed=printed.strip())
+
+
+def test_neither_a_folder_nor_a_hub_id(fails, tmp_path):
+    message = fails("--checkpoint", tmp_path / "not there")
+    assert "folder" in message and "org/name" in message
+
+
+def test_non_finite_logits_while_decoding(call, tmp_path):
+    folder = recital(tmp_path, "abcde", poison=66)  # c is said well, but what follows it is NaN
+    out, err = call("--checkpoint", folder, status=2)
+    assert out.rstrip() == "abc" and "not finite" in err and err.count("\n") == 1
+
+
+def test_memory_is_estimated_before_allocation(fails, abc, monkeypatch):
+    slot = 2 * 4 * 4  # K and V of one layer, one head of 4, float32
+    weights = sum(tensor.nbytes for tensor in load_file(abc / "model.safetensors").values())
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: weights - 1)
+    message = fails("--checkpoint", abc)
+    assert "weights" in message and "--dtype" in message
+    calls = []
+
+    def free(device):
+        calls.append(device)
+        return weights if len(calls) == 1 else 3 * 128 * slot + slot
+
+    monkeypatch.setattr(checkpoint, "free_bytes", free)
+    message = fails("--checkpoint", abc, "--num-samples", 4, "--max-seq-len", 128)
+    fits = re.search(r"4 x 128 slots .* --max-seq-len (\d+) at this batch, or a batch of (\d+)", message)
+    assert (int(fits[1]), int(fits[2])) == (3 * 128 // 4, 3)
+
+
+def test_a_shape_too_large_for_memory_is_refused(fails, monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(checkpoint, "random_model", None)
+    message = fails("--shape", "llama-2-7b")
+    assert "13.5 GB" in message and "0.0 GB" in message
+
+
+# -- interruption ----------------
+
+
+def interrupt_after(monkeypatch, count):
+    """The next answer ends in Ctrl-C after `count` pieces."""
+    real = generate.Engine.generate
+
+    def interrupted(self, *args, **options):
+        monkeypatch.setattr(generate.Engine, "generate", real)
+        for i, piece in enumerate(real(self, *args, **options)):
+            if i == count:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(generate.Engine, "generate", interrupted)
+
+
+def test_interrupt_keeps_what_was_generated(call, abc, monkeypatch):
+    interrupt_after(monkeypatch, 3)
+    out, err = call("--checkpoint", abc, status=130)
+    assert out == "abc\n" and SUMMARY.fullmatch(err)
+    interrupt_after(monkeypatch, 4)
+    out, err = call("--checkpoint", abc, "--json", "--num-samples", 2, status=130)
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["ab", "ab"]
+    assert {json.loads(line)["stop_reason"] for line in out.splitlines()} == {"interrupted"}
+
+
+def start(*argv, **options):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **options)
+
+
+def test_sigint_ends_cleanly(tmp_path):
+    folder = recital(tmp_path, "abcdefg", context=1 << 20)
+    with start("--checkpoint", folder, "--max-new-tokens", 500_000) as program:
+        assert select.select([program.stdout], [], [], 120)[0]
+        first = program.stdout.read(5)
+        program.send_signal(signal.SIGINT)
+        out, err = program.communicate(timeout=120)
+    assert program.returncode == 130
+    said = (first + out).decode()
+    assert said.endswith("\n") and len(said) > 5 and ("abcdefg" * len(said)).startswith(said[:-1])
+    assert SUMMARY.fullmatch(err.decode())
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    folder = recital(tmp_path, "abcdefg", context=1 << 20)
+    with start("--checkpoint", folder, "--max-new-tokens", 500_000) as program:
+        assert program.stdout.read(5) == b"abcde"
+        program.stdout.close()
+        err = program.stderr.read()
+        program.wait(timeout=120)
+    assert b"Traceback" not in err and err.count(b"\n") <= 1 and program.returncode != 0
+
+
+# -- chat ----------------
+
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+# what the model said before is cut to its first two characters, as templates drop earlier reasoning
+FORGETFUL = PLAIN.replace(
+    "{{ m.content }}", "{% if m.role == 'assistant' %}{{ m.content[:2] }}{% else %}{{ m.content }}{% endif %}"
+)
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """What each turn of a chat passed to the engine: [prompt ids, ids answered, tokens prefilled]."""
+    seen, real = [], generate.Engine.generate
+
+    def spy(self, prompts, *args, **options):
+        ids = []
+        seen.append([list(prompts[0]), ids, -1])
+        for piece in real(self, prompts, *args, **options):
+            ids.extend(piece.ids)
+            seen[-1][2] = self.stats.prefill_tokens
+            yield piece
+
+    monkeypatch.setattr(generate.Engine, "generate", spy)
+    return seen
+
+
+def chat_folder(tiny, template, **changes):
+    folder, _ = tiny("llama", vocab_size=VOCAB, eos_token_id=257, bos_token_id=256, seed=3, **changes)
+    return add_tokenizer(folder, template=template, eos_token_id=[257, 258])
+
+
+@pytest.mark.parametrize("template", [PLAIN, FORGETFUL], ids=["appends", "edits history"])
+def test_chat_reuses_the_common_prefix_and_answers_as_a_fresh_prefill(call, tiny, turns, template):
+    folder = chat_folder(tiny, template)
+    argv = ("--checkpoint", folder, "--temperature", 0, "--max-new-tokens", 9)
+    out, _ = call(*argv, "--chat", "--system", "Be brief.", stdin="hello\nwhat is that?\n\nbye\n")
+    assert out.count("> ") == 5 and len(turns) == 4
+    engine, said, cached = generate.Engine.load(folder), list(turns), []
+    for prompt, answer, prefilled in said:
+        fresh = [i for p in engine.generate([prompt], generate.SamplingParams(0.0), max_new_tokens=9) for i in p.ids]
+        engine._cached = []
+        assert answer == fresh
+        common = next((i for i, (a, b) in enumerate(zip(prompt, cached)) if a != b), min(len(prompt) - 1, len(cached)))
+        assert prefilled == len(prompt) - common
+        cached = [*prompt, *answer[:-1]]
+    rendered = engine.tokenizer.encode_chat(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    )
+    assert said[0][0] == rendered and rendered.count(256) == 1
+    assert all(prefilled < len(prompt) / 1.5 for prompt, _, prefilled in said[1:])
+
+
+def test_chat_without_a_template_is_one_line(fails, abc):
+    assert "chat template" in fails("--checkpoint", abc, "--chat")
+
+
+def test_chat_interrupt_stops_the_answer_and_not_the_program(call, tmp_path, turns, monkeypatch):
+    folder = recital(tmp_path, "abcdefg", "<|eos|>", template=PLAIN)
+    interrupt_after(monkeypatch, 2)
+    out, _ = call(
+        "--checkpoint", folder, "--chat", "--temperature", 0, "--ignore-eos", "--max-new-tokens", 4, stdin="a\nb\n"
+    )
+    decode = generate.Engine.load(folder).tokenizer.file.model.decode
+    second = decode(turns[-1][0], skip_special_tokens=False)
+    assert out.count("> ") == 3
+    assert second.startswith("<|bos|>u:a<|eot|>a:") and second.endswith("<|eot|>u:b<|eot|>a:")
+    assert len(second) == len("<|bos|>u:a<|eot|>a:??<|eot|>u:b<|eot|>a:")  # the two pieces before Ctrl-C are kept
+
+
+def test_chat_ctrl_c_at_the_prompt_leaves(call, tmp_path, monkeypatch):
+    folder = recital(tmp_path, "abc", "<|eos|>", template=PLAIN)
+
+    def ctrl_c(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", ctrl_c)
+    assert call("--checkpoint", folder, "--chat") == ("\n", "")
+
+
+def test_chat_ends_clearly_when_the_conversation_is_full(call, tiny, turns):
+    folder = chat_folder(tiny, PLAIN)
+    argv = ("--checkpoint", folder, "--chat", "--max-seq-len", 60, "--ignore-eos", "--temperature", 0)
+    out, err = call(*argv, stdin="hello\nagain\nagain\n", status=2)
+    assert len(turns) == 1 and len(turns[0][0]) + len(turns[0][1]) == 60  # the first answer fills it
+    assert err.count("\n") == 1 and "60" in err and "--max-seq-len" in err
+
+
+def test_chat_context_is_the_models_or_8192(call, tmp_path, monkeypatch):
+    sizes, real = [], generate.Engine.limit
+    monkeypatch.setattr(generate.Engine, "limit", lambda self, b, s: sizes.append(s) or real(self, b, s))
+    for context in (512, 20_000):
+        folder = recital(tmp_path / str(context), "abc", "<|eos|>", template=PLAIN, context=context)
+        call("--checkpoint", folder, "--chat", stdin="a\n")
+    assert sizes == [512, 8192]
+
+
+def test_chat_seed_repeats_the_conversation(call, tiny):
+    argv = ("--checkpoint", chat_folder(tiny, PLAIN), "--chat", "--max-new-tokens", 8)
+    run = functools.partial(call, *argv, stdin="a\nb\n")
+    assert run("--seed", 1)[0] == run("--seed", 1)[0] != run("--seed", 2)[0]
+
+
+# -- selftest ----------------
+
+
+def test_selftest_passes_its_arguments_and_its_status_on(monkeypatch):
+    ran = []
+    monkeypatch.setattr(subprocess, "call", lambda command: ran.append(command) or 1)
+    assert generate.main(["--checkpoint", "x", "--selftest"]) == 1
+    assert ran[0][1:] == [str(ROOT / "scripts" / "selftest.py"), "--checkpoint", "x", "--selftest"]
