@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from formats import QuantConfig, Quantized, Scheme, merge, suffixes, unpack
-from linear import Int4Linear, Int8Linear, Linear, RMSNorm
+from linear import Int4Linear, Int8Linear, Linear, RMSNorm, from_linear
 from model import ModelConfig, Rope, Transformer
 from tp import SHARD_DIM, TensorParallel
 
@@ -615,6 +615,28 @@ def default_sampling(folder: Path) -> dict[str, float]:
         return {"temperature": 0.0}
     names = ("temperature", "top_k", "top_p", "min_p")
     return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def quantized_copy(model: Transformer, bits: int) -> Transformer:
+    """The model with its Linears rounded to 8 bits per row or 4 bits per group; embedding and norms are shared.
+
+    The group is the largest of 128, 64, 32 that divides a layer's in_features; ValueError when none does.
+    """
+    with torch.device("meta"):
+        copy = Transformer(model.config, model.tp, any(m.use_kernels for m in model.modules() if isinstance(m, Linear)))
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, Linear) and not name.endswith("mlp.gate"):
+            size = next((g for g in (128, 64, 32) if module.in_features % g == 0), 0)
+            if bits == 4 and not size:
+                raise ValueError(
+                    f"{name} has in_features {module.in_features}, which 32 does not divide; use self-int8"
+                )
+            setattr(copy.get_submodule(parent), child, from_linear(module, bits, size))
+        elif isinstance(module, (Linear, RMSNorm, nn.Embedding)):
+            setattr(copy.get_submodule(parent), child, module)
+    copy.init_rope_(model.inv_freq.device)
+    return copy.eval()
 
 
 # name -> model_type, hidden, MLP, layers, heads, KV heads, head dim, vocabulary, context, rope_theta, tied, (experts,

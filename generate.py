@@ -26,7 +26,8 @@ import kernels
 import tp as tensor_parallel
 from linear import Linear
 from model import KVCache, Transformer
-from sampling import SamplingParams, sample
+from sampling import SamplingParams, Structure, sample
+from speculative import Speculation
 from tokenizer import Tokenizer
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tales"
@@ -80,6 +81,9 @@ class Ids:
 
     def decoder(self, prompt: Sequence[int] = ()) -> "Ids":
         return self
+
+    def piece(self, i: int) -> bytes:
+        return b"%d " % i
 
     def add(self, ids: list[int]) -> str:
         return "".join(f"{i} " for i in ids)
@@ -179,6 +183,7 @@ class Engine:
         self.state = State(0, 0, self.device)
         self._programs: dict[tuple[Any, ...], Callable[[], None]] = {}
         self._cached: list[int] = []
+        self.speculation: Speculation | None = None
         self._forward: Callable[..., torch.Tensor] = model.__call__
         self.compile_prefill = compile_prefill
         if compile_prefill and any(model.config.sparse):
@@ -196,13 +201,16 @@ class Engine:
         max_seq_len: int | None = None,
         batch_size: int = 1,
         progress: bool = False,
+        draft: str | None = None,
+        num_draft_tokens: int | None = None,
         **options: Any,  # noqa: ANN401
     ) -> "Engine":
         """A checkpoint folder or Hub id (or a named `shape` with random weights) on a device, ready to generate.
 
         device None: CUDA if there is one, else the CPU. kernel_choice: triton, inductor (plain PyTorch), or auto
-        (triton where it runs). max_seq_len and batch_size reserve the cache now; otherwise it grows on demand. options:
-        see `__init__`. ValueError or FileNotFoundError for everything that a user can get wrong, memory included.
+        (triton where it runs). max_seq_len and batch_size reserve the cache now; otherwise it grows on demand. draft:
+        speculate with a smaller checkpoint, "ngram", "self-int4" or "self-int8", num_draft_tokens (None: as pays) at a
+        time. options: see `__init__`. ValueError or FileNotFoundError for all that a user can get wrong, memory too.
         """
         start = time.perf_counter()
         where = pick_device(device)
@@ -234,31 +242,54 @@ class Engine:
                 )
             options.setdefault("defaults", SamplingParams(**dict[str, Any](checkpoint.default_sampling(folder))))
             engine = cls(model, tokenizer, use_kernels=use_kernels, **options)
+        if draft in ("self-int4", "self-int8"):
+            copy = checkpoint.quantized_copy(model, int(draft[-1]))
+            engine.speculate(cls(copy, engine.tokenizer, use_kernels=use_kernels, **options), num_draft_tokens)
+        elif draft is not None:
+            drafter = None
+            if draft != "ngram":
+                drafter = cls.load(draft, device=device, dtype=dtype, kernel_choice=kernel_choice, **options)
+            engine.speculate(drafter, num_draft_tokens)
         if max_seq_len is not None:
             engine.limit(batch_size, max_seq_len)
         engine.stats.load_s = time.perf_counter() - start
         return engine
 
+    def speculate(self, draft: "Engine | None", num_draft_tokens: int | None = None) -> None:
+        """From here on decode by speculation: `draft` proposes (None: prompt lookup), this model verifies.
+
+        ValueError unless every id means the same to both tokenizers; vocabularies may differ by padding.
+        """
+        if draft is not None and draft.tokenizer is not self.tokenizer:
+            sizes = [e.tokenizer.vocab_size for e in (self, draft)]
+            mine, theirs = ([e.tokenizer.piece(i) for i in range(min(sizes))] for e in (self, draft))
+            if sizes[0] != sizes[1] or mine != theirs:
+                raise ValueError(
+                    f"the draft's vocabulary ({sizes[1]} ids) is not the target's ({sizes[0]} ids); "
+                    "use a draft with the same tokenizer, or --draft ngram"
+                )
+        self.speculation = Speculation(self, draft, num_draft_tokens)
+
     # -- memory ----------------
 
     def limit(self, batch_size: int, max_seq_len: int) -> None:
         """Reserve the cache now, and let no sequence grow beyond it."""
-        self.reserve(batch_size, max_seq_len)
+        self.reserve(batch_size, max_seq_len, self.speculation.margin if self.speculation else 0)
         self.max_seq_len = max_seq_len
 
-    def reserve(self, batch_size: int, max_seq_len: int) -> None:
-        """Make sure that the cache holds batch_size rows of max_seq_len slots. ValueError, before allocating, when it
-        cannot.
+    def reserve(self, batch_size: int, max_seq_len: int, slack: int = 0) -> None:
+        """Make sure that the cache holds batch_size rows of max_seq_len slots, and `slack` more that no kept token
+        uses. ValueError, before allocating, when it cannot.
         """
         cache, config = self.cache, self.model.config
-        if cache is not None and cache.batch_size == batch_size and cache.max_seq_len >= max_seq_len:
+        if cache is not None and cache.batch_size == batch_size and cache.max_seq_len >= max_seq_len + slack:
             return
         if not 0 < max_seq_len <= config.max_position_embeddings:
             kind = " (rope_type dynamic is exact up to there)" if config.rope.rope_type == "dynamic" else ""
             raise ValueError(
                 f"{max_seq_len} tokens do not fit the model's context of {config.max_position_embeddings}{kind}"
             )
-        slots = min(-(-max_seq_len // 128) * 128, config.max_position_embeddings)
+        slots = -(-(max_seq_len + slack) // 128) * 128
         self.cache = None  # free the old one first
         self._programs, self._cached = {}, []
         per_slot = 2 * len(self.model.layers) * config.num_key_value_heads // self.model.tp.size
@@ -303,17 +334,17 @@ class Engine:
         assert logits is not None
         return logits
 
-    def _decode(self, position: int, structure: tuple[bool, int, bool, bool]) -> Callable[[], None]:
-        """The program for one decode step of rows at `position` at most: built, warmed up and captured on first use.
-
-        Without a kernel that reads the length on the device, the attended prefix is rounded up to a power of two, so
-        that a cache of S slots needs at most log2(S) programs.
+    def attended(self, position: int) -> int:
+        """How many cache slots a program for rows at `position` at most looks at: all where a kernel reads the length
+        on the device, else a power of two, so that a cache of S slots needs at most log2(S) programs.
         """
-        cache, state, model = self.cache, self.state, self.model
-        assert cache is not None
-        end = cache.max_seq_len
-        if not self.use_kernels:
-            end = min(end, max(128, 1 << position.bit_length()))
+        assert self.cache is not None
+        slots = self.cache.max_seq_len
+        return slots if self.use_kernels else min(slots, max(128, 1 << position.bit_length()))
+
+    def _decode(self, position: int, structure: Structure) -> Callable[[], None]:
+        """The program for one decode step of rows at `position` at most: built, warmed up and captured on first use."""
+        cache, state, model, end = self.cache, self.state, self.model, self.attended(position)
         if (program := self._programs.get((end, structure))) is not None:
             return program
 
@@ -325,31 +356,37 @@ class Engine:
             state.token.copy_(token.clamp(min=0)[:, None])
             state.step.add_(1)
 
-        began = time.perf_counter()
-        program = private_copy(step, f"decode_{end}")
-        if self.compile:
-            options = {"coordinate_descent_tuning": self.device.type == "cuda" and not self.use_kernels}
-            program = torch.compile(program, fullgraph=True, options=options)
-            program = self._warm_up(program)
+        program = self.compiled(step, f"decode_{end}")
+        program = self.captured(program, [state.token, state.position, state.out, state.step])
         self._programs[end, structure] = program
-        self.stats.compile_s += time.perf_counter() - began
         return program
 
-    def _warm_up(self, program: Callable[[], None]) -> Callable[[], None]:
+    def compiled(self, fn: Callable[..., Any], name: str, dynamic: bool | None = None) -> Callable[..., Any]:
+        """fn through torch.compile where this engine compiles, else fn."""
+        if not self.compile:
+            return fn
+        options = {"coordinate_descent_tuning": self.device.type == "cuda" and not self.use_kernels}
+        return torch.compile(private_copy(fn, name), fullgraph=True, dynamic=dynamic, options=options)
+
+    def captured(
+        self, program: Callable[[], None], restored: list[torch.Tensor], margin: int = 1
+    ) -> Callable[[], None]:
         """Compile by running, then on a GPU capture one CUDA graph: a step is then one launch, with no guards and no
         arguments.
 
-        The trial steps write to the last slot, which never belongs to a prefix that is kept, and the state is put back.
+        The trial steps write to the last `margin` slots, which never belong to a prefix that is kept, and `restored`
+        is put back.
         """
-        state = self.state
-        names = ("token", "position", "out", "step")
-        saved = {name: getattr(state, name).clone() for name in names}
+        if not self.compile:
+            return program
+        began, state, saved = time.perf_counter(), self.state, [t.clone() for t in restored]
 
         def trial() -> None:
             state.step.zero_()
-            state.position.fill_(state.out.shape[1] - 1)
+            state.position.fill_(state.out.shape[1] - margin)
             program()
 
+        captured = program
         if self.device.type != "cuda":
             trial()
         else:
@@ -362,12 +399,13 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 program()
-            program = graph.replay
-        for name, value in saved.items():
-            getattr(state, name).copy_(value)
-        return program
+            captured = graph.replay
+        for tensor, value in zip(restored, saved):
+            tensor.copy_(value)
+        self.stats.compile_s += time.perf_counter() - began
+        return captured
 
-    def _steps(self, count: int, position: int, structure: tuple[bool, int, bool, bool]) -> Iterator[list[list[int]]]:
+    def _steps(self, count: int, position: int, structure: Structure) -> Iterator[list[list[int]]]:
         """Run `count` decode steps; yields ids [B][n] a few columns at a time.
 
         On a GPU the host reads one block behind the one it has just queued, so the queue never runs dry.
@@ -430,11 +468,15 @@ class Engine:
                 "leaves no room to continue"
             )
         limit = min(max_new_tokens, self.max_seq_len - longest)
-        self.reserve(len(rows), longest + limit)
+        speculation = self.speculation
+        self.reserve(len(rows), longest + limit, speculation.margin if speculation else 0)
         self.stats = Stats(load_s=self.stats.load_s, batch_size=len(rows))
         state, structure, known = self.state, sampling.structure, 0
-        for position in range(longest, longest + limit - 1):
-            self._decode(position, structure)
+        if speculation:
+            speculation.prepare(longest, structure)
+        else:
+            for position in range(longest, longest + limit - 1):
+                self._decode(position, structure)
         if len(rows) == 1:  # keep what the cache already holds, but for the last id, whose logits are needed
             same = (a == b for a, b in zip(rows[0][:-1], self._cached))
             known = next((i for i, equal in enumerate(same) if not equal), min(len(rows[0]) - 1, len(self._cached)))
@@ -452,14 +494,14 @@ class Engine:
         answers = [Answer(self.tokenizer.decoder(row), stop_ids, stop, limit) for row in rows]
         block = first[:, None].tolist()
         self.stats.ttft_s, self.stats.prefill_tokens = time.perf_counter() - began, sum(map(len, rows)) - known
-        began = time.perf_counter()
-        steps = self._steps(limit - 1, longest, structure)
+        began, compile_s = time.perf_counter(), self.stats.compile_s
+        steps = speculation.steps(rows, first, structure) if speculation else self._steps(limit - 1, longest, structure)
         while block:
             yield from self._increments(answers, block)
             if len(rows) == 1:
                 self._cached = [*rows[0], *answers[0].ids[:-1]]
             block = [] if all(a.stop_reason for a in answers) else next(steps, [])
-            self.stats.decode_s = time.perf_counter() - began
+            self.stats.decode_s = time.perf_counter() - began - (self.stats.compile_s - compile_s)
             self.stats.decode_steps = max(len(a.ids) for a in answers) - 1
         self.stats.bytes_per_step = self._bytes_per_step(longest + self.stats.decode_steps // 2)
 
@@ -540,6 +582,15 @@ def at_least(low: int, high: int = 1 << 40) -> Callable[[str], int]:
     return integer
 
 
+def draft_tokens(text: str) -> int | None:
+    """An argparse type: auto (None), or a number of draft tokens that one verification takes."""
+    if text == "auto":
+        return None
+    if not 1 <= (value := int(text)) < kernels.MAX_ROWS:
+        raise argparse.ArgumentTypeError(f"{value} is not sensible; 1 to {kernels.MAX_ROWS - 1} or auto is")
+    return value
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="generate.py", description="Stream text from a Hugging Face checkpoint.", allow_abbrev=False)
     one = p.add_mutually_exclusive_group()
@@ -562,6 +613,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     p.add_argument("--compile-prefill", action="store_true")
     p.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto", help="inductor: plain PyTorch")
+    p.add_argument("--draft", metavar="DRAFT", help="speculate: folder or Hub id, ngram, self-int4 or self-int8")
+    p.add_argument(
+        "--num-draft-tokens", type=draft_tokens, metavar="K", help="1..15, or auto: as many as pays (default)"
+    )
+    p.add_argument("--compare", action="store_true", help="with --draft: decode plainly too, and report the speed-up")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"))
     p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="auto: the checkpoint's; float32 on a CPU")
     p.add_argument("--json", action="store_true", help="standard output is one JSON object per answer")
@@ -570,6 +626,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if "" in args.stop:
         p.error("--stop is empty; give some text")
+    if args.draft is None and (args.compare or args.num_draft_tokens is not None):
+        p.error("--compare and --num-draft-tokens need --draft")
     if args.chat and (args.json or args.num_samples > 1 or args.shape):
         p.error("--chat goes with none of --json, --num-samples, --shape")
     if args.system is not None and not args.chat:
@@ -594,7 +652,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def summary(engine: Engine) -> str:
-    """The last generation in one line."""
+    """The last generation in one line, and its speculation in another."""
     s, gb = engine.stats, engine.stats.bytes_per_step / 1e9
     memory = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else peak_host_bytes()
     rate = s.decode_tok_s
@@ -602,6 +660,7 @@ def summary(engine: Engine) -> str:
         f"load {s.load_s:.1f} s | compile {s.compile_s:.1f} s | "
         f"TTFT {s.ttft_s * 1e3:.0f} ms ({s.prefill_tokens} tokens) | decode {rate * s.batch_size:.1f} tok/s | "
         f"{gb / max(s.batch_size, 1):.3g} GB/token | {gb * rate:.1f} GB/s | memory {memory / 1e9:.2f} GB"
+        + (f"\n{engine.speculation.summary()}" if engine.speculation else "")
     )
 
 
@@ -638,6 +697,12 @@ def run(engine: Engine, args: argparse.Namespace, sampling: SamplingParams, text
     if streaming:
         print(flush=True)
     print(summary(engine), file=sys.stderr)
+    if args.compare and engine.speculation and "interrupted" not in reasons:
+        fast, engine.speculation = engine.stats.decode_tok_s, None
+        for _ in engine.generate(prompts, sampling, **options(args), seed=args.seed):
+            pass
+        plain = engine.stats.decode_tok_s
+        print(f"plain {plain:.1f} tok/s, speculative {fast:.1f} tok/s: {fast / max(plain, 1e-9):.2f}x", file=sys.stderr)
     return 130 if "interrupted" in reasons else 0
 
 
@@ -701,6 +766,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             compile=args.compile,
             compile_prefill=args.compile_prefill,
             prefill_chunk=args.prefill_chunk,
+            draft=args.draft,
+            num_draft_tokens=args.num_draft_tokens,
         )
         sampling = replace(engine.defaults, **chosen)
         if args.chat and args.max_seq_len is None:

@@ -204,7 +204,12 @@ def quantize_rtn(
 
 
 def from_linear(linear: Linear, bits: int, group_size: int = 128) -> Linear:
-    """A new int8 (per row) or int4 (per group) Linear holding round-to-nearest values of an unquantized one."""
+    """A new int8 (per row) or int4 (per group) Linear holding round-to-nearest values of an unquantized one.
+
+    ValueError for a Linear that is quantized already.
+    """
+    if type(linear) is not Linear:
+        raise ValueError("the model is quantized already; rounding it once more makes it no faster")
     w = linear.weight
     q, scale = quantize_rtn(w, bits, group_size if bits == 4 else -1, w.dtype)
     cls = Int4Linear if bits == 4 else Int8Linear

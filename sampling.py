@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 _MIX1, _MIX2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # splitmix64's constants as int64
+Structure = tuple[bool, int, bool, bool]  # what changes the program: greedy, top_k, top-p on, min-p on
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {want}")
 
     @property
-    def structure(self) -> tuple[bool, int, bool, bool]:
-        """What changes the program and not only a number in it: (greedy, top_k, top-p on, min-p on)."""
+    def structure(self) -> Structure:
+        """What changes the program and not only a number in it."""
         greedy = self.temperature == 0
         return greedy, 0 if greedy else self.top_k, not greedy and self.top_p < 1, not greedy and self.min_p > 0
 
@@ -50,7 +51,7 @@ class SamplingParams:
 
 
 def distribution(
-    logits: torch.Tensor, structure: tuple[bool, int, bool, bool], knobs: torch.Tensor
+    logits: torch.Tensor, structure: Structure, knobs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """logits [..., V] float32 -> (probs [..., C] float32 summing to 1, their token ids [..., C] or None when C is the
     vocabulary).
@@ -91,7 +92,7 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, lanes: int, stream: in
     tokens.
     """
     key = _mix(_mix(seeds * _GOLDEN + stream) ^ positions)
-    # lanes are not multiplied by a constant as splitmix64 would: compilers hold an index in 32 bits. Mixing twice makes up for it
+    # splitmix64 multiplies the lane by a constant; compilers hold an index in 32 bits, so mix twice instead
     bits = _mix(_mix(key.unsqueeze(-1) + torch.arange(lanes, device=seeds.device)))
     return ((bits & 0x7FFFFFFFFFFFFFFF).float() * 2.0**-63).clamp(2.0**-63, 1 - 2.0**-24)
 
@@ -105,11 +106,7 @@ def draw(probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, stre
 
 
 def sample(
-    logits: torch.Tensor,
-    structure: tuple[bool, int, bool, bool],
-    knobs: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
+    logits: torch.Tensor, structure: Structure, knobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """Next token [B] int64 for logits [B, V] float32; -1 in a row whose logits are not finite (the host raises)."""
     probs, ids = distribution(logits, structure, knobs)

@@ -64,5 +64,6 @@ def init(device: torch.device) -> TensorParallel:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return TensorParallel()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return TensorParallel(dist.get_rank(), size)
