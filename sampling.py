@@ -92,6 +92,9 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, lanes: int, stream: in
     tokens.
     """
     key = _mix(_mix(seeds * _GOLDEN + stream) ^ positions)
+    # a no-op that makes Inductor store the key: every xor-shift above doubles the expression it would inline below,
+    # and compiling the decode step's sampling took 23 s instead of 5 s (2 CPU cores)
+    key = key.as_strided(key.shape, key.stride())
     # splitmix64 multiplies the lane by a constant; compilers hold an index in 32 bits, so mix twice instead
     bits = _mix(_mix(key.unsqueeze(-1) + torch.arange(lanes, device=seeds.device)))
     return ((bits & 0x7FFFFFFFFFFFFFFF).float() * 2.0**-63).clamp(2.0**-63, 1 - 2.0**-24)
