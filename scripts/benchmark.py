@@ -11,7 +11,7 @@ the loop. Under torchrun every rank takes part, the first one reports, and bytes
 
 import argparse
 import csv
-import io
+import functools
 import json
 import os
 import statistics
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not ins
 import checkpoint  # noqa: E402
 import kernels  # noqa: E402
 import tp  # noqa: E402
-from generate import DTYPES, Engine, Ids, Parser, at_least, peak_host_bytes, pick_device, private_copy  # noqa: E402
+from generate import DTYPES, Engine, Ids, Parser, at_least, peak_host_bytes, pick_device  # noqa: E402
 from linear import Linear  # noqa: E402
 from sampling import SamplingParams, sample  # noqa: E402
 
@@ -51,25 +51,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--shape", choices=tuple(checkpoint.SHAPES), help="a named shape with random weights")
     which.add_argument("--checkpoint", help="folder or Hub id")
     p.add_argument("--mode", choices=tuple(BITS), help="weights of a --shape (default bf16: not quantized)")
-    p.add_argument("--group-size", type=int, default=128, help="of int4; -1 is one group a row")
     for name, default in (("batch", 1), ("prompt-len", 5), ("new-tokens", 200), ("repeats", 4)):
         p.add_argument(f"--{name}", type=at_least(1 + (name == "new-tokens")), default=default)
     p.add_argument("--cache-len", type=at_least(1), help="cache slots (default: what the run needs)")
-    p.add_argument("--top-k", type=int, default=200)
-    p.add_argument("--temperature", type=float, default=0.8)
+    for name, usual in (("group-size", 128), ("top-k", 200), ("temperature", 0.8)):
+        p.add_argument(f"--{name}", type=type(usual), default=usual)
     p.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     p.add_argument("--compile-prefill", action="store_true")
     p.add_argument("--compile-twice", action="store_true", help="build again, from the caches, for compile_s_warm")
     p.add_argument("--prefill", type=numbers, default=[], metavar="T,T", help="also time prefills of these lengths")
-    rows = "also time steps of this many rows of one sequence against one (default 1,2,4,8,16)"
-    p.add_argument(
-        "--rows-table", type=numbers, nargs="?", const=[1, 2, 4, 8, 16], default=[], metavar="M,M", help=rows
-    )
+    p.add_argument("--rows-table", type=numbers, nargs="?", const=[1, 2, 4, 8, 16], default=[], help="time M-row steps")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"))
     p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--csv", metavar="FILE", default=str(ROOT / "benchmarks" / "decode.csv"))
-    p.add_argument("--no-csv", action="store_true", help="append no row")
+    p.add_argument("--no-csv", action="store_true", help="append no rows")
     p.add_argument("--commit", metavar="HASH", help="what to record where there is no git repository")
     args = p.parse_args(argv)
     if args.checkpoint and args.mode:
@@ -82,22 +78,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 # -- the device ----------------
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def seconds(run: Callable[[], object], device: torch.device, times: int) -> float:
     """Seconds of one of `times` runs queued back to back, the device synchronised at the two ends."""
-    synchronize(device)
+    wait = getattr(torch, device.type).synchronize  # a device's name is its module's
+    wait()
     began = time.perf_counter()
     for _ in range(times):
         run()
-    synchronize(device)
+    wait()
     return (time.perf_counter() - began) / times
 
 
@@ -122,12 +114,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def process_seconds() -> float:
-    """Since this process started, imports included (Linux; elsewhere since the clock was first read)."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-    except OSError:
+    """Since this process started, imports included (processor seconds where there is no /proc)."""
+    if not Path("/proc/self/stat").exists():
         return time.process_time()
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 # -- what is measured ----------------
@@ -138,28 +129,24 @@ def build(args: argparse.Namespace, device: torch.device) -> Engine:
     options = {"compile": args.compile, "compile_prefill": args.compile_prefill}
     if args.checkpoint:
         return Engine.load(args.checkpoint, device=device.type, dtype=args.dtype, kernel_choice=args.kernels, **options)
-    if args.kernels == "triton" and not kernels.supported(device):
-        raise ValueError(f"--kernels triton needs Triton and a CUDA device of capability 8.0 or newer, not {device}")
-    config = checkpoint.shape_config(args.shape)
-    if args.group_size != -1 and (args.group_size < 1 or config.hidden_size % args.group_size):
-        raise ValueError(f"--group-size {args.group_size} does not divide hidden_size {config.hidden_size}")
+    config, size, fused = checkpoint.shape_config(args.shape), args.group_size, kernels.supported(device)
+    if args.kernels == "triton" and not fused:
+        raise ValueError(f"--kernels triton does not run on {device}")
+    if size != -1 and (size < 1 or config.hidden_size % size):
+        raise ValueError(f"--group-size {size} does not divide hidden_size {config.hidden_size}")
+    fused, group, bits = args.kernels != "inductor" and fused, tp.init(device), BITS[args.mode or "bf16"]
+    dtype = DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = checkpoint.random_model(
-        config,
-        bits=BITS[args.mode or "bf16"],
-        group_size=args.group_size,
-        tp=tp.init(device),
-        device=device,
-        dtype=DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else torch.bfloat16),
-        use_kernels=args.kernels != "inductor" and kernels.supported(device),
+        config, bits=bits, group_size=size, tp=group, device=device, dtype=dtype, use_kernels=fused
     )
-    return Engine(model, Ids(config.vocab_size), use_kernels=model.lm_head.use_kernels, **options)
+    return Engine(model, Ids(config.vocab_size), use_kernels=fused, **options)
 
 
 def random_prompts(engine: Engine, batch: int, length: int, seed: int) -> list[list[int]]:
     """Ids that differ from run to run at the first one, so that no run finds its prompt in the cache."""
-    g = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(engine.model.config.vocab_size, (batch, length), generator=g)
-    prompts[:, 0] = seed % engine.model.config.vocab_size
+    vocab, g = engine.model.config.vocab_size, torch.Generator().manual_seed(seed)
+    prompts = torch.randint(vocab, (batch, length), generator=g)
+    prompts[:, 0] = seed % vocab
     return prompts.tolist()
 
 
@@ -167,11 +154,9 @@ def decode(engine: Engine, args: argparse.Namespace, seed: int) -> tuple[float, 
     """One whole generation: (seconds to the first token, decode seconds, seconds of building programs)."""
     sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k)
     prompts = random_prompts(engine, args.batch, args.prompt_len, seed)
-    for _ in engine.generate(prompts, sampling, max_new_tokens=args.new_tokens, ignore_eos=True, seed=seed):
-        pass
+    list(engine.generate(prompts, sampling, max_new_tokens=args.new_tokens, ignore_eos=True, seed=seed))
     if engine.stats.decode_steps != args.new_tokens - 1:
-        context = engine.model.config.max_position_embeddings
-        raise ValueError(f"{args.prompt_len} + {args.new_tokens} tokens do not fit the context of {context}")
+        raise ValueError(f"{args.prompt_len} + {args.new_tokens} tokens do not fit the model's context")
     return engine.stats.ttft_s, engine.stats.decode_s, engine.stats.compile_s
 
 
@@ -224,64 +209,44 @@ def measure_prefill(engine: Engine, args: argparse.Namespace) -> list[dict[str, 
     rate, out = matmul_rate(engine.device, engine.dtype), []
     for T in args.prefill:
         engine.reserve(args.batch, T)
-        prompts = random_prompts(engine, args.batch, T, seed=T)
-
-        def run(prompts: list[list[int]] = prompts) -> None:
-            engine.prefill(prompts)
-
+        run = functools.partial(engine.prefill, random_prompts(engine, args.batch, T, seed=T))
         run()
         s = statistics.median(seconds(run, engine.device, 1) for _ in range(args.repeats))
-        mfu = args.batch * prefill_flops(engine, T) / s / rate
-        row = {"batch": args.batch, "prompt_len": T, "ms": 1e3 * s, "prefill_tok_s": args.batch * T / s}
-        out.append(row | {"matmul_tflop_s": rate / 1e12, "mfu": mfu})
+        out.append({"batch": args.batch, "prompt_len": T, "ms": 1e3 * s, "prefill_tok_s": args.batch * T / s})
+        out[-1] |= {"matmul_tflop_s": rate / 1e12, "mfu": args.batch * prefill_flops(engine, T) / s / rate}
     return out
 
 
-def rows_program(engine: Engine, rows: int, position: int, sampling: SamplingParams) -> Callable[[], None]:
-    """A step of `rows` new tokens of one sequence from `position` on (a verification), each sampled: compiled and
-    captured as a decode step is.
-    """
-    model, cache, device = engine.model, engine.cache, engine.device
-    assert cache is not None
-    tokens = torch.randint(model.config.vocab_size, (1, rows), device=device)
-    positions = torch.arange(position, position + rows, device=device)[None]
-    seeds, out, knobs = torch.zeros_like(positions[0]), torch.zeros_like(positions[0]), sampling.knobs(device)
-    end = cache.max_seq_len if engine.use_kernels else max(128, 1 << (position + rows).bit_length())
-    end, structure = min(end, cache.max_seq_len), sampling.structure
-
-    def step() -> None:
-        logits = model(tokens, positions, cache, end=end)[0]
-        out.copy_(model.tp.broadcast(sample(logits, structure, knobs, seeds, positions[0])))
-
-    program = private_copy(step, f"rows_{rows}")
-    if engine.compile:
-        program = torch.compile(program, fullgraph=True)
-    if not engine.compile or device.type != "cuda":
-        program()
-        return program
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        program()
-        program()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        program()
-    return graph.replay
-
-
 def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds of a step of M rows, and how many one-row steps that is."""
+    """Milliseconds of a step of M new tokens of one sequence (a verification), each sampled, compiled and captured as
+    a decode step is; and how many one-row steps that is.
+    """
     position, times = args.prompt_len, 50 if engine.device.type == "cuda" else 3
-    engine.reserve(1, max(position + kernels.MAX_ROWS, args.cache_len or 1))
+    engine.reserve(1, max(position + 2 * kernels.MAX_ROWS, args.cache_len or 1))
     sampling, out = SamplingParams(temperature=args.temperature, top_k=args.top_k), []
     for rows in args.rows_table:
-        program = rows_program(engine, rows, position, sampling)
+        program = rows_program(engine, rows, engine.attended(position + rows), sampling)
+        engine.state.position.fill_(position)
         s = statistics.median(seconds(program, engine.device, times) for _ in range(args.repeats + 1))
         out.append({"position": position, "rows": rows, "ms": 1e3 * s})
         out[-1]["ratio"] = out[-1]["ms"] / out[0]["ms"]
     return out
+
+
+def rows_program(engine: Engine, rows: int, end: int, sampling: SamplingParams) -> Callable[[], None]:
+    model, cache, state, structure = engine.model, engine.cache, engine.state, sampling.structure
+    state.knobs.copy_(sampling.knobs(engine.device))
+    tokens = torch.randint(model.config.vocab_size, (1, rows), device=engine.device)
+    later, chosen = torch.arange(rows, device=engine.device), torch.zeros_like(tokens[0])
+
+    def step() -> None:
+        positions = state.position + later
+        logits = model(tokens, positions, cache, end=end)[0]
+        chosen.copy_(model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, positions[0])))
+
+    program = engine.captured(engine.compiled(step, f"rows_{rows}"), [state.position, state.step], margin=rows)
+    program()
+    return program
 
 
 # -- the report ----------------
@@ -290,14 +255,12 @@ def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any
 def commit_hash() -> str:
     """Short hash, +dirty with uncommitted changes outside benchmarks/; unknown where there is no repository."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
+    commands = ["git rev-parse --short HEAD", "git status --porcelain -- . :!benchmarks"]
     try:
-        dirty = git("status", "--porcelain", "--", ".", ":!benchmarks")
-        return git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else "")
+        head, changes = (subprocess.check_output(c.split(), cwd=ROOT, stderr=subprocess.DEVNULL) for c in commands)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return head.decode().strip() + ("+dirty" if changes else "")
 
 
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -306,11 +269,11 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     text = path.read_text("utf-8") if path.is_file() else ",".join(columns) + "\n"
     if text.splitlines()[0].split(",") != columns:
         raise ValueError(f"{path} has another header than {','.join(columns)}; give --csv another file")
-    buffer = io.StringIO()
-    csv.DictWriter(buffer, columns, lineterminator="\n").writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + buffer.getvalue(), "utf-8")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        csv.DictWriter(file, columns, lineterminator="\n").writerows(rows)
     temporary.replace(path)
 
 
@@ -332,23 +295,18 @@ def describe(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(setting: dict[str, Any], tables: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
-    """Every table (decode, prefill, rows) on the screen and appended to its CSV; last the JSON line: the decode row,
-    with the others inside.
-    """
-    tables = json.loads(json.dumps(tables), parse_float=lambda text: float(f"{float(text):.5g}"))
-    (decoded,) = tables["decode"]
+def report(args: argparse.Namespace, setting: dict[str, Any], decoded: dict[str, Any], tables: dict[str, Any]) -> None:
+    """Everything on the screen and appended to its CSV; last the JSON line: the decode row, the tables inside."""
+    decoded, tables = json.loads(json.dumps([decoded, tables]), parse_float=lambda text: float(f"{float(text):.5g}"))
     for key, value in (setting | decoded).items():
         print(f"{key:>16}  {'-' if value is None else value}")
-    for name, rows in tables.items():
-        for row in [dict(zip(rows[0], rows[0])), *rows] if name != "decode" else []:
+    for rows in tables.values():
+        for row in [dict(zip(rows[0], rows[0])), *rows]:
             print(" ".join(f"{value:>14}" for value in row.values()))
-        if not args.no_csv:
-            path = Path(args.csv)
-            path = path if name == "decode" else path.with_name(f"{name}.csv")
-            append_csv(path, [setting | row for row in rows])
+    files = {args.csv: [decoded]} | {Path(args.csv).with_name(f"{name}.csv"): rows for name, rows in tables.items()}
+    for path, rows in [] if args.no_csv else files.items():
+        append_csv(Path(path), [setting | row for row in rows])
     versions = {"torch": setting["torch"], "triton": setting["triton"], "gpu": setting["device"]}
-    del tables["decode"]
     print(json.dumps(setting | decoded | tables | {"versions": versions}))
 
 
@@ -365,9 +323,7 @@ def measure(args: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
     engine = build(args, device)
     decoded = measure_decode(engine, args, bandwidth, spent)
-    tables = {"decode": [decoded]}
-    if args.rows_table:
-        tables["rows"] = measure_rows(engine, args)
+    tables = {"rows": measure_rows(engine, args)} if args.rows_table else {}
     if args.prefill:
         tables["prefill"] = measure_prefill(engine, args)
         decoded |= {key: tables["prefill"][-1][key] for key in ("prefill_tok_s", "mfu")}
@@ -377,7 +333,7 @@ def measure(args: argparse.Namespace) -> None:
         engine.cache = None
         decoded["compile_s_warm"] = decode(again, args, seed=1)[2]
     if engine.model.tp.rank == 0:
-        report(describe(engine, args), tables, args)
+        report(args, describe(engine, args), decoded, tables)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
