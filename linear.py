@@ -167,6 +167,10 @@ class Int4Linear(Linear):
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         return self.weight_packed, self.weight_scale, self.weight_zero_point
 
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        w = super().dequantize(dtype)
+        return w if self.permutation is None else w[..., self.permutation.argsort()]
+
     def forward(
         self,
         x: torch.Tensor,
