@@ -262,20 +262,19 @@ def test_logits_that_are_not_finite_give_minus_one_in_their_row_alone(logits, pa
 
 
 def test_compiled_equals_eager():
-    """The same tokens over a vocabulary of a real size, from bit-identical noise (64-bit integers in the compiler)."""
+    """The same tokens over a vocabulary of a real size: the noise must be the same 64-bit numbers."""
     plain, filtered = SamplingParams(1.0, 0), SamplingParams(0.9, 50, 0.9, 0.02)
     logits = torch.randn(8, 32_000, generator=torch.Generator().manual_seed(1)) * 2
 
     def step(seeds: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
-        rows = [sample(logits, p.structure, p.knobs(CPU), seeds, positions) for p in (plain, filtered)]
-        return [*rows, uniform(seeds, positions, 5000)]
+        return [sample(logits, p.structure, p.knobs(CPU), seeds, positions) for p in (plain, filtered)]
 
     compiled = torch.compile(step, fullgraph=True, dynamic=False)
     for seed in (0, 1 << 33):
         arguments = torch.arange(8) + seed, torch.arange(8) * 1000
         want = step(*arguments)
         assert all(map(torch.equal, compiled(*arguments), want))
-        assert all(len(tokens.unique()) > 4 for tokens in want[:2])
+        assert all(len(tokens.unique()) > 4 for tokens in want)
 
 
 def test_other_numbers_recompile_nothing():
