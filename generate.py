@@ -282,13 +282,13 @@ class Engine:
         uses. ValueError, before allocating, when it cannot.
         """
         cache, config = self.cache, self.model.config
-        if cache is not None and cache.batch_size == batch_size and cache.max_seq_len >= max_seq_len + slack:
-            return
         if not 0 < max_seq_len <= config.max_position_embeddings:
             kind = " (rope_type dynamic is exact up to there)" if config.rope.rope_type == "dynamic" else ""
             raise ValueError(
                 f"{max_seq_len} tokens do not fit the model's context of {config.max_position_embeddings}{kind}"
             )
+        if cache is not None and cache.batch_size == batch_size and cache.max_seq_len >= max_seq_len + slack:
+            return
         slots = -(-(max_seq_len + slack) // 128) * 128
         self.cache = None  # free the old one first
         self._programs, self._cached = {}, []
@@ -456,8 +456,8 @@ class Engine:
     ) -> Iterator[Increment]:
         """Continue every prompt (text or ids); yields increments as they come, row by row, until every row has ended.
 
-        Each row's draws depend on (seed, row, position) alone. Generation ends at max_seq_len (that of `load`, else the
-        model's context) at the latest.
+        Each row's draws depend on (seed, row, position) alone. All rows end where the longest prompt's row reaches
+        max_seq_len (that of `load`, else the model's context), at the latest.
         ValueError for a prompt that does not fit, and for logits that are not finite.
         """
         sampling, rows = sampling or self.defaults, self.encode(prompts)
@@ -496,14 +496,16 @@ class Engine:
         self.stats.ttft_s, self.stats.prefill_tokens = time.perf_counter() - began, sum(map(len, rows)) - known
         began, compile_s = time.perf_counter(), self.stats.compile_s
         steps = speculation.steps(rows, first, structure) if speculation else self._steps(limit - 1, longest, structure)
-        while block:
-            yield from self._increments(answers, block)
-            if len(rows) == 1:
-                self._cached = [*rows[0], *answers[0].ids[:-1]]
-            block = [] if all(a.stop_reason for a in answers) else next(steps, [])
-            self.stats.decode_s = time.perf_counter() - began - (self.stats.compile_s - compile_s)
-            self.stats.decode_steps = max(len(a.ids) for a in answers) - 1
-        self.stats.bytes_per_step = self._bytes_per_step(longest + self.stats.decode_steps // 2)
+        try:
+            while block:
+                yield from self._increments(answers, block)
+                if len(rows) == 1:
+                    self._cached = [*rows[0], *answers[0].ids[:-1]]
+                block = [] if all(a.stop_reason for a in answers) else next(steps, [])
+                self.stats.decode_s = time.perf_counter() - began - (self.stats.compile_s - compile_s)
+                self.stats.decode_steps = max(len(a.ids) for a in answers) - 1
+        finally:  # also when the caller stops asking
+            self.stats.bytes_per_step = self._bytes_per_step(longest + self.stats.decode_steps // 2)
 
     def _increments(self, answers: list[Answer], block: list[list[int]]) -> Iterator[Increment]:
         for row, (answer, ids) in enumerate(zip(answers, block)):
