@@ -313,9 +313,10 @@ class Writer:
                 self.add(name, weights.slice(name)[:])
 
     def flush(self) -> None:
-        self.shards.append(list(self.waiting))
-        save_file(self.waiting, self.folder / f"{len(self.shards)}.safetensors", metadata={"format": "pt"})
-        self.waiting, self.size = {}, 0
+        if self.waiting:
+            self.shards.append(list(self.waiting))
+            save_file(self.waiting, self.folder / f"{len(self.shards)}.safetensors", metadata={"format": "pt"})
+            self.waiting, self.size = {}, 0
 
     def finish(self) -> int:
         """Give the shards their final names, with an index if they are several. Returns their bytes."""

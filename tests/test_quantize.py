@@ -1,0 +1,481 @@
+"""quantize.py as a command: folders that the ecosystem loads, a report that is true, and nothing half-written."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import generate
+import quantize
+from formats import QuantConfig, suffixes, unpack
+from model import KVCache
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+FIXTURES = Path(__file__).parent / "fixtures"
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+TEXT = " ".join(f"The {a} {b} saw {c} {d}s by the {e} river." for a, b, c, d, e in zip(
+    *[random.Random(i).choices(words.split(), k=400) for i, words in enumerate(
+        ("old young tall red quiet", "fox woman king bear child", "two three seven many no", "stone house bird",
+         "long cold silver", ))]))  # fmt: skip
+COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+COMMON |= {"num_key_value_heads": 2, "vocab_size": 260, "max_position_embeddings": 128, "bos_token_id": 256}
+COMMON |= {"eos_token_id": 257, "tie_word_embeddings": False, "head_dim": 16}
+
+
+def save_model(folder, kind="Llama", dtype=torch.float32, **changes):
+    """A random model of transformers with a byte-level tokenizer, as a folder from the Hub would be."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**(COMMON | changes))
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
+    for weight in model.parameters():
+        weight.data.mul_(3)  # logits that mean something
+    model.save_pretrained(folder)
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    words.add_special_tokens(["<s>", "</s>"])
+    words.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "LICENSE").write_text("Do as you like.")
+    (folder / "notes.bin").write_text("not for copying")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def arguments(source, output, text, mode="int4", *more):
+    common = ["--checkpoint", str(source), "--output", str(output), "--mode", mode, "--calibration", str(text)]
+    common += ["--heldout", str(text), "--heldout-tokens", "2048", "--rows", "16"]
+    return common + (["--group-size", "32"] if "--group-size" not in more else []) + list(more)
+
+
+def run(source, output, text, mode="int4", *more):
+    assert quantize.main(arguments(source, output, text, mode, *more)) == 0
+    return json.loads((output / "quantization_report.json").read_text())
+
+
+def logits(folder, tokens):
+    model = checkpoint.load(str(folder))
+    B, T = tokens.shape
+    cache = KVCache(model.config, B, T, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        return model(tokens, torch.arange(T).expand(B, T), cache, end=T)
+
+
+def fails(capsys, argv, *words):
+    """The command ends with exit status 2 and one line on standard error that holds the words."""
+    try:
+        status = quantize.main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and error.startswith("quantize.py: error: "), error
+    for word in words:
+        assert word in error
+    return error
+
+
+def leftovers(folder):
+    return [p.name for p in folder.iterdir()]
+
+
+MODES = [("int8", ()), ("int4", ()), ("int4-gptq", ()), ("int4-gptq", ("--act-order", "--clip-search"))]
+
+
+@pytest.mark.parametrize("mode,more", MODES)
+def test_transformers_loads_what_is_written(mode, more, tiny, text, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    run(tiny, tmp_path / "out", text, mode, *more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    got = logits(tmp_path / "out", tokens)
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+    unquantized = logits(tiny, tokens)
+    assert 1e-4 < (got - unquantized).norm() / unquantized.norm() < 0.7  # it is quantized, and still this model
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
+def test_both_formats_hold_the_same_weights(mode, tiny, text, tmp_path):
+    for form in ("compressed-tensors", "gptq"):
+        run(tiny, tmp_path / form, text, mode, "--format", form)
+    tokens = torch.randint(0, 256, (1, 30))
+    assert torch.equal(logits(tmp_path / "gptq", tokens), logits(tmp_path / "compressed-tensors", tokens))
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == config["checkpoint_format"] == "gptq" and config["sym"] is True
+
+
+@pytest.mark.parametrize("case", ["llm-compressor-w4a16", "llm-compressor-w4a16-act-order"])
+def test_reads_folders_of_llm_compressor(case):
+    expected = load_file(FIXTURES / case / "expected.safetensors")
+    got = logits(FIXTURES / case, expected["tokens"])
+    assert (got - expected["logits"]).abs().max() <= 1e-4 * expected["logits"].abs().max()
+
+
+def test_folder_is_complete_and_runs(tiny, text, tmp_path, capsys):
+    run(tiny, tmp_path / "out", text)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "LICENSE", "quantization_report.json",
+    }  # fmt: skip
+    assert leftovers(tmp_path) == ["out"]
+    assert all(p.stat().st_mode & 0o444 == 0o444 for p in (tmp_path / "out").iterdir())
+    capsys.readouterr()
+    argv = ["--checkpoint", str(tmp_path / "out"), "--prompt", "The old fox", "--max-new-tokens", "4", "--no-compile"]
+    assert generate.main(argv) == 0 and capsys.readouterr().out
+
+
+def test_report_is_true(tiny, text, tmp_path, capsys):
+    report = run(tiny, tmp_path / "out", text, "int4-gptq")
+    rows = {row["name"]: row for row in report["layers"]}
+    assert list(rows)[:4] == [f"layers.0.{m}_proj" for m in ("self_attn.qkv", "self_attn.o", "mlp.gate_up", "mlp.down")]
+    assert len(rows) == 8 and report["calibration_tokens"] == 16 * 128 == rows["layers.1.mlp.down_proj"]["tokens"]
+    assert sum(row["output_error"] < row["output_error_rtn"] for row in rows.values()) >= 7
+    # The errors, again from the files: the first Linear's input is not changed by any quantization.
+    weights, names = load_file(tiny / "model.safetensors"), ("q_proj", "k_proj", "v_proj")
+    before = torch.cat([weights[f"model.layers.0.self_attn.{n}.weight"] for n in names])
+    after = checkpoint.load(str(tmp_path / "out")).layers[0].self_attn.qkv_proj.dequantize(torch.float32)
+    first = rows["layers.0.self_attn.qkv_proj"]
+    assert first["weight_error"] == pytest.approx(float((before - after).norm() / before.norm()), rel=1e-4)
+    assert first["shape"] == [128, 64] and first["seconds"] > 0 and first["notes"] == []
+    assert report["bytes_after"] == (tmp_path / "out" / "model.safetensors").stat().st_size < report["bytes_before"]
+    shown = capsys.readouterr().out
+    assert "2048 tokens in 16 rows of 128" in shown and "layers.1.mlp.down_proj" in shown and "perplexity" in shown
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4-gptq"])
+def test_streamed_perplexity_is_that_of_the_whole_model(mode, tiny, text, tmp_path):
+    report = run(tiny, tmp_path / "out", text, mode, "--heldout-tokens", "1024")
+    tokenizer = quantize.Tokenizer.from_folder(tiny)
+    rows = quantize.text_rows(text, tokenizer, checkpoint.load(str(tiny)).config, 8, 128)
+    for folder, when in ((tiny, "before"), (tmp_path / "out", "after")):
+        engine = generate.Engine.load(str(folder), device="cpu", compile=False)
+        whole = float(engine.score(rows).mean().neg().exp())
+        assert report[f"perplexity_{when}"] == pytest.approx(whole, rel=1e-4)
+
+
+def test_heldout_can_be_left_out(tiny, text, tmp_path, capsys):
+    report = run(tiny, tmp_path / "out", text, "int8", "--heldout-tokens", "0")
+    assert report["perplexity_before"] is None and "perplexity" not in capsys.readouterr().out
+
+
+def test_bfloat16_stays_bfloat16(text, tmp_path):
+    source = save_model(tmp_path / "bf16", dtype=torch.bfloat16)
+    run(source, tmp_path / "out", text, "int4")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    floating = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    assert floating == {torch.bfloat16}
+    source = load_file(source / "model.safetensors")
+    assert torch.equal(tensors["model.norm.weight"], source["model.norm.weight"])
+    assert torch.equal(tensors["lm_head.weight"], source["lm_head.weight"])
+
+
+def test_shards_and_index(tiny, text, tmp_path, monkeypatch):
+    run(tiny, tmp_path / "one", text)
+    monkeypatch.setattr(quantize, "SHARD_BYTES", 20_000)
+    run(tiny, tmp_path / "many", text)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
+    assert set(index["weight_map"]) == set(load_file(tmp_path / "one" / "model.safetensors"))
+    tokens = torch.randint(0, 256, (1, 20))
+    assert torch.equal(logits(tmp_path / "one", tokens), logits(tmp_path / "many", tokens))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_head(tied, text, tmp_path):
+    source = save_model(tmp_path / "source", tie_word_embeddings=tied)
+    report = run(source, tmp_path / "out", text, "int4-gptq", "--quantize-head")
+    assert report["layers"][-1]["name"] == "lm_head"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight_packed" in tensors and "lm_head.weight" not in tensors
+    original = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(tensors["model.embed_tokens.weight"], original)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    tokens = torch.randint(0, 256, (1, 20))
+    error = (logits(tmp_path / "out", tokens) - logits(source, tokens)).norm() / logits(source, tokens).norm()
+    assert error < 0.7
+
+
+def test_skip(tiny, text, tmp_path, capsys):
+    run(tiny, tmp_path / "out", text, "int4", "--skip", "*.1.mlp.*", "*.k_proj")
+    tensors = set(load_file(tmp_path / "out" / "model.safetensors"))
+    for name in ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.k_proj"):
+        assert f"{name}.weight" in tensors and f"{name}.weight_packed" not in tensors
+    assert "model.layers.0.self_attn.q_proj.weight_packed" in tensors
+    assert logits(tmp_path / "out", torch.randint(0, 256, (1, 20))).isfinite().all()
+    capsys.readouterr()
+    fails(
+        capsys,
+        arguments(tiny, tmp_path / "no", text, "int4", "--skip", "*.qproj"),
+        "--skip *.qproj",
+        "matches no Linear",
+    )
+    fails(capsys, arguments(tiny, tmp_path / "no", text, "int4", "--skip", "*"), "nothing is left")
+    assert leftovers(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind,changes", [
+    ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("Qwen3Moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+])  # fmt: skip
+def test_experts(kind, changes, text, tmp_path):
+    source = save_model(tmp_path / "source", kind, **changes)
+    report = run(source, tmp_path / "out", text, "int4-gptq")
+    tensors = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert sum(".experts." in name and name.endswith("weight_packed") for name in tensors) == 2 * 3 * len(
+        {name.split(".experts.")[1].split(".")[0] for name in tensors if ".experts." in name}
+    )
+    assert any(name.endswith(".gate.weight") for name in tensors)
+    rows = [row for row in report["layers"] if ".experts." in row["name"]]
+    assert len(rows) == 4 and all(row["tokens"] == 2 * report["calibration_tokens"] for row in rows)
+    assert all(row["output_error"] < row["output_error_rtn"] for row in rows)
+    # What the quantized folder computes is what its dequantized weights compute.
+    plain, config = load_file(tmp_path / "out" / "model.safetensors"), (tmp_path / "out" / "config.json").read_text()
+    scheme = QuantConfig.from_hf(json.loads(config)["quantization_config"]).scheme("x")
+    for name in [n.removesuffix(".weight_packed") for n in plain if n.endswith(".weight_packed")]:
+        parts = {suffix: plain.pop(f"{name}.{suffix}") for suffix in suffixes(scheme) if f"{name}.{suffix}" in plain}
+        plain[f"{name}.weight"] = unpack(name, parts, scheme, tuple(parts["weight_shape"].tolist())).dequantize()
+    save_file(plain, source / "model.safetensors", metadata={"format": "pt"})
+    tokens = torch.randint(0, 256, (1, 24))
+    torch.testing.assert_close(logits(tmp_path / "out", tokens), logits(source, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_starved_expert_is_reported(text, tmp_path):
+    source = save_model(tmp_path / "source", "Mixtral", num_local_experts=4, num_experts_per_tok=1)
+    tensors = load_file(source / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("block_sparse_moe.gate.weight")]:
+        tensors[name][2] = 0  # against the others' large logits of either sign, the softmax never picks it first
+        tensors[name][3] = -tensors[name][1]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = run(source, tmp_path / "out", text, "int4-gptq", "--rows", "5")
+    notes = [note for row in report["layers"] for note in row["notes"]]
+    assert any("expert 2: only" in note and "calibration tokens" in note for note in notes)
+
+
+def test_unsolvable_layer_is_rounded_and_reported(tiny, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quantize, "inverse_factor", lambda hessian, damp: None)
+    report = run(tiny, tmp_path / "out", text, "int4-gptq")
+    assert all(row["notes"] == ["not solvable, rounded to nearest"] for row in report["layers"])
+    assert all(row["output_error"] == row["output_error_rtn"] for row in report["layers"])
+    assert "not solvable, rounded to nearest" in capsys.readouterr().out
+
+
+def test_group_size_that_does_not_divide(tiny, text, tmp_path, capsys):
+    for size in ("64", "128"):
+        argv = arguments(tiny, tmp_path / "out", text, "int4", "--group-size", size)
+        name = "model.layers.0.mlp.down_proj" if size == "64" else "model.layers.0.self_attn.q_proj"
+        fails(capsys, argv, f"{name}: in_features {96 if size == '64' else 64} ", f"--group-size {size}")
+    assert leftovers(tmp_path) == []
+    run(tiny, tmp_path / "out", text, "int4", "--group-size", "-1")
+
+
+def test_bad_arguments_are_one_line(tiny, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    fails(capsys, ["--mode", "int3"], "int3")
+    fails(capsys, arguments(tiny, out, text, "int4", "--group-size", "100"), "100")
+    fails(capsys, arguments(tmp_path / "nowhere", out, text), "nowhere")
+    fails(capsys, arguments(tiny, out, tmp_path / "no.txt"), "no.txt")
+    fails(
+        capsys, arguments(tiny, out, text, "int4", "--device", "cuda"), "cuda"
+    ) if not torch.cuda.is_available() else None
+    short = tmp_path / "short.txt"
+    short.write_text("Too short to mean anything.")
+    fails(capsys, arguments(tiny, out, short), "short.txt", "27 tokens", "at least 512")
+    fails(capsys, arguments(tiny, out, text, "int4", "--rows", "1"), "1 rows", "at least 512")
+    short.write_bytes(b"\xff\xfe\xfd")
+    fails(capsys, arguments(tiny, out, short), "utf-8")
+    assert leftovers(tmp_path) == ["short.txt"]
+
+
+def test_quantized_input_is_refused(tiny, text, tmp_path, capsys):
+    run(tiny, tmp_path / "out", text)
+    capsys.readouterr()
+    fails(capsys, arguments(tmp_path / "out", tmp_path / "twice", text), "quantized already")
+
+
+def damaged(tiny, folder, change):
+    shutil.copytree(tiny, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_weights(name, value, tiny, text, tmp_path, capsys):
+    source = damaged(tiny, tmp_path / "bad", lambda tensors: tensors[name].view(-1)[7:8].fill_(value))
+    error = fails(capsys, arguments(source, tmp_path / "out", text, "int4-gptq"), "NaN")
+    assert name in error or "mlp.gate_proj" in error  # a fused Linear is named by its first part
+    assert leftovers(tmp_path) == ["bad"]
+
+
+def test_corrupt_inputs(tiny, text, tmp_path, capsys):
+    cases = {
+        "missing": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight"),
+        "extra": (lambda t: t.update(surprise=torch.zeros(3)), "surprise"),
+        "shape": (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "model.norm.weight"),
+    }
+    for case, (change, word) in cases.items():
+        fails(capsys, arguments(damaged(tiny, tmp_path / case, change), tmp_path / "out", text), word)
+    shutil.copytree(tiny, tmp_path / "cut")
+    whole = (tiny / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    fails(capsys, arguments(tmp_path / "cut", tmp_path / "out", text), "truncated or corrupt")
+    assert sorted(leftovers(tmp_path)) == ["cut", "extra", "missing", "shape"]
+
+
+def test_existing_folder_needs_force(tiny, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    fails(capsys, arguments(tiny, out, text), str(out), "--force")
+    assert leftovers(out) == ["precious"]
+    run(tiny, out, text, "int4", "--force")
+    assert not (out / "precious").exists() and leftovers(tmp_path) == ["out"]
+    bad = damaged(tiny, tmp_path / "bad", lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    before = (out / "model.safetensors").read_bytes()
+    fails(capsys, arguments(bad, out, text, "int4", "--force"), "NaN")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def child(argv):
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    os._exit(quantize.main(argv))
+
+
+def is_whole(folder):
+    return logits(folder, torch.arange(20)[None]).isfinite().all() and (folder / "quantization_report.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_at_any_moment(tiny, text, tmp_path):
+    """Twenty runs over one folder, killed at random moments: what bears the final name is always whole."""
+    out, rng, fork = tmp_path / "out", random.Random(0), multiprocessing.get_context("fork")
+    argv = arguments(tiny, out, text, "int4", "--heldout-tokens", "0", "--force")
+    killed, seconds = 0, 60.0
+    torch.set_num_threads(1)  # a forked child must not wait for its parent's threads
+    for i in range(21):  # the first run is left alone, to know how long one takes
+        started, process = time.perf_counter(), fork.Process(target=child, args=(argv,))
+        process.start()
+        process.join(rng.uniform(0.0, seconds) if i else seconds)
+        seconds = seconds if i else time.perf_counter() - started
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        assert not out.exists() or is_whole(out), f"run {i}"
+    assert killed >= 5
+    run(tiny, out, text, "int4", "--force")
+    assert is_whole(out) and leftovers(tmp_path) == ["out"]
+
+
+def test_kill_between_the_two_renames_is_repaired(tiny, text, tmp_path, capsys):
+    run(tiny, tmp_path / "out", text)
+    process = multiprocessing.get_context("fork").Process(target=int)  # a process id that is no longer alive
+    process.start()
+    process.join()
+    (tmp_path / "out").rename(tmp_path / f".out.{process.pid}.old")
+    (tmp_path / f".out.{process.pid}.partial").mkdir()
+    (tmp_path / ".out.1.partial").mkdir()  # another run's, alive
+    capsys.readouterr()
+    fails(capsys, arguments(tiny, tmp_path / "out", text), "--force")
+    assert is_whole(tmp_path / "out") and sorted(leftovers(tmp_path)) == [".out.1.partial", "out"]
+
+
+def test_full_disk(tiny, text, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        fails(capsys, arguments(tiny, disk / "out", text), "No space left")
+        assert leftovers(disk) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def anonymous_peak(connection, argv):
+    """Run in a child: the most anonymous memory above the start, in bytes."""
+
+    def now():
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+    start, peak, done = now(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, now() - start)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    quantize.SHARD_BYTES = 1 << 20
+    status = quantize.main(argv)
+    done.set()
+    watcher.join()
+    connection.send((status, peak))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+def test_memory_does_not_grow_with_depth(text, tmp_path):
+    torch.set_num_threads(1)
+    peaks = []
+    for layers in (2, 12):
+        sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": layers, "head_dim": 64}
+        source = save_model(tmp_path / f"deep{layers}", **sizes)
+        argv = arguments(source, tmp_path / f"out{layers}", text, "int4", "--heldout-tokens", "0", "--rows", "5")
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=anonymous_peak, args=(theirs, argv))
+        process.start()
+        status, peak = ours.recv()
+        process.join()
+        assert status == 0
+        peaks.append(peak)
+    layer = (4 * 256 * 256 * 0.75 + 3 * 256 * 1024) * 4  # bytes of one block in float32
+    assert peaks[1] - peaks[0] < 3 * layer, peaks  # ten more blocks would be 40 MB
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the shared model is not here")
+def test_int8_costs_stories260k_nothing(text, tmp_path):
+    report = run(
+        STORIES, tmp_path / "out", text, "int8", "--heldout-tokens", "16384", "--row-length", "512", "--rows", "2"
+    )
+    assert abs(report["perplexity_after"] / report["perplexity_before"] - 1) < 0.003
