@@ -151,7 +151,7 @@ def decode_attention_reference(
     group = heads // kv_heads  # the query heads of a group become rows: K and V are not repeated
     q = q.reshape(b, kv_heads, group * t, dim)
     out = F.scaled_dot_product_attention(q, k_cache.to(q.dtype), v_cache.to(q.dtype), mask.repeat(1, group, 1)[:, None])
-    return out.view(b, heads, t, dim).transpose(1, 2).reshape(b * t, heads * dim)
+    return out.reshape(b, heads, t, dim).transpose(1, 2).reshape(b * t, heads * dim)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -172,98 +172,111 @@ if triton is not None:
         return tl.dot(a, b, acc)
 
     @triton.jit
-    def _pairs(words: tl.tensor, shift: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
-        """Bits shift..shift+3 and shift+16..shift+19 of int32 words -> [..., 2] signed int4 values in `dtype`.
+    def _pair(
+        words: tl.tensor, i: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
+    ) -> tl.tensor:
+        """Two weights of every int32 word -> [..., 2] in `dtype`: 16 bit both; int8 bytes 2 i, + 1; int4 nibbles i, + 4.
 
-        A nibble u in the low mantissa bits of 128.0 (bf16) or 1024.0 (fp16) reads 128 + u or 1024 + u: one `lop3` makes
-        two of them, one packed fused multiply-add takes the offset (+ 8) off again, exactly (Kim et al. 2022).
+        Integers take three or four instructions a pair: in the low mantissa bits of 128 (bf16) or 1024 (fp16) a number
+        u reads 128 + u or 1024 + u, and one packed multiply-add takes the offset off, exactly (Kim et al. 2022).
         """
-        if dtype == tl.bfloat16:
-            pair = ((words >> shift) & 0x000F000F) | 0x43004300
-            if ASM:
-                pair = tl.inline_asm_elementwise(
-                    "{ .reg .b32 a, b; mov.b32 a, 0x3f803f80; mov.b32 b, 0xc308c308; fma.rn.bf16x2 $0, $1, a, b; }",
-                    "=r,r", [pair], dtype=tl.int32, is_pure=True, pack=1,
-                )  # fmt: skip
-        else:
-            pair = ((words >> shift) & 0x000F000F) | 0x64006400
-            if ASM:
-                pair = tl.inline_asm_elementwise(
-                    "{ .reg .b32 a, b; mov.b32 a, 0x3c003c00; mov.b32 b, 0xe408e408; fma.rn.f16x2 $0, $1, a, b; }",
-                    "=r,r", [pair], dtype=tl.int32, is_pure=True, pack=1,
-                )  # fmt: skip
-        low = pair.to(tl.int16).to(dtype, bitcast=True)
-        high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
-        q = tl.join(low, high)
-        if not ASM:
-            q = (q.to(tl.float32) - (136 if dtype == tl.bfloat16 else 1032)).to(dtype)
-        return q
+        if BITS < 16 and not ASM:  # the interpreter knows no assembly
+            if BITS == 8:
+                low, high = words << (24 - 16 * i) >> 24, words << (16 - 16 * i) >> 24
+            else:
+                low, high = ((words >> (4 * i)) & 15) - 8, ((words >> (4 * i + 16)) & 15) - 8
+            return tl.join(low, high).to(tl.float32).to(dtype)
+        BF: tl.constexpr = dtype == tl.bfloat16
+        TYPE: tl.constexpr = "bf16x2" if BF else "f16x2"
+        MAGIC: tl.constexpr = "0x43004300" if BF else "0x64006400"
+        if BITS == 4:  # 128 + u, u = q + 8
+            ONE: tl.constexpr = "0x3f803f80" if BF else "0x3c003c00"
+            BIAS: tl.constexpr = "0xc308c308" if BF else "0xe408e408"
+            words = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 u, a, b; shr.u32 u, $1, {4 * i}; lop3.b32 u, u, 0x000f000f, {MAGIC}, 0xea;"
+                f"mov.b32 a, {ONE}; mov.b32 b, {BIAS}; fma.rn.{TYPE} $0, u, a, b; }}",
+                "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        if BITS == 8:  # (128 + low 7 bits) - (128 or, with the sign bit, 256)
+            MINUS: tl.constexpr = "0xbf80bf80" if BF else "0xbc00bc00"
+            BYTES: tl.constexpr = 0x4140 + 0x202 * i
+            words = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 u, s, a; prmt.b32 u, $1, 0, {BYTES}; lop3.b32 s, u, 0x00800080, {MAGIC}, 0xea;"
+                f"lop3.b32 u, u, 0x007f007f, {MAGIC}, 0xea; mov.b32 a, {MINUS}; fma.rn.{TYPE} $0, s, a, u; }}",
+                "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        low = words.to(tl.int16).to(dtype, bitcast=True)
+        return tl.join(low, (words >> 16).to(tl.int16).to(dtype, bitcast=True))
 
     @triton.jit
     def _load_weights(
-        ptr: tl.tensor, it: tl.tensor, row_step: tl.tensor, rows_left: tl.tensor, SILU: tl.constexpr,
-        K: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
-        MASK: tl.constexpr,
+        ptr: tl.tensor, it: tl.tensor, row_step: tl.tensor, rows_left: tl.tensor, SILU: tl.constexpr, K: tl.constexpr,
+        BITS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, MASK: tl.constexpr,
     ) -> tl.tensor:  # fmt: skip
-        """Piece `it` of TILES x 16 rows, WARPS * CHUNKS chunks of k wide; tile r starts at row r * row_step."""
-        g = tl.arange(0, 8)[:, None, None]
-        t = tl.arange(0, 4)[:, None]
-        w = it * WARPS + tl.arange(0, WARPS)[:, None, None, None]
+        """Piece `it` of TILES x 16 rows, WARPS * CHUNKS chunks of k wide; tile r starts at row r * row_step.
+
+        int32 [4 t, 8 g, WARPS, CHUNKS, TILES, H, 4 words]: H = 2 halves of 8 rows, but 1 for int4, whose words hold both.
+        Triton deals lanes, then warps, to the axes in this order, after the last one.
+        """
+        t = tl.arange(0, 4)[:, None, None, None, None, None, None]
+        g = tl.arange(0, 8)[:, None, None, None, None, None]
+        w = it * WARPS + tl.arange(0, WARPS)[:, None, None, None, None]
+        c = w * CHUNKS + tl.arange(0, CHUNKS)[:, None, None, None]
+        r = tl.arange(0, TILES)[:, None, None]
         NEXT: tl.constexpr = 0 if SILU else 16  # gates and ups end together
-        if BITS == 4:  # int32 [CHUNKS/2, TILES, WARPS, 8 g, 4 t, 4 words]: two chunks of 32 k to a lane's 16 bytes
-            r = tl.arange(0, TILES)[:, None, None, None, None]
-            b = w * (CHUNKS // 2) + tl.arange(0, CHUNKS // 2)[:, None, None, None, None, None]
+        if BITS == 4:
             BLOCKS: tl.constexpr = (K + 63) // 64
-            offset = (r * (row_step // 16) * BLOCKS + b) * 128 + (g * 4 + t) * 4 + tl.arange(0, 4)
-            mask = (b < BLOCKS) & (r * NEXT < rows_left)
-        else:  # [CHUNKS, TILES, 2 h, WARPS, 8 g, 4 t, E]: a chunk is 4 E k
-            E: tl.constexpr = 128 // BITS
-            row = tl.arange(0, 2)[:, None, None, None, None] * 8 + g
-            r = tl.arange(0, TILES)[:, None, None, None, None, None]
-            k = (w * CHUNKS + tl.arange(0, CHUNKS)[:, None, None, None, None, None, None]) * (4 * E) + t * E
-            offset = (r * row_step + row) * K + k + tl.arange(0, E)
-            mask = (k < K) & (r * NEXT + row < rows_left)
+            offset = (r * (row_step // 16) * BLOCKS + c) * 128 + (g * 4 + t) * 4 + tl.arange(0, 4)[None]
+            mask = (c < BLOCKS) & (r * NEXT < rows_left)
+        else:
+            WORDS: tl.constexpr = K * BITS // 32
+            row = tl.arange(0, 2)[:, None] * 8 + g
+            k = (c * 4 + t) * 4
+            offset = (r * row_step + row) * WORDS + k + tl.arange(0, 4)
+            mask = (k < WORDS) & (r * NEXT + row < rows_left)
         if MASK:
-            return tl.load(ptr + offset, mask, 0, cache_modifier=".cg", eviction_policy="evict_first")
-        return tl.load(ptr + offset, cache_modifier=".cg", eviction_policy="evict_first")
+            return tl.load(ptr + offset, mask, 0, eviction_policy="evict_first")
+        return tl.load(ptr + offset, eviction_policy="evict_first")
 
     @triton.jit
     def _weight_operand(
-        raw: tl.tensor, dtype: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr,
+        words: tl.tensor, dtype: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr,
         WARPS: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr,
     ) -> tl.tensor:  # fmt: skip
         """What `_load_weights` returned -> [PARTS * WARPS, TILES * 16, k of one part] in `dtype`, registers unmoved."""
-        E: tl.constexpr = 16 if BITS == 8 else 8
-        if BITS == 4:  # nibbles (low to high): h, i, then e in the upper half word
-            i0 = tl.join(_pairs(raw, 0, dtype, ASM), _pairs(raw, 4, dtype, ASM))
-            i1 = tl.join(_pairs(raw, 8, dtype, ASM), _pairs(raw, 12, dtype, ASM))
-            q = tl.join(i0, i1).reshape(CHUNKS // 2, TILES, WARPS, 8, 4, 2, 2, 2, 2, 2)  # b, r, w, g, t, c, s, e, h, i
-            q = q.permute(0, 5, 2, 1, 8, 3, 6, 9, 4, 7)
-        else:
-            q = (raw.to(tl.float32).to(dtype) if BITS == 8 else raw).reshape(CHUNKS, TILES, 2, WARPS, 8, 4, E // 2, 2)
-            q = q.permute(0, 3, 1, 2, 4, 6, 5, 7)  # chunk, warp | tile, h, g | step, t, pair
-        q = q.reshape(PARTS, CHUNKS // PARTS, WARPS, TILES * 16, 4 * E).permute(0, 2, 3, 1, 4)
-        return q.reshape(PARTS * WARPS, TILES * 16, CHUNKS // PARTS * 4 * E)
+        q = _pair(words, 0, dtype, BITS, ASM)
+        if BITS == 4:  # join appends h, then the two pairs of four k; axes t, g, warp, chunk, r, (c, s), e, h, i
+            q = tl.join(q, _pair(words, 1, dtype, BITS, ASM))
+            q = tl.join(q, tl.join(_pair(words, 2, dtype, BITS, ASM), _pair(words, 3, dtype, BITS, ASM)))
+            q = q.reshape(4, 8, WARPS, CHUNKS, TILES, 2, 2, 2, 2, 2).permute(3, 5, 2, 4, 8, 1, 6, 0, 9, 7)
+        elif BITS == 8:  # t, g, warp, chunk, r, h, step, e, i
+            q = tl.join(q, _pair(words, 1, dtype, BITS, ASM)).permute(3, 2, 4, 5, 1, 6, 0, 8, 7)
+        else:  # t, g, warp, chunk, r, h, (step, i), e
+            q = q.reshape(4, 8, WARPS, CHUNKS, TILES, 2, 2, 2, 2).permute(3, 2, 4, 5, 1, 6, 0, 7, 8)
+        SPAN: tl.constexpr = CHUNKS * (32 if BITS == 16 else 64)
+        WIDTH: tl.constexpr = 64 if BITS == 8 else 32  # k of a chunk of `_load_rows`
+        q = q.reshape(PARTS, SPAN // WIDTH // PARTS, WARPS, TILES * 16, WIDTH).permute(0, 2, 3, 1, 4)
+        return q.reshape(PARTS * WARPS, TILES * 16, SPAN // PARTS)
 
     @triton.jit
     def _load_rows(
         ptr: tl.tensor, it: tl.tensor, rows: tl.tensor, stride: tl.tensor, K: tl.constexpr, E: tl.constexpr,
         ROWS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
     ) -> tl.tensor:  # fmt: skip
-        """Piece `it` of `rows` rows of activations -> [CHUNKS, ROWS/8, WARPS, 8 n, 4 t, E]."""
-        w = it * WARPS + tl.arange(0, WARPS)[:, None, None, None]
-        c = tl.arange(0, CHUNKS)[:, None, None, None, None, None]
-        n = tl.arange(0, ROWS // 8)[:, None, None, None, None] * 8 + tl.arange(0, 8)[:, None, None]
-        k = (w * CHUNKS + c) * (4 * E) + tl.arange(0, 4)[:, None] * E
-        return tl.load(ptr + n * stride + k + tl.arange(0, E), (n < rows) & (k < K), 0)
+        """Piece `it` of `rows` rows of activations -> [4 t, 8 n, WARPS, CHUNKS, ROWS/8, E/8, 8]."""
+        t = tl.arange(0, 4)[:, None, None, None, None, None, None] * E
+        n = tl.arange(0, ROWS // 8)[:, None, None] * 8 + tl.arange(0, 8)[:, None, None, None, None, None]
+        w = it * WARPS + tl.arange(0, WARPS)[:, None, None, None, None]
+        k = (w * CHUNKS + tl.arange(0, CHUNKS)[:, None, None, None]) * (4 * E) + t + tl.arange(0, E // 8)[:, None] * 8
+        return tl.load(ptr + n * stride + k + tl.arange(0, 8), (n < rows) & (k < K), 0)
 
     @triton.jit
     def _rows_operand(
-        x: tl.tensor, E: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+        x: tl.tensor, E: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
         PARTS: tl.constexpr,
     ) -> tl.tensor:  # fmt: skip
         """What `_load_rows` returned -> [PARTS * WARPS, k of one part, ROWS], registers unmoved."""
-        x = x.reshape(PARTS, CHUNKS // PARTS, ROWS // 8, WARPS, 8, 4, E // 2, 2).permute(0, 3, 1, 6, 5, 7, 2, 4)
+        x = x.reshape(4, 8, WARPS, PARTS, CHUNKS // PARTS, ROWS // 8, E // PACK, PACK).permute(3, 2, 4, 6, 0, 7, 5, 1)
         return x.reshape(PARTS * WARPS, CHUNKS // PARTS * 4 * E, ROWS)
 
     @triton.jit
@@ -277,8 +290,9 @@ if triton is not None:
         """TILES x 16 outputs (with SILU: 16 gates and their 16 ups) of all rows; the warps share K among them."""
         dtype: tl.constexpr = x_ptr.dtype.element_ty
         E: tl.constexpr = 16 if BITS == 8 else 8
-        CHUNK: tl.constexpr = 4 * E
-        SPAN: tl.constexpr = CHUNKS * CHUNK  # k of one warp in one piece
+        PACK: tl.constexpr = 4  # k in a row per lane: how Triton lays operands out that come from a join
+        SPAN: tl.constexpr = CHUNKS * (32 if BITS == 16 else 64)  # k of one warp in one piece
+        X_CHUNKS: tl.constexpr = SPAN // (4 * E)
         PARTS: tl.constexpr = SPAN // GROUP if GROUP < SPAN else 1  # partial sums with a scale of their own
         PIECES: tl.constexpr = (K + WARPS * SPAN - 1) // (WARPS * SPAN)
         OUT: tl.constexpr = N // 2 if SILU else N
@@ -295,11 +309,11 @@ if triton is not None:
             x_ptr += m * K
             out_ptr += m * OUT
             residual_ptr = residual_ptr if residual_ptr is None else residual_ptr + m * OUT
-            w_ptr += expert * (((N + 15) // 16) * ((K + 63) // 64) * 128 if BITS == 4 else N * K)
+            w_ptr += expert * (((N + 15) // 16) * ((K + 63) // 64) * 128 if BITS == 4 else N * (K * BITS // 32))
             scale_ptr = scale_ptr if scale_ptr is None else scale_ptr + expert * N * (K // GROUP)
             zero_ptr = zero_ptr if zero_ptr is None else zero_ptr + expert * N * (K // GROUP)
             rows = 1
-        w_ptr += start.to(tl.int64) * ((K + 63) // 64 * 8 if BITS == 4 else K)
+        w_ptr += start.to(tl.int64) * ((K + 63) // 64 * 8 if BITS == 4 else K * BITS // 32)
         raw = _load_weights(w_ptr, 0, row_step, rows_left, SILU, K, BITS, TILES, CHUNKS, WARPS, MASK)
         if PDL:  # the first weights are on their way: now wait for the activations, then let the next kernel start
             gdc_wait()
@@ -310,16 +324,16 @@ if triton is not None:
         acc = tl.zeros([WARPS, TILES * 16, ROWS], tl.float32)
         gram = tl.zeros([PARTS * WARPS, 16, ROWS], tl.float32)
         for it in range(PIECES):
-            x = _load_rows(x_ptr, it, rows, K, K, E, ROWS, CHUNKS, WARPS)
+            x = _load_rows(x_ptr, it, rows, K, K, E, ROWS, X_CHUNKS, WARPS)
             if norm_ptr is not None:
                 # the sums of squares are the diagonal of x x^T: one more matrix instruction, and 1/rms comes last
-                both = tl.broadcast_to(x, [CHUNKS, 2, WARPS, 8, 4, E])
-                both = both.reshape(PARTS, CHUNKS // PARTS, 2, WARPS, 8, 4, E // 2, 2).permute(0, 3, 2, 4, 1, 6, 5, 7)
+                both = tl.broadcast_to(x, [4, 8, WARPS, X_CHUNKS, 2, E // 8, 8])
+                both = both.reshape(4, 8, WARPS, PARTS, X_CHUNKS // PARTS, 2, E // 2, 2).permute(3, 2, 5, 1, 4, 6, 0, 7)
                 both = both.reshape(PARTS * WARPS, 16, SPAN // PARTS)
-                gram = _dot(both, _rows_operand(x, E, ROWS, CHUNKS, WARPS, PARTS), gram, ASM)
-                gain = _load_rows(norm_ptr, it, ROWS, 0, K, E, ROWS, CHUNKS, WARPS)
+                gram = _dot(both, _rows_operand(x, E, 2, ROWS, X_CHUNKS, WARPS, PARTS), gram, ASM)
+                gain = _load_rows(norm_ptr, it, ROWS, 0, K, E, ROWS, X_CHUNKS, WARPS)
                 x = (x.to(tl.float32) * gain.to(tl.float32)).to(dtype)
-            b = _rows_operand(x, E, ROWS, CHUNKS, WARPS, PARTS)
+            b = _rows_operand(x, E, PACK, ROWS, X_CHUNKS, WARPS, PARTS)
             a = _weight_operand(raw, dtype, BITS, TILES, CHUNKS, WARPS, PARTS, ASM)
             if it + 1 < PIECES:
                 raw = _load_weights(w_ptr, it + 1, row_step, rows_left, SILU, K, BITS, TILES, CHUNKS, WARPS, MASK)
@@ -359,8 +373,8 @@ if triton is not None:
 
 def _tile(bits: int, n: int, k: int, silu_mul: bool) -> tuple[int, int, int]:
     """(row tiles, chunks, warps) of `_linear_kernel` for a matrix: measured on one H200, benchmarks/NOTES.md."""
-    chunk = 64 if bits == 8 else 32
-    chunks = 2 if bits == 8 else 4
+    chunk = 32 if bits == 16 else 64
+    chunks = 4 if bits == 16 else 2
     tiles = 2 if silu_mul or (bits == 4 and n >= 8192) else 1
     warps = 8
     while warps > 1 and warps * chunks * chunk > k:
@@ -381,7 +395,7 @@ def _fits(x: Tensor, weight: Tensor, scale: Tensor | None, silu_mul: bool, bias:
         assert scale is not None
         group = _group_size(weight, scale, k)
         aligned = not silu_mul or scale.shape[-2] % 32 == 0
-        return k % 32 == 0 and aligned and (group in (32, 64, 128) or (group % 128 == 0) or group == k)
+        return k % 32 == 0 and aligned and group >= 32 and (group == k or group & (group - 1) == 0)
     return k % (16 if weight.dtype == torch.int8 else 8) == 0 and weight.dtype in (x.dtype, torch.int8)
 
 
@@ -407,7 +421,7 @@ def _linear(
     grid = (triton.cdiv(n_out, 16 if silu_mul else 16 * tiles), 1 if experts is None else rows)
     row_block = 8 if rows <= 8 or experts is not None else 16
     _linear_kernel[grid](
-        x, weight, scale, zero, bias, norm_weight, residual, experts, out, rows, eps, n, k,
+        x, weight.view(torch.int32), scale, zero, bias, norm_weight, residual, experts, out, rows, eps, n, k,
         _group_size(weight, scale, k), bits, silu_mul, row_block, tiles, chunks, warps, **_launch(x.device, warps),
     )  # fmt: skip
     return out
@@ -427,7 +441,7 @@ def _launch(device: torch.device, warps: int) -> dict[str, bool | int]:
     if interpreted():
         return {"PDL": False, "ASM": False, "num_warps": warps}
     pdl = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": pdl, "ASM": True, "num_warps": warps, "launch_pdl": pdl}
+    return {"PDL": pdl, "ASM": True, "num_warps": warps, "num_stages": 1, "launch_pdl": pdl}
 
 
 def linear(
@@ -532,15 +546,15 @@ if triton is not None:
             tl.store(v_ptr + slot, v.to(v_ptr.dtype.element_ty), new)
             tl.debug_barrier()
 
-        g = tl.arange(0, 8)[:, None, None]
-        t = tl.arange(0, 4)[:, None]
+        # K as [4 t, 8 g, warp, c, 2 h, 8 e]: slot 8 h + g of the warp's 16, d = 32 c + 8 t + e
+        # V as [4 t, 8 g, warp, 2 h, 2 i, c, 8 e]: slot 8 h + 2 t + i, d = 64 c + 8 g + e
         e = tl.arange(0, 8)
         w = tl.arange(0, WARPS)[:, None, None, None] * 16
-        half = tl.arange(0, 2)[:, None, None, None, None] * 8  # of the warp's 16 slots
-        c = tl.arange(0, WIDTH // 32)[:, None, None, None, None, None]
-        pair = tl.arange(0, 2)[:, None, None, None, None]
-        half_v = tl.arange(0, 2)[:, None, None, None, None, None] * 8
-        block = tl.arange(0, WIDTH // 64)[:, None, None, None, None, None, None]
+        k_slot = w + tl.arange(0, 2)[:, None] * 8 + tl.arange(0, 8)[:, None, None, None, None]
+        k_d = tl.arange(0, WIDTH // 32)[:, None, None] * 32 + tl.arange(0, 4)[:, None, None, None, None, None] * 8
+        v_slot = tl.arange(0, 2)[:, None, None, None] * 8 + tl.arange(0, 2)[:, None, None]
+        v_slot += w[:, None] + tl.arange(0, 4)[:, None, None, None, None, None, None] * 2
+        v_d = tl.arange(0, WIDTH // 64)[:, None] * 64 + tl.arange(0, 8)[:, None, None, None, None, None] * 8
         m = tl.full([WARPS, ROWS], -1e30, tl.float32)
         total = tl.zeros([WARPS, ROWS], tl.float32)
         acc = tl.zeros([WARPS, ROWS, WIDTH], tl.float32)
@@ -548,12 +562,9 @@ if triton is not None:
         while i < steps + (split == 0).to(tl.int32):  # not range(): the interpreter cannot on a loaded bound
             base = tl.where(i < steps, begin + i * STEP, first)
             limit = tl.where(i < steps, end, first + T)
-            # K as [d, slots]: lane (g, t) loads 16 bytes of slot g; V as [slots, d]: of slots 2 t and 2 t + 1
-            slot = base + w + half + g
-            k = tl.load(k_ptr + slot * DIM + c * 32 + t * 8 + e, (slot < limit) & (c * 32 + t * 8 < DIM), 0)
-            slot = base + w + half_v + t * 2 + pair
-            v = tl.load(v_ptr + slot * DIM + block * 64 + g * 8 + e, (slot < limit) & (block * 64 + g * 8 < DIM), 0)
-            k = k.to(dtype).reshape(WIDTH // 32, 2, WARPS, 8, 4, 4, 2).permute(2, 0, 5, 4, 6, 1, 3)
+            k = tl.load(k_ptr + (base + k_slot) * DIM + k_d + e, (base + k_slot < limit) & (k_d < DIM), 0)
+            v = tl.load(v_ptr + (base + v_slot) * DIM + v_d + e, (base + v_slot < limit) & (v_d < DIM), 0)
+            k = k.to(dtype).reshape(4, 8, WARPS, WIDTH // 32, 2, 4, 2).permute(2, 3, 5, 0, 6, 4, 1)
             s = _dot(q, k.reshape(WARPS, WIDTH, 16), tl.zeros([WARPS, ROWS, 16], tl.float32), ASM)
             slot = base + tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)
             last = first + (r // GROUP)[:, None]
@@ -563,7 +574,7 @@ if triton is not None:
             p = tl.where(seen, tl.exp2(s - top[:, :, None]), 0.0)
             fade = tl.exp2(m - top)
             total = total * fade + tl.sum(p, 2)
-            v = v.to(dtype).permute(3, 1, 5, 2, 0, 6, 4).reshape(WARPS, 16, WIDTH)  # d = (block, e, g)
+            v = v.to(dtype).permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, 16, WIDTH)  # d = (block, e, g)
             acc = _dot(p.to(dtype), v, acc * fade[:, :, None], ASM)
             m = top
             i += 1
