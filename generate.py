@@ -157,7 +157,7 @@ class Engine:
             print(piece.text, end="", flush=True)
 
     A cache slot depends on the ids before it alone, so a prompt that starts like the previous one (a chat) prefills
-    only the rest.
+    only the rest; in bfloat16 a shorter prefill may round differently.
     """
 
     def __init__(
@@ -317,6 +317,7 @@ class Engine:
         attend to it.
         """
         assert self.cache is not None
+        self._cached = []
         lengths = torch.tensor([len(p) for p in prompts])
         longest = int(lengths.max())
         tokens = torch.zeros((len(prompts), longest), dtype=torch.int64)
@@ -483,7 +484,6 @@ class Engine:
         began = time.perf_counter()
         state.seeds.copy_(torch.arange(len(rows)) + (seed << 20))
         state.knobs.copy_(sampling.knobs(self.device))
-        self._cached = []
         logits = self.prefill(rows, known)
         lengths = torch.tensor([len(r) for r in rows], device=self.device)
         first = self.model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, lengths))
