@@ -222,7 +222,7 @@ class Speculation:
                 verify(torch.cat(tokens_, 1), torch.stack(qs, 1))
 
             restored = [state.token, state.position, history, self.log]
-            self.programs[key] = self.target.captured(round_, restored, margin=K + 1)
+            self.programs[key] = self.target.captured(round_, restored, margin=K + 2)
         return self.programs[key]
 
     def _parts(self, end: int, structure: Structure) -> tuple[Callable[..., None], Callable[..., Any]]:

@@ -1,0 +1,106 @@
+"""What only a GPU can show: kernels inside the whole model, captured graphs, long caches, speculation on the device."""
+
+import json
+
+import pytest
+import torch
+
+import checkpoint
+from generate import DEFAULT_CHECKPOINT, Engine, Ids
+from model import KVCache, Transformer
+from sampling import SamplingParams
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+GREEDY = SamplingParams(temperature=0.0)
+tales = pytest.mark.skipif(not DEFAULT_CHECKPOINT.is_dir(), reason="needs the embedded checkpoint")
+
+KINDS = {
+    "llama": {},
+    "mistral": {"sliding_window": 24},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "mixtral": {"num_local_experts": 8},
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "norm_topk_prob": True},
+}
+
+
+def config_of(kind: str):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 1000, "head_dim": 64}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    return checkpoint.config_from_hf({"model_type": kind} | sizes | heads | KINDS[kind])
+
+
+def switch_kernels(model: Transformer, on: bool) -> None:
+    for module in model.modules():
+        if "use_kernels" in vars(module):
+            module.use_kernels = on
+
+
+def run(engine: Engine, prompts, n: int, sampling: SamplingParams = GREEDY) -> list[list[int]]:
+    ids: list[list[int]] = [[] for _ in prompts]
+    for piece in engine.generate(prompts, sampling, max_new_tokens=n, ignore_eos=True):
+        ids[piece.row] += piece.ids
+    return ids
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_in_the_whole_model(kind, bits):
+    """Decode steps of 1..16 rows through the kernels and through plain PyTorch give the same logits."""
+    torch.manual_seed(0)
+    device, config = torch.device("cuda"), config_of(kind)
+    model = checkpoint.random_model(config, bits=bits, device=device, use_kernels=True)
+    for batch, new in ((1, 1), (2, 1), (3, 5), (1, 16)):
+        tokens = torch.randint(0, 1000, (batch, 40 + new), device=device)
+        positions = torch.arange(40 + new, device=device).repeat(batch, 1)
+        logits = []
+        for on in (False, True):
+            switch_kernels(model, on)
+            cache = KVCache(config, batch, 128, device, torch.bfloat16)
+            model(tokens[:, :40], positions[:, :40], cache, end=40)
+            logits.append(model(tokens[:, 40:], positions[:, 40:], cache, end=128))
+        error = (logits[1] - logits[0]).norm() / logits[0].norm()
+        assert error < 3e-2, (batch, new, float(error))
+
+
+@tales
+def test_float32_on_the_gpu_says_what_the_cpu_says():
+    cpu, gpu = (Engine.load(device=d, dtype="float32", compile=False) for d in ("cpu", "cuda"))
+    assert run(gpu, ["Once upon a time"], 80) == run(cpu, ["Once upon a time"], 80)
+
+
+@tales
+def test_a_captured_step_is_the_eager_step():
+    prompts = ["Once upon a time", "The old king"]
+    eager, captured = (Engine.load(device="cuda", compile=c) for c in (False, True))
+    for batch in ([prompts[0]], prompts):
+        assert run(captured, batch, 60) == run(eager, batch, 60)
+
+
+@tales
+def test_a_long_cache_changes_nothing():
+    engines = [Engine.load(device="cuda") for _ in range(2)]
+    engines[1].reserve(1, 1024, 130_048)
+    assert run(engines[0], ["Once upon a time"], 60) == run(engines[1], ["Once upon a time"], 60)
+
+
+@tales
+@pytest.mark.parametrize("draft", ["model", "ngram", "self-int8"])
+@pytest.mark.parametrize("k", [4, None])
+def test_greedy_speculation_on_the_gpu(draft, k):
+    name = str(DEFAULT_CHECKPOINT) + "-draft" if draft == "model" else draft
+    plain = Engine.load(device="cuda", dtype="float32")
+    fast = Engine.load(device="cuda", dtype="float32", draft=name, num_draft_tokens=k)
+    prompts = ["Once upon a time", "The old king"]
+    for batch in ([prompts[0]], prompts):
+        assert run(fast, batch, 120) == run(plain, batch, 120)
+    assert fast.speculation.report.reached, json.dumps(fast.speculation.costs, default=str)
+
+
+def test_quantized_random_model_decodes_through_the_engine():
+    config = config_of("llama")
+    model = checkpoint.random_model(config, bits=4, device=torch.device("cuda"), use_kernels=True)
+    engine = Engine(model, Ids(config.vocab_size), use_kernels=True)
+    ids = run(engine, [[1, 2, 3]], 50, SamplingParams(0.8, 50))[0]
+    assert len(ids) == 50
+    assert all(0 <= i < 1000 for i in ids)
