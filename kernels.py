@@ -685,4 +685,5 @@ def decode_attention(
     fits = t <= 16 and dim % 8 == 0 and dim <= 256 and qkv.dtype in (torch.bfloat16, torch.float16)
     if not supported(qkv.device) or not fits:
         return decode_attention_reference(qkv, cos, sin, positions, k_cache, v_cache, q_norm, k_norm, eps, window)
+    qkv, cos, sin, positions = (x.contiguous() for x in (qkv, cos, sin, positions))
     return _attention(qkv, cos, sin, positions, k_cache, v_cache, q_norm, k_norm, eps, window)
