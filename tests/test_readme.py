@@ -1,0 +1,216 @@
+"""The README holds today: its numbers come from the tree, its commands run.
+
+    python tests/test_readme.py   # brings the generated parts (line counts, measurements) up to date
+
+A command that needs a GPU, the Hub or torchrun says so in the README (`# needs: gpu`); MARKED lists those. The others
+run here, in a copy of the project.
+"""
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_repo import FILES, ROOT, STORY, code_lines
+
+sys.path.insert(0, str(ROOT))  # also when run as a program
+
+import generate  # noqa: E402
+
+README = ROOT / "README.md"
+SOURCE_LINE = re.compile(r"(?m)^([a-z_]+(?:/[a-z_]+)?\.py)( +\d+)(?=  )")
+INSTALLS = ["pip install -e .", 'pip install -e ".[test]"']  # what a fresh environment runs first; see .ci/run
+THE_TESTS = "python -m pytest"  # this suite itself
+MARKED = {  # command (its first words) -> what it needs
+    "python generate.py --checkpoint Qwen/Qwen3-0.6B": "hub",
+    "python generate.py --shape llama-3.1-8b": "gpu",
+    "python scripts/download.py Qwen/Qwen3-0.6B": "hub",
+    "python scripts/benchmark.py --shape llama-2-7b": "gpu",
+}
+
+
+# -- the generated parts ----------------
+
+
+def records(name):
+    path = ROOT / "benchmarks" / name
+    return list(csv.DictReader(path.read_text("utf-8").splitlines())) if path.is_file() else []
+
+
+def table(head, rows, left):
+    """A Markdown table whose first `left` columns are text."""
+    if not rows:
+        return "No measurements are recorded yet.\n"
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rows))
+
+
+def latest(rows, *names):
+    """The last row of every setting."""
+    names = ("device", "tp", "shape", "mode", "group_size", "dtype", "kernels", *names)
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
+
+
+def start(row):
+    """The first columns: device, shape, weights."""
+    device = row["device"] if row["tp"] == "1" else f"{row['tp']} x {row['device']}"
+    formats = {"int4": f"int4 g{row['group_size']}", "bf16": row["dtype"], "checkpoint": "as stored"}
+    return [device, row["shape"], formats.get(row["mode"], row["mode"])]
+
+
+def decode_table():
+    """One sequence, 5 prompt tokens, 200 new ones, in a cache that is no larger than it need be."""
+    setting = {"batch": "1", "prompt_len": "5", "new_tokens": "200", "cache_len": "256"}
+    rows = latest([r for r in records("decode.csv") if setting.items() <= r.items()])
+    head = ["device", "shape", "weights", "kernels", "tok/s", "ms/token", "GB/token", "GB/s", "MBU", "commit"]
+    body = [
+        [*start(r), r["kernels"], f"{float(r['decode_tok_s']):,.1f}", f"{float(r['tpot_ms']):.2f}"]
+        + [f"{int(r['bytes_per_token']) / 1e9:.2f}", f"{float(r['read_gb_s']):,.0f}", f"{float(r['mbu']):.0%}"]
+        + [r["commit"]]
+        for r in rows
+    ]
+    return table(head, body, 4)
+
+
+def prefill_table():
+    head = ["device", "shape", "weights", "prompt", "tok/s", "MFU", "commit"]
+    body = [
+        [*start(r), r["prompt_len"], f"{float(r['prefill_tok_s']):,.0f}", f"{float(r['mfu']):.0%}", r["commit"]]
+        for r in latest(records("prefill.csv"), "batch", "prompt_len")
+    ]
+    return table(head, body, 3)
+
+
+def rows_table():
+    """Milliseconds of a one-row step, and the cost of more rows in units of it."""
+    steps = {}
+    for row in latest(records("rows.csv"), "rows"):
+        steps.setdefault((*start(row), row["kernels"]), {})[row["rows"]] = row
+    more = [str(m) for m in range(2, 17) if any(str(m) in found for found in steps.values())]
+    head = ["device", "shape", "weights", "kernels", "1 row", *(f"{m} rows" for m in more)]
+    body = [
+        [*setting, f"{float(found['1']['ms']):.2f} ms"]
+        + [f"{float(found[m]['ratio']):.2f}" if m in found else "" for m in more]
+        for setting, found in steps.items()
+    ]
+    return table(head, body, 4)
+
+
+def rendered(text):
+    """The README with line counts and measurements as they are in the tree."""
+    story = sum(code_lines(ROOT / f"{name}.py") for name in STORY)
+    text, found = re.subn(r"\d+ lines of code(?= in `model\.py`)", f"{story} lines of code", text)
+    assert found == 1
+    text = SOURCE_LINE.sub(lambda m: f"{m[1]}{code_lines(ROOT / m[1]):>{len(m[2])}}" if exists(m[1]) else m[0], text)
+    for name, part in (("decode", decode_table()), ("prefill", prefill_table()), ("rows", rows_table())):
+        pattern = re.compile(rf"(<!-- benchmarks/{name}\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert len(pattern.findall(text)) == 1, name
+        text = pattern.sub(lambda m, part=part: m[1] + part + m[2], text)
+    return text
+
+
+def exists(name):
+    return (ROOT / name).is_file()
+
+
+def test_generated_parts_are_up_to_date():
+    text = README.read_text("utf-8")
+    assert text == rendered(text), "run: python tests/test_readme.py"
+
+
+def test_every_file_is_in_the_tree():
+    listed = [name for name, _ in SOURCE_LINE.findall(README.read_text("utf-8"))]
+    assert sorted(listed) == sorted(path.relative_to(ROOT).as_posix() for path in FILES)
+
+
+def test_every_flag_is_listed(monkeypatch):
+    """The table of flags names exactly the flags that generate.py has."""
+    parsers = []
+
+    def parse_args(self, argv=None):
+        parsers.append(self)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(SystemExit):
+        generate.parse([])
+    flags = {flag for flag in parsers[0]._option_string_actions if flag.startswith("--")} - {"--help"}
+    section = README.read_text("utf-8").partition("## Every flag\n")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `--")]
+    listed = [flag for cell in cells for flag in re.findall(r"--[a-z-]+", cell)]
+    assert sorted(listed) == sorted(flags)
+
+
+# -- the commands ----------------
+
+
+def commands():
+    """(command, what it needs or "") of every line of every ```sh block."""
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+        for line in block.splitlines()
+    ]
+    found = []
+    for line in lines:
+        command, _, comment = line.partition("  # ")
+        if command.strip():
+            need = re.search(r"needs: (gpu|hub|torchrun)", comment)
+            found += [(part.strip(), need[1] if need else "") for part in command.split("&&")]
+    return found
+
+
+def test_marked_commands_are_known():
+    marked = {command: need for command, need in commands() if need}
+    unknown = {c: need for c, need in marked.items() if not any(c.startswith(k) and MARKED[k] == need for k in MARKED)}
+    assert not unknown
+    assert all(any(c.startswith(k) for c in marked) for k in MARKED), "MARKED names a command that is not there"
+
+
+def test_ci_installs_and_tests_as_the_readme_says():
+    script = (ROOT / ".ci" / "run").read_text("utf-8").replace("pip install --quiet", "pip install")
+    assert INSTALLS[1] in script
+    assert script.rstrip().endswith(THE_TESTS)
+    assert {c for c, _ in commands() if c.startswith("pip")} == set(INSTALLS)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The project as a visitor gets it."""
+    target = tmp_path_factory.mktemp("readme") / "copy"
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "local", "runs", "*.egg-info", "tests", "train.txt")
+    shutil.copytree(ROOT, target, ignore=hidden)
+    return target
+
+
+RUN = [c for c, need in commands() if not need and c not in (*INSTALLS, THE_TESTS)] if README.is_file() else []
+
+
+def run(copy, argv, **options):
+    if not (copy / "checkpoints" / "tales").is_dir() and "tiny" not in str(argv):
+        pytest.skip("needs the embedded model, which this tree does not have")
+    return subprocess.run(argv, cwd=copy, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_command(copy, command):
+    shell = command.replace("python ", f"{sys.executable} ", 1)
+    done = run(copy, shell, shell=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_library_example(copy):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = run(copy, [sys.executable, "-c", block])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text("utf-8")), "utf-8")
