@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import select
 import signal
 import subprocess
@@ -542,10 +543,10 @@ def test_interrupt_keeps_what_was_generated(call, abc, monkeypatch):
     assert {json.loads(line)["stop_reason"] for line in out.splitlines()} == {"interrupted"}
 
 
-def start(*argv, **options):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(*argv, **environment):
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, str(ROOT / "generate.py"), *map(str, argv)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
 
 
 def test_sigint_ends_cleanly(tmp_path):
@@ -684,3 +685,69 @@ def test_selftest_passes_its_arguments_and_its_status_on(monkeypatch):
     monkeypatch.setattr(subprocess, "call", lambda command: ran.append(command) or 1)
     assert generate.main(["--checkpoint", "x", "--selftest"]) == 1
     assert ran[0][1:] == [str(ROOT / "scripts" / "selftest.py"), "--checkpoint", "x", "--selftest"]
+
+
+@pytest.fixture
+def selftest(capsys, monkeypatch):
+    """selftest(*argv) -> (exit status, lines); the leaf program, in this process."""
+    path = list(sys.path)
+    module = runpy.run_path(str(ROOT / "scripts" / "selftest.py"))
+    monkeypatch.setattr(sys, "path", path)
+
+    def selftest(*argv):
+        capsys.readouterr()
+        status = module["main"]([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return status, (out + err).splitlines()
+
+    return selftest
+
+
+def test_selftest_says_a_line_per_check(selftest, dice):
+    status, lines = selftest("--checkpoint", dice, "--device", "cpu")
+    assert status == 0 and f"torch {torch.__version__}" in lines[0] and "float32" in lines[0]
+    assert len(lines) == 7 and all(line.startswith("ok   ") for line in lines[1:])
+
+
+def test_selftest_compares_a_recorded_answer(selftest, call, tmp_path):
+    """golden.json is what --json printed, on whatever machine."""
+    folder = recital(tmp_path, "abcdefg", "<|eos|>")
+    out, _ = call("--checkpoint", folder, "--prompt", "ab", "--temperature", 0, "--json")
+    (folder / "golden.json").write_text(out)
+    status, lines = selftest("--checkpoint", folder, "--device", "cpu")
+    assert status == 0 and lines[-1].startswith("ok   golden tokens")
+    record = json.loads(out)
+    write_json(folder / "golden.json", record | {"ids": record["ids"][:-1] + [0]})
+    status, lines = selftest("--checkpoint", folder, "--device", "cpu")
+    assert status == 1 and lines[-1].startswith("FAIL golden tokens that differ: 1 ")
+
+
+def test_selftest_notices_an_engine_that_is_wrong(selftest, dice, monkeypatch):
+    real, made = generate.Engine.load.__func__, []
+
+    def load(cls, *args, **options):
+        made.append(real(cls, *args, **options))
+        if len(made) == 1:  # the engine under test, not its twin
+            made[0].model.layers[1].mlp.down_proj.weight[3, 5] += 0.3
+        return made[-1]
+
+    monkeypatch.setattr(generate.Engine, "load", classmethod(load))
+    status, lines = selftest("--checkpoint", dice, "--device", "cpu")
+    assert status == 1 and sum(line.startswith("FAIL ") for line in lines) >= 4
+
+
+def test_selftest_refuses_what_it_cannot_compare(selftest):
+    status, lines = selftest("--shape", "tiny")
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("generate.py: error: ") and "--shape" in lines[0]
+
+
+def test_selftest_of_kernels_through_tritons_interpreter(tiny):
+    pytest.importorskip("triton")
+    folder = add_tokenizer(tiny("llama", vocab_size=VOCAB, eos_token_id=None)[0])
+    argv = ("--selftest", "--checkpoint", folder, "--kernels", "triton", "--device", "cpu", "--dtype", "bfloat16")
+    with start(*argv, TRITON_INTERPRET="1") as program:
+        out, err = (stream.decode() for stream in program.communicate(timeout=300))
+    assert program.returncode == 0, out + err
+    lines = out.splitlines()
+    assert "kernels triton" in lines[0] and any("lm_head" in line for line in lines)
+    assert any("all kernels together" in line for line in lines)
