@@ -169,6 +169,10 @@ class Target:
     parts: list[list[tuple[str, int, bool]]]
 
 
+class Enough(Exception):
+    """Raised by a hook that has seen its input: the rest of the block need not be computed."""
+
+
 class Streams:
     """Activations of rows of tokens before the next block: `calibration`, and held-out text `before` and `after`."""
 
@@ -186,14 +190,17 @@ class Streams:
         for i, x in enumerate(xs):
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
             shape = (x.shape[0], config.num_key_value_heads, x.shape[1], config.head_dim)
-            y = block(x, *self.model.rope(positions), positions, LayerCache(shape, x.device, x.dtype), x.shape[1])
-            xs[i] = y if keep else x
+            cache = LayerCache(shape, x.device, x.dtype)
+            with contextlib.suppress(Enough):
+                y = block(x, *self.model.rope(positions), positions, cache, x.shape[1])
+                xs[i] = y if keep else x
 
     def head(self, xs: list[Tensor]) -> Iterator[Tensor]:
         """Logits of all rows, a few hundred tokens at a time: with a vocabulary of 150,000 each takes 600 KB."""
         for x in xs:
             for h in x.flatten(0, 1).split(512):
-                yield self.model.lm_head(h, norm=self.model.norm).float()
+                with contextlib.suppress(Enough):
+                    yield self.model.lm_head(h, norm=self.model.norm).float()
 
     def perplexity(self, xs: list[Tensor]) -> float | None:
         """exp of the mean loss of every held-out token but the first of each row; None without held-out rows."""
@@ -216,6 +223,8 @@ def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[in
             h = x[chosen == e] if isinstance(chosen, Tensor) else x
             total[e].addmm_(h.t(), h)
             counts[e] += len(h)
+        if not linear.num_experts:
+            raise Enough
 
     handle = linear.register_forward_pre_hook(hook, with_kwargs=True)
     run()
