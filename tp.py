@@ -9,6 +9,7 @@ down_proj by input columns, so each block needs one all-reduce after attention a
 matrices are split by rows.
 """
 
+import atexit
 import os
 from dataclasses import dataclass
 
@@ -66,4 +67,6 @@ def init(device: torch.device) -> TensorParallel:
         return TensorParallel()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type != "cuda":  # gloo may abort a process that ends without; NCCL waits for captured graphs for ever
+            atexit.register(dist.destroy_process_group)
     return TensorParallel(dist.get_rank(), size)
