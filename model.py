@@ -312,7 +312,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.tp = config, tp
         self.vocab_local = tp.local(config.vocab_size, "vocab_size")
-        self.embed_tokens = nn.Embedding(self.vocab_local, config.hidden_size)
+        # from_pretrained: nn.Embedding's own initialisation on the meta device imports sympy, a second of every start
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(self.vocab_local, config.hidden_size))
         self.layers = nn.ModuleList(DecoderLayer(config, i, tp, use_kernels) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, self.vocab_local, use_kernels=use_kernels)
