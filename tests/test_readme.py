@@ -28,6 +28,7 @@ THE_TESTS = "python -m pytest"  # this suite itself
 MARKED = {  # command (its first words) -> what it needs
     "python generate.py --checkpoint Qwen/Qwen3-0.6B": "hub",
     "python generate.py --shape llama-3.1-8b": "gpu",
+    "torchrun --nproc-per-node 2 generate.py": "torchrun",
     "python scripts/download.py Qwen/Qwen3-0.6B": "hub",
     "python scripts/benchmark.py --shape llama-2-7b": "gpu",
 }
