@@ -223,7 +223,7 @@ def _words(fields: Tensor, bits: int) -> Tensor:
 
 def _read(what: str, tensor: Any, axes: str, sizes: dict[str, int], scheme: Scheme, **spans: range) -> Tensor:  # noqa: ANN401
     """Check the full shape, read the spans (the other axes whole) and return signed values with N first."""
-    shape = list(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+    shape = list(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
     span = [spans.get(axis[0], range(sizes[axis[0]])) for axis in axes.split()]
     if axes == "N G" and sizes["G"] == 1 and shape in ([1], [sizes["N"]]):  # one scale for all, or a bare column
         return tensor[:].expand(sizes["N"])[span[0].start : span[0].stop, None]
@@ -256,7 +256,7 @@ def unpack(
     tensors: suffix -> tensor or safetensors slice; shape: (N, K) of the whole. ValueError: missing or mis-shaped.
     """
     layout, size = LAYOUTS[scheme.format], shape[1] if scheme.group_size == -1 else scheme.group_size
-    sizes = {"N": shape[0], "K": shape[1], "G": -(-shape[1] // size), "2": 2}
+    sizes = {"N": shape[0], "K": shape[1], "G": -(-shape[1] // size)}
     n, k = range(*(rows or (0, shape[0]))), range(*(columns or (0, shape[1])))
     values, scales, zeros, index = (*layout, "none")[:4]
     needed = [values, scales] + [zeros] * (not scheme.symmetric) + [index] * (scheme.act_order and index in layout)
@@ -289,17 +289,15 @@ def unpack(
 
 def merge(parts: Sequence[Quantized], stack: bool = False) -> Quantized | None:
     """Several Linears as one: rows of all (q, k, v), with `stack` experts in a new dimension. None if they disagree."""
-    first, order = parts[0], parts[0].permutation
-    for p in parts:
-        alike = (p.bits, p.group_size, p.zero is None) == (first.bits, first.group_size, first.zero is None)
-        if not alike or (p.permutation is None) != (order is None):
-            return None
-        if order is not None and p.permutation is not None and not torch.equal(order, p.permutation):
-            return None
+    orders = [p.permutation for p in parts if p.permutation is not None]
+    if len({(p.bits, p.group_size, p.zero is None, p.permutation is None) for p in parts}) > 1:
+        return None
+    if not all(torch.equal(orders[0], order) for order in orders):
+        return None
     join = torch.stack if stack else torch.cat
     zeros = [p.zero for p in parts if p.zero is not None]
     q, scale, zero = join([p.q for p in parts]), join([p.scale for p in parts]), join(zeros) if zeros else None
-    return Quantized(q, scale, zero, order, first.bits)
+    return Quantized(q, scale, zero, parts[0].permutation, parts[0].bits)
 
 
 def pack(part: Quantized, scheme: Scheme) -> dict[str, Tensor]:
