@@ -99,11 +99,17 @@ def folders(tiny) -> dict[str, Path]:
     return made
 
 
+def runs(name: str, size: int) -> bool:
+    """Processes take time: of 4 ranks, those folders whose slices differ most from those of 2."""
+    return size == 2 or name in ("biases", "mixtral", "int8", "int4", "int4-wide-groups")
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def group(request, folders, tmp_path_factory) -> tuple[int, list[dict[str, torch.Tensor]]]:
     """(size, what rank 0 and the last rank computed)."""
     out = tmp_path_factory.mktemp("ranks")
-    done = launch(request.param, str(Path(__file__)), str(out), *map(str, folders.values()))
+    chosen = [str(folders[name]) for name in folders if runs(name, request.param)]
+    done = launch(request.param, str(Path(__file__)), str(out), *chosen)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, [load_file(out / f"{rank}.safetensors") for rank in (0, request.param - 1)]
 
@@ -111,6 +117,8 @@ def group(request, folders, tmp_path_factory) -> tuple[int, list[dict[str, torch
 @pytest.mark.parametrize("name", [*PLAIN, *QUANTIZED])
 def test_a_group_computes_what_one_process_does(group, folders, name):
     size, ranks = group
+    if not runs(name, size):
+        pytest.skip("2 ranks cover this one")
     alone = results(folders[name], TensorParallel())
     assert alone["logits 2"].std() > 0.1
     for got in ranks:  # every rank sees all logits and the same tokens
