@@ -103,7 +103,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float] | None:
         damped.diagonal().add_(damp * diagonal.mean())
         damped.diagonal()[diagonal == 0] = 1.0  # a dead input: nothing propagates from it or to it
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        u = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower)).to(lower), upper=True)
+        u = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower), device=lower.device), upper=True)
         if not int(failed) and bool(u.isfinite().all()):
             return u, damp
         damp *= 10
@@ -176,7 +176,7 @@ class Enough(Exception):
 class Streams:
     """Activations of rows of tokens before the next block: `calibration`, and held-out text `before` and `after`."""
 
-    def __init__(self, model: Transformer, calibration: Tensor, heldout: Tensor, tokens_at_once: int = 8192) -> None:
+    def __init__(self, model: Transformer, calibration: Tensor, heldout: Tensor, tokens_at_once: int = 4096) -> None:
         rows = max(1, tokens_at_once // calibration.shape[1])
         self.model = model
         self.heldout = list(heldout.split(rows)) if len(heldout) else []
@@ -229,7 +229,7 @@ def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[in
     handle = linear.register_forward_pre_hook(hook, with_kwargs=True)
     run()
     handle.remove()
-    return total / torch.tensor(counts, device=total.device).clamp(min=1).view(-1, 1, 1), counts
+    return total.div_(torch.tensor(counts, device=total.device).clamp(min=1).view(-1, 1, 1)), counts
 
 
 def quantize_linear_(
