@@ -562,7 +562,7 @@ def load(
     config = config_from_hf(hf)
     quant = QuantConfig.from_hf(hf.get("quantization_config"), read_json(folder / "quantize_config.json") or None)
     weights = Weights(folder, device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint_dtype(hf))
+    dtype = dtype or default_dtype(folder, device)
     with torch.device("meta"):
         model = Transformer(config, tp, use_kernels)
     loader = Loader(weights, config, quant, tp, device, dtype)
@@ -597,9 +597,13 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_weights_fit(folder: Path, dtype: torch.dtype | None, device: torch.device) -> None:
+def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """float32 on a CPU, elsewhere what the checkpoint declares."""
+    return torch.float32 if device.type == "cpu" else checkpoint_dtype(read_config(folder))
+
+
+def check_weights_fit(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """ValueError, before anything is allocated, when the weights do not fit the device."""
-    dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint_dtype(read_config(folder)))
     need, free = stored_bytes(folder, dtype), free_bytes(device)
     if need > free:
         raise ValueError(

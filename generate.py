@@ -215,12 +215,17 @@ class Engine:
         start = time.perf_counter()
         where = pick_device(device)
         group = tensor_parallel.init(where)
-        if kernel_choice == "triton" and not kernels.supported(where):
-            raise ValueError(f"--kernels triton needs Triton and a CUDA device of capability 8.0 or newer, not {where}")
-        use_kernels = kernel_choice != "inductor" and kernels.supported(where)
-        if shape is not None:
-            config = checkpoint.shape_config(shape)
-            kind = DTYPES[dtype] or torch.bfloat16
+        folder = None if shape else checkpoint.resolve(str(checkpoint_name))
+        kind = DTYPES[dtype] or (checkpoint.default_dtype(folder, where) if folder else torch.bfloat16)
+        able = kernels.supported(where) and kind != torch.float32
+        if kernel_choice == "triton" and not able:
+            raise ValueError(
+                "--kernels triton needs Triton, bfloat16 or float16, and a CUDA device of capability 8.0 or newer; "
+                f"here: {kind} on {where}"
+            )
+        use_kernels = kernel_choice != "inductor" and able
+        if folder is None:
+            config = checkpoint.shape_config(str(shape))
             with torch.device("meta"):
                 need = sum(p.numel() for p in Transformer(config, group).parameters()) * kind.itemsize
             if need > (free := checkpoint.free_bytes(where)):
@@ -228,10 +233,9 @@ class Engine:
             model = checkpoint.random_model(config, tp=group, device=where, dtype=kind, use_kernels=use_kernels)
             engine = cls(model, Ids(config.vocab_size), use_kernels=use_kernels, **options)
         else:
-            folder = checkpoint.resolve(str(checkpoint_name))
-            checkpoint.check_weights_fit(folder, DTYPES[dtype], where)
+            checkpoint.check_weights_fit(folder, kind, where)
             model = checkpoint.load(
-                str(folder), tp=group, device=where, dtype=DTYPES[dtype], use_kernels=use_kernels, progress=progress
+                str(folder), tp=group, device=where, dtype=kind, use_kernels=use_kernels, progress=progress
             )
             tokenizer = Tokenizer.from_folder(folder)
             if tokenizer.vocab_size > model.config.vocab_size:
@@ -474,7 +478,7 @@ class Engine:
         self.stats = Stats(load_s=self.stats.load_s, batch_size=len(rows))
         state, structure, known = self.state, sampling.structure, 0
         if speculation:
-            speculation.prepare(longest, structure)
+            speculation.prepare(longest, limit, structure)
         else:
             for position in range(longest, longest + limit - 1):
                 self._decode(position, structure)
