@@ -99,8 +99,8 @@ def in_parts(model: Transformer, tokens: torch.Tensor, cuts: list[int], end: int
     return torch.cat([model(tokens[:, a:b], positions[:, a:b], cache, end=end or b) for a, b in bounds], 1)
 
 
-def check_parity(folder: Path, reference: torch.nn.Module) -> None:
-    model = checkpoint.load(str(folder))
+def check_parity(folder: Path, reference: torch.nn.Module, **options) -> None:
+    model = checkpoint.load(str(folder), **options)
     tokens = torch.randint(0, model.config.vocab_size, (2, T), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want = reference(tokens).logits
@@ -119,6 +119,15 @@ def check_parity(folder: Path, reference: torch.nn.Module) -> None:
 def test_parity_with_transformers(tiny, case):
     kind, changes = CASES[case]
     check_parity(*tiny(kind, **changes))
+
+
+@pytest.mark.parametrize(
+    "case", ["llama-biases", "mistral-window", "qwen3", "qwen3-bias-tied-window", "mixtral", "qwen3-moe-normalised"]
+)
+def test_parity_through_the_kernels_interface(tiny, case):
+    """The packed heads, norms and residuals that kernels take, here served by their eager twins."""
+    kind, changes = CASES[case]
+    check_parity(*tiny(kind, **changes), use_kernels=True)
 
 
 def to_old_spelling(folder: Path, legacy: str) -> None:
