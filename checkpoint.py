@@ -690,14 +690,14 @@ def random_model(
     *,
     bits: int = 16,
     group_size: int = 128,
-    quantize_head: bool = True,
+    quantize_head: bool = False,
     tp: TensorParallel = TensorParallel(),
     device: torch.device = torch.device("cpu"),
     dtype: torch.dtype = torch.bfloat16,
     use_kernels: bool = False,
 ) -> Transformer:
     """A Transformer with random weights of standard deviation 0.02, for measuring; quantized weights are drawn in
-    packed form.
+    packed form. The head stays plain by default, as in `quantize.py`.
     """
     with torch.device("meta"):
         model = Transformer(config, tp, use_kernels)

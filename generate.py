@@ -250,10 +250,8 @@ class Engine:
             copy = checkpoint.quantized_copy(model, int(draft[-1]))
             engine.speculate(cls(copy, engine.tokenizer, use_kernels=use_kernels, **options), num_draft_tokens)
         elif draft is not None:
-            drafter = None
-            if draft != "ngram":
-                drafter = cls.load(draft, device=device, dtype=dtype, kernel_choice=kernel_choice, **options)
-            engine.speculate(drafter, num_draft_tokens)
+            names: dict[str, Any] = {"device": device, "dtype": dtype, "kernel_choice": kernel_choice}
+            engine.speculate(None if draft == "ngram" else cls.load(draft, **names, **options), num_draft_tokens)
         if max_seq_len is not None:
             engine.limit(batch_size, max_seq_len)
         engine.stats.load_s = time.perf_counter() - start
@@ -702,7 +700,8 @@ def run(engine: Engine, args: argparse.Namespace, sampling: SamplingParams, text
             print(f"[{row + 1}]{text[row]}\n")
     if streaming:
         print(flush=True)
-    print(summary(engine), file=sys.stderr)
+    if engine.model.tp.rank == 0:
+        print(summary(engine), file=sys.stderr)
     if args.compare and engine.speculation and "interrupted" not in reasons:
         fast, engine.speculation = engine.stats.decode_tok_s, None
         for _ in engine.generate(prompts, sampling, **options(args), seed=args.seed):
