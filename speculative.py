@@ -2,55 +2,62 @@
 the host.
 
 Knows how to emit several tokens per step of the target without changing what the target says. Refuses to know models,
-files and text: it drives two engines (`generate.py`) through their compiled forward passes.
+files and text: it drives two engines (`generate.py`) through their models, caches and captured programs.
 
 A round: the drafter proposes K tokens; the target scores the last token and the K proposals in one step of K + 1 rows;
-the longest accepted run and one more token of the target's own come out. Legend: B rows, K num_draft_tokens, V
-vocabulary.
+the longest accepted run and one more token of the target's own come out. Legend: B rows, S cache slots, K
+num_draft_tokens, V vocabulary.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from sampling import Structure, distribution, draw, uniform
+from sampling import Structure, distribution, draw, sample, uniform
 
 ACCEPT, RESAMPLE, DRAFT = 1, 2, 3  # streams of randomness; 0 is plain decoding's
-CHOICES = (0, 1, 2, 3, 4, 6, 8, 12)  # what `auto` chooses from: one captured program each
+CHOICES = (0, 1, 2, 3, 4, 6, 8, 12)  # what `auto` chooses from: one captured verification each
 
 
-def dense(logits: torch.Tensor, structure: Structure, knobs: torch.Tensor) -> torch.Tensor:
-    """What `sampling.sample` would draw from, as probs float32 [..., V] over the whole vocabulary."""
-    probs, ids = distribution(logits, structure, knobs)
-    return probs if ids is None else torch.zeros_like(logits).scatter_(-1, ids, probs)
+def spread(probs: torch.Tensor, ids: torch.Tensor | None, V: int) -> torch.Tensor:
+    """What `sampling.distribution` returns, as probs float32 [..., V] over the target's vocabulary."""
+    if ids is None:
+        return F.pad(probs, (0, V - probs.shape[-1]))
+    return probs.new_zeros((*probs.shape[:-1], V)).scatter_(-1, ids, probs)
 
 
 def accept(
-    drafted: torch.Tensor, q: torch.Tensor, p: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    drafted: torch.Tensor,
+    q: torch.Tensor,
+    p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    rate: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The accept/resample rule (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, theorem 1): what comes out is
     distributed as p.
 
     drafted int64 [B, K] was drawn from q float32 [B, K, V]; p float32 [B, K + 1, V] is the target's; seeds int64 [B];
-    positions int64 [B, K + 1] of the tokens that come out. Returns tokens int64 [B, K + 1] and their count [B], 1..K +
-    1: the accepted run, then a draw from max(p - q, 0) at the first rejection or from p behind the last proposal.
-    Greedy is the same rule on one-hot distributions.
+    positions int64 [B, K + 1] of the tokens that come out. Returns tokens int64 [B, K + 1] and how many of them count,
+    int64 [B, 1], 1..K + 1: the accepted run, then a draw from max(p - q, 0) at the first rejection or from p behind the
+    last proposal. Greedy is the same rule on one-hot distributions. rate: accept at random, for measuring costs.
     """
-    B, K = drafted.shape
-    index = drafted.unsqueeze(-1)
-    u = uniform(seeds[:, None], positions[:, :K], 1, ACCEPT).squeeze(-1)
-    ok = u * q.gather(-1, index).squeeze(-1) < p[:, :K].gather(-1, index).squeeze(-1)
-    count = ok.long().cumprod(-1).sum(-1)  # [B] accepted
-    at = count[:, None, None].expand(-1, 1, p.shape[-1])
-    rest = p.gather(1, at)
-    if K:
-        rejected = (count < K)[:, None, None]
-        rest = torch.where(rejected, (rest - q.gather(1, at.clamp(max=K - 1))).clamp(min=0), rest)
-    token = draw(rest[:, 0], seeds, positions.gather(1, count[:, None])[:, 0], RESAMPLE)
-    tokens = torch.cat((drafted, drafted.new_zeros(B, 1)), 1).scatter(1, count[:, None], token[:, None])
-    return tokens, count + 1
+    K, chosen = drafted.shape[1], drafted.unsqueeze(-1)
+    u = uniform(seeds[:, None], positions[:, :K], 1, ACCEPT)
+    ok = u * q.gather(-1, chosen) < p[:, :K].gather(-1, chosen) if rate is None else u < rate  # NaN rejects
+    count = ok.squeeze(-1).long().cumprod(-1).sum(-1, keepdim=True)
+    at = count.unsqueeze(-1).expand(-1, 1, p.shape[-1])
+    own = p.gather(1, at)
+    refused = q.gather(1, at.clamp(max=K - 1)).masked_fill((count == K).unsqueeze(-1), 0).nan_to_num(0)
+    rest = (own - refused).clamp(min=0)
+    rest = torch.where(rest.amax(-1, keepdim=True) > 0, rest, own)  # p < q by rounding alone
+    token = draw(rest[:, 0], seeds, positions.gather(1, count)[:, 0], RESAMPLE)
+    return F.pad(drafted, (0, 1)).scatter(1, count, token[:, None]), count + 1
 
 
 def lookup(history: torch.Tensor, position: torch.Tensor, K: int, longest: int = 3) -> torch.Tensor:
@@ -60,247 +67,236 @@ def lookup(history: torch.Tensor, position: torch.Tensor, K: int, longest: int =
     history int64 [B, S], position int64 [B, 1] of its last valid id. Returns int64 [B, K]; without a match, what stands
     behind position 0, which is as good a guess as any. No host synchronisation.
     """
-    S = history.shape[1]
-    slots = torch.arange(S, device=history.device)
+    slots = torch.arange(history.shape[1], device=history.device)
     start = torch.zeros_like(position)
-    for n in range(1, longest + 1):  # longer matches are looked for last, and win
-        match = (slots >= n - 1) & (slots < position)
-        for j in range(n):
-            last = history.gather(1, (position - j).clamp(min=0))
-            match = match & (history.roll(j, 1) == last)
-        found = (slots * match).amax(1, keepdim=True)
-        start = torch.where(match.any(1, keepdim=True), found, start)
-    at = start + 1 + torch.arange(K, device=history.device)
+    match = slots < position
+    for n in range(longest):  # longer matches are looked for last, and win
+        match = match & (slots >= n) & (history.roll(n, 1) == history.gather(1, (position - n).clamp(min=0)))
+        start = torch.where(match.any(1, keepdim=True), (slots * match).amax(1, keepdim=True), start)
     # behind the newest id the copy continues from the match itself, as a repeating text does
-    period = (position - start).clamp(min=1)
-    at = torch.where(at > position, start + 1 + (at - start - 1) % period, at)
-    return history.gather(1, at.clamp(max=S - 1))
+    ahead = torch.arange(K, device=history.device) % (position - start).clamp(min=1)
+    return history.gather(1, start + 1 + ahead)
 
 
 class Chooser:
-    """`auto`: how many tokens to draft next, from costs measured once and acceptance counts alone, so ranks and runs
-    agree.
+    """`auto`: how many tokens to draft next, from costs measured once and acceptance counts alone, so that ranks agree.
 
-    costs[K]: milliseconds of a round of K drafts. Acceptance is a moving average over about the last 32 proposals;
-    while plain decoding is the better choice, one round in a growing number of them is spent on trying again.
+    costs[K]: milliseconds of a round of K drafts. Acceptance is a moving average over about the last 24 proposals.
+    Drafting spends a credit, counted in plain steps: a round costs what it takes and earns what it emits, and every
+    token adds a hundredth. So whatever the text, decoding takes at most 1% and 2 steps longer than without drafts, and
+    while drafting does not pay, what the credit allows is spent on finding out whether it does again.
     """
 
     def __init__(self, costs: dict[int, float]) -> None:
-        self.costs, self.accepted, self.tested = costs, 3.0, 4.0
-        self.wait, self.patience = 0, 16
-
-    def expected(self, K: int) -> float:
-        """Tokens per round at the observed acceptance rate (Leviathan et al. 2023, equation 1)."""
-        a = min(self.accepted / self.tested, 0.99)
-        return (1 - a ** (K + 1)) / (1 - a)
+        self.least = min(costs)
+        self.ratio = {K: cost / costs[self.least] for K, cost in costs.items()}
+        self.accepted, self.tested, self.credit, self.last = 3.0, 4.0, 2.0, max(costs)
 
     def choose(self) -> int:
-        best = max(self.costs, key=lambda K: self.expected(K) / self.costs[K])
-        if best:
-            self.patience = 16
-            return best
-        self.wait += 1
-        if self.wait < self.patience:
-            return 0
-        self.wait, self.patience = 0, min(self.patience * 2, 1024)
-        self.accepted, self.tested = self.accepted + 2.0, self.tested + 2.0  # one hopeful try
-        return min(K for K in self.costs if K)
+        a = min(self.accepted / self.tested, 0.99)
+        resume = 1 if self.last else 2  # coming back, the draft's cache must catch up
+        able = {K: r for K, r in self.ratio.items() if resume * (r - 1) <= self.credit}
+        # tokens per round: Leviathan et al. 2023, equation 1
+        best = max(able, key=lambda K: (1 - a ** (K + 1)) / (1 - a) / able[K], default=self.least)
+        if not best and len(able) > 1:
+            best = min(K for K in able if K)
+        if best and not self.last:
+            self.credit -= self.ratio[best] - 1
+        self.last = best
+        return self.last
 
     def observe(self, K: int, emitted: Sequence[int]) -> None:
         """A round of K proposals emitted this many tokens in each row."""
-        for n in emitted if K else ():
-            tested = min(n, K)
-            self.accepted, self.tested = self.accepted + n - 1, self.tested + tested
-            keep = min(1.0, 32 / self.tested)
+        mean = sum(emitted) / len(emitted)
+        self.credit = min(self.credit + mean - self.ratio[K] + 0.01 * mean, 4.0)
+        if K:
+            self.accepted += sum(emitted) - len(emitted)
+            self.tested += sum(min(n, K) for n in emitted)
+            keep = min(1.0, 24 * len(emitted) / self.tested)
             self.accepted, self.tested = self.accepted * keep, self.tested * keep
 
 
 class Speculation:
     """Rounds of draft and verify for one target engine, with a draft engine that shares its ids, or None for prompt
-    lookup.
+    lookup. `simulated`: accept each proposal at this rate, to measure costs on random weights.
     """
 
     def __init__(self, target: Any, draft: Any | None, num_draft_tokens: int | None) -> None:  # noqa: ANN401
-        self.target, self.draft, self.fixed = target, draft, num_draft_tokens
+        self.target, self.draft = target, draft
+        self.simulated: float | None = None
         self.choices = CHOICES if num_draft_tokens is None else (num_draft_tokens,)
-        self.vocab = target.model.config.vocab_size
-        self.programs: dict[tuple[Any, ...], Callable[[], None]] = {}
-        self.compiled: dict[tuple[Any, ...], tuple[Callable[..., None], Callable[..., Any]]] = {}
-        self.costs: dict[Structure, dict[int, float]] = {}
-        self.verify_ms: dict[int, float] = {}
-        self.report = Report()
-        self.owner: Any = None  # the engine state that the programs were built for
+        self.margin = max(self.choices) + 2  # slots behind the last token kept that rounds may write to
+        self.owner: tuple[Any, ...] = ()  # what the programs were built for
+        self.programs: dict[tuple[int, Structure], tuple[list[Callable[[], None]], dict[int, Callable[[], None]]]] = {}
+        self.costs: dict[Structure, dict[int, tuple[float, float]]] = {}  # K -> milliseconds of draft and of verify
         self.ids: list[list[int]] = []  # per row: prompt and everything emitted
         self.draft_knows = 0  # slots of the draft's cache that are right in every row
+        self.book: list[tuple[int, list[int]]] = []  # every round of the last generation: K, tokens emitted by row
 
-    @property
-    def margin(self) -> int:
-        """Cache slots behind the last token kept that rounds already queued may write to."""
-        return 3 * (1 + max(self.choices))
-
-    def prepare(self, longest: int, structure: Structure) -> None:
-        """Before a generation whose prompts have at most `longest` ids: buffers, compiled rounds, their costs."""
-        target = self.target
-        if self.owner is not target.state:  # the engine has a new cache
-            self.owner = target.state
-            B, S = target.state.out.shape
-            self.programs.clear()
-            self.compiled.clear()
-            self.costs.clear()
+    def prepare(self, longest: int, limit: int, structure: Structure) -> None:
+        """Before a prefill, for `limit` new tokens behind prompts of at most `longest`: buffers, programs, costs."""
+        target, draft, stats, began = self.target, self.draft, self.target.stats, time.perf_counter()
+        B, S = target.state.out.shape
+        if draft is not None:  # beyond its context a draft guesses badly, and that is all
+            context = min(S, draft.model.config.max_position_embeddings)
+            draft.reserve(B, context, S - context)
+        owner = (target.state, draft and draft.state, self.simulated)
+        if owner != self.owner:
+            self.owner, self.programs, self.costs, self.draft_knows = owner, {}, {}, 0
             self.history = torch.zeros((B, S), dtype=torch.int64, device=target.device)
             self.log = torch.zeros((B, max(self.choices) + 2), dtype=torch.int64, device=target.device)
-            self.draft_knows = 0
-            if self.draft is not None:
-                context = min(S, self.draft.model.config.max_position_embeddings)
-                self.draft.reserve(B, context, S - context)
-        end = target.attended(longest + max(self.choices))
+            rows = max(self.choices) if draft else 0
+            self.q = torch.zeros((B, rows, target.model.config.vocab_size), device=target.device)
+        self.last = longest + limit - 1
+        already = stats.compile_s
+        for end in sorted({target.attended(p) for p in range(longest, longest + limit)}):
+            self._programs(end, structure)
         if structure not in self.costs:
-            programs = {K: self.program(K, end, structure) for K in self.choices}
-            self.costs[structure] = {K: self._timed(program) for K, program in programs.items()}
-            for K in self.choices if self.draft else ():
-                self.verify_ms[K] = self._timed(self.program(K, end, structure, drafting=False))
+            drafts, verify = self._programs(target.attended(longest), structure)
+            first, *later = [self._milliseconds(program, longest + 1) for program in drafts]
+            ms = [[first * (K > 0) + sum(later) * max(K - 1, 0) for K in verify]]
+            ms.append([self._milliseconds(program, longest + 1) for program in verify.values()])
+            agreed = target.model.tp.broadcast(torch.tensor(ms, device=target.device)).tolist()
+            self.costs[structure] = dict(zip(verify, zip(*agreed)))
+        stats.compile_s = already + time.perf_counter() - began
 
-    def _timed(self, program: Callable[[], None]) -> float:
-        """Milliseconds of one run, the best of three, on scratch slots; the state is put back."""
-        state, cuda = self.target.state, self.target.device.type == "cuda"
-        saved = [(t, t.clone()) for t in (state.token, state.position, self.history, self.log)]
-        times = []
-        for _ in range(3):
-            state.position.fill_(self.history.shape[1] - max(self.choices) - 2)
-            if cuda:
-                torch.cuda.synchronize()
+    def _milliseconds(self, program: Callable[[], None], position: int) -> float:
+        """Of one run at `position`, behind every slot that is kept: the best of four, the first being a warm-up."""
+        times, wait = [], getattr(torch, self.target.device.type).synchronize  # a device's name is its module's
+        for _ in range(4):
+            self.target.state.position.fill_(position)
+            self.target.state.step.zero_()
+            wait()
             began = time.perf_counter()
             program()
-            if cuda:
-                torch.cuda.synchronize()
+            wait()
             times.append(1e3 * (time.perf_counter() - began))
-        for tensor, value in saved:
-            tensor.copy_(value)
         return min(times)
+
+    def _programs(
+        self, end: int, structure: Structure
+    ) -> tuple[list[Callable[[], None]], dict[int, Callable[[], None]]]:
+        """Over `end` slots: the programs that draft (a model: the first token, and each later one; lookup: all tokens),
+        and one verification for each K.
+        """
+        if (end, structure) not in self.programs:
+            offsets = torch.arange(-1, max(self.choices) + 1, device=self.target.device)
+            propose, verify = self._propose(end, structure), self._verify(end, structure)
+            # two rows first: after a run accepted to its end, the draft has not seen the last token but one
+            drafts = [partial(propose, offsets[:2]), partial(propose, offsets[1:2])][: 2 if self.draft else 1]
+            checks = [partial(verify, offsets[1 : K + 2]) for K in self.choices]
+            done = [self.target.captured(program, [], self.margin) for program in (*drafts, *checks)]
+            self.programs[end, structure] = done[: len(drafts)], dict(zip(self.choices, done[len(drafts) :]))
+        return self.programs[end, structure]
+
+    def _compiled(self, fn: Callable[..., None], end: int, whole: bool) -> Callable[..., None]:
+        """Compile a whole step where there are no fused kernels; else only what follows the model: its kernels need no
+        compiler in a captured graph.
+        """
+        return fn if whole == self.target.use_kernels else self.target.compiled(fn, f"{fn.__name__}_{end}")
+
+    def _propose(self, end: int, structure: Structure) -> Callable[[torch.Tensor], None]:
+        draft, state, history, proposed = self.draft, self.target.state, self.history, self.q
+        V, K = self.target.model.config.vocab_size, max(self.choices)
+
+        def guess(offsets: torch.Tensor) -> None:
+            at = state.position + 1 + torch.arange(K, device=history.device)
+            history.scatter_(1, at, lookup(history, state.position, K))
+
+        if draft is None:
+            return self.target.compiled(guess, f"guess_{end}")
+
+        def pick(logits: torch.Tensor, position: torch.Tensor) -> None:
+            probs, ids = distribution(logits[:, -1, :V], structure, state.knobs)
+            token = draw(probs, state.seeds, position[:, 0], DRAFT)[:, None]
+            history.scatter_(1, position, token if ids is None else ids.gather(1, token))
+            proposed.index_copy_(1, state.step, spread(probs, ids, V)[:, None])
+            state.step.add_(1)
+
+        pick = self._compiled(pick, end, whole=False)
+
+        def propose(offsets: torch.Tensor) -> None:
+            """Tokens at `offsets` [1 or 2] from the newest -> the next one into history, its distribution into q."""
+            positions = state.position + state.step + offsets
+            tokens = history.gather(1, positions).clamp(max=draft.model.config.vocab_size - 1)
+            pick(draft.model(tokens, positions, draft.cache, end=end), positions[:, -1:] + 1)
+
+        return self._compiled(propose, end, whole=True)
+
+    def _verify(self, end: int, structure: Structure) -> Callable[[torch.Tensor], None]:
+        target, state, history, log = self.target, self.target.state, self.history, self.log
+        model, V, last = target.model, target.model.config.vocab_size, history.shape[1] - self.margin
+        proposed, rate = self.q if self.draft else None, self.simulated
+
+        def settle(logits: torch.Tensor, drafted: torch.Tensor, positions: torch.Tensor) -> None:
+            """logits [B, K + 1, V] -> count and tokens into the log, and the state moved on."""
+            K = drafted.shape[1]
+            if K:
+                q = F.one_hot(drafted, V).float() if proposed is None else proposed[:, :K]
+                p = spread(*distribution(logits, structure, state.knobs), V)
+                tokens, count = accept(drafted, q, p, state.seeds, positions, rate)
+            else:  # a plain step, draw for draw
+                tokens = sample(logits[:, 0], structure, state.knobs, state.seeds, positions[:, 0])[:, None]
+                count = torch.ones_like(tokens)
+            finite = logits.abs().amax(-1) < float("inf")
+            result = model.tp.broadcast(torch.cat((count, torch.where(finite, tokens, -1)), 1))
+            log[:, : K + 2].copy_(result)
+            count, tokens = result[:, :1], result[:, 1:].clamp(min=0)
+            history.scatter_(1, positions, tokens)
+            state.token.copy_(tokens.gather(1, count - 1))
+            state.position.copy_((state.position + count).clamp(max=last))  # rows that have ended stay there
+            state.step.zero_()
+
+        settle = self._compiled(settle, end, whole=False)
+
+        def verify(offsets: torch.Tensor) -> None:
+            """offsets 0..K: one step of K + 1 rows; everything stays on the device."""
+            positions = state.position + offsets
+            drafted = model.tp.broadcast(history.gather(1, positions[:, 1:]))
+            tokens = torch.cat((state.token, drafted), 1)
+            settle(model(tokens, positions, target.cache, end=end), drafted, positions + 1)
+
+        return self._compiled(verify, end, whole=True)
 
     def begin(self, rows: Sequence[Sequence[int]], first: torch.Tensor) -> None:
         """The target has prefilled `rows` and sampled `first` int64 [B]."""
-        for row, ids, token in zip(self.history, rows, first.clamp(min=0)):
+        self.book, known, before = [], 0, self.ids
+        self.ids = [[*ids, token] for ids, token in zip(rows, first.tolist())]
+        for row, ids in zip(self.history, self.ids):
             row[: len(ids)] = torch.tensor(ids, device=row.device)
-            row[len(ids)] = token
-        same = 0
-        if len(rows) == 1 and len(self.ids) == 1:  # a chat: the draft keeps the common prefix too
-            pairs = zip(rows[0], self.ids[0][: self.draft_knows])
-            same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(rows[0]), self.draft_knows))
-        self.ids = [[*ids, int(token)] for ids, token in zip(rows, first)]
-        self.draft_knows, self.report = same, Report()
+        if len(rows) == len(before) == 1:  # a chat: the draft keeps the common prefix too
+            same = [a == b for a, b in zip(rows[0], before[0][: self.draft_knows])]
+            known = [*same, False].index(False)
+        self.draft_knows = known
 
     def catch_up(self) -> None:
         """Bring the draft's cache up to the last token but one, in one chunk; what it knows already stays."""
         if self.draft is not None:
-            shortest = min(map(len, self.ids))
-            self.draft.prefill([row[:-1] for row in self.ids], min(self.draft_knows, shortest - 2))
-
-    def program(self, K: int, end: int, structure: Structure, drafting: bool = True) -> Callable[[], None]:
-        """One round of K drafts over `end` slots. drafting False: proposals are looked up whatever the drafter (for
-        timing).
-        """
-        key = (K, end, structure, drafting)
-        if key not in self.programs:
-            verify, propose = self._parts(end, structure)
-            drafts = self.draft is not None and drafting and K > 0
-            state, history, V = self.target.state, self.history, self.vocab
-
-            def round_() -> None:
-                position = state.position
-                if not drafts:
-                    tokens = lookup(history, position, K)
-                    verify(tokens, torch.nn.functional.one_hot(tokens, V).float())
-                    return
-                # two tokens first: after a run accepted to its end the draft has not seen the last but one
-                positions = torch.cat((position - 1, position), 1)
-                token, q = propose(history.gather(1, positions), positions)
-                tokens_, qs = [token], [q]
-                for i in range(1, K):
-                    token, q = propose(token, position + i)
-                    tokens_, qs = [*tokens_, token], [*qs, q]
-                verify(torch.cat(tokens_, 1), torch.stack(qs, 1))
-
-            restored = [state.token, state.position, history, self.log]
-            self.programs[key] = self.target.captured(round_, restored, margin=K + 2)
-        return self.programs[key]
-
-    def _parts(self, end: int, structure: Structure) -> tuple[Callable[..., None], Callable[..., Any]]:
-        """verify and propose, compiled once for every K; with kernels of our own a captured graph needs no compiler."""
-        parts = (self._verify(end, structure), self._propose(end, structure))
-        if self.target.use_kernels:
-            return parts
-        if (end, structure) not in self.compiled:
-            verify, propose = (self.target.compiled(fn, f"{fn.__name__}_{end}", dynamic=True) for fn in parts)
-            self.compiled[end, structure] = verify, propose
-        return self.compiled[end, structure]
-
-    def _propose(self, end: int, structure: Structure) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        draft, state, V = self.draft, self.target.state, self.vocab
-
-        def propose(tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """tokens, positions [B, 1 or 2] -> the next token [B, 1] and the distribution it was drawn from [B, V]."""
-            assert draft is not None
-            logits = draft.model(tokens, positions, draft.cache, end=end)[:, -1, :V]
-            q = torch.nn.functional.pad(dense(logits, structure, state.knobs), (0, V - logits.shape[-1]))
-            return draw(q, state.seeds, positions[:, -1] + 1, DRAFT)[:, None], q
-
-        return propose
-
-    def _verify(self, end: int, structure: Structure) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        target, state, history, log = self.target, self.target.state, self.history, self.log
-        last_start = history.shape[1] - max(self.choices) - 2  # rows that have ended stay here
-
-        def verify(drafted: torch.Tensor, q: torch.Tensor) -> None:
-            """drafted [B, K], q [B, K, V]: one step of K + 1 rows, then `accept`; everything stays on the device."""
-            K = drafted.shape[1]
-            positions = state.position + torch.arange(K + 1, device=drafted.device)
-            logits = target.model(torch.cat((state.token, drafted), 1), positions, target.cache, end=end)
-            p = dense(logits, structure, state.knobs)
-            tokens, count = accept(drafted, q, p, state.seeds, positions + 1)
-            tokens, count = target.model.tp.broadcast(tokens), target.model.tp.broadcast(count)
-            history.scatter_(1, positions + 1, tokens)
-            finite = logits.abs().amax((1, 2)) < float("inf")
-            log[:, : K + 1].copy_(torch.where(finite[:, None], tokens, -1))
-            log[:, -1].copy_(count)
-            state.token.copy_(tokens.gather(1, count[:, None] - 1))
-            state.position.copy_((state.position + count[:, None]).clamp(max=last_start))
-
-        return verify
-
-    def summary(self) -> str:
-        """The last generation's acceptance and where a round's time goes (measured once, before it), in one line."""
-        r = self.report
-        rates = " ".join(f"{a / max(n, 1):.2f}" for a, n in zip(r.accepted, r.reached))
-        rounds = ", ".join(f"{n} of K={K}" for K, n in sorted(r.rounds.items()))
-        K = max(r.rounds, key=lambda k: r.rounds[k], default=0)
-        whole = next((c[K] for c in self.costs.values() if K in c), 0.0)
-        verify = self.verify_ms.get(K, whole)
-        return (
-            f"rounds {rounds} | accepted by position {rates} | mean accepted {r.mean_accepted:.2f} | "
-            f"K={K}: draft {max(whole - verify, 0):.2f} ms + verify {verify:.2f} ms"
-        )
+            top, shortest = self.draft.model.config.vocab_size - 1, min(map(len, self.ids))
+            rows = [[min(i, top) for i in row[:-1]] for row in self.ids]
+            self.draft.prefill(rows, min(self.draft_knows, shortest - 2))
 
     def steps(
         self, rows: Sequence[Sequence[int]], first: torch.Tensor, structure: Structure
     ) -> Iterator[list[list[int]]]:
         """Rounds without end: yields the ids [B][1..K + 1] of each. On a GPU the host reads one behind the queue."""
         self.begin(rows, first)
-        target, cuda = self.target, self.target.device.type == "cuda"
+        target, cuda, drafting = self.target, self.target.device.type == "cuda", False
+        chooser = Chooser({K: sum(ms) for K, ms in self.costs[structure].items()})
         pending: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
-        chooser = Chooser(self.costs[structure]) if self.fixed is None else None
-        drafting = False
         while True:
-            K = chooser.choose() if chooser else self.choices[0]
+            K = chooser.choose()
             if K and not drafting:
                 while pending:
                     yield self._take(*pending.pop(0), chooser)
                 self.catch_up()
             drafting = K > 0
-            position = max(map(len, self.ids)) - 1 + sum(k + 1 for k, _, _ in pending)
-            self.program(K, target.attended(position + K), structure)()
-            host = torch.empty_like(self.log, device="cpu", pin_memory=cuda)
-            host.copy_(self.log, non_blocking=True)
+            position = max(map(len, self.ids)) - 1 + K + sum(k + 1 for k, _, _ in pending)
+            drafts, verify = self._programs(target.attended(min(position, self.last)), structure)
+            for i in range(K if self.draft else min(K, 1)):
+                drafts[min(i, 1)]()
+            verify[K]()
+            host = torch.empty_like(self.log, device="cpu", pin_memory=cuda).copy_(self.log, non_blocking=True)
             event = torch.cuda.Event() if cuda else None
             if event is not None:
                 event.record()
@@ -308,41 +304,40 @@ class Speculation:
             if len(pending) > cuda:
                 yield self._take(*pending.pop(0), chooser)
 
-    def _take(
-        self, K: int, host: torch.Tensor, event: torch.cuda.Event | None, chooser: Chooser | None
-    ) -> list[list[int]]:
+    def _take(self, K: int, host: torch.Tensor, event: torch.cuda.Event | None, chooser: Chooser) -> list[list[int]]:
         """Wait for a round and book it."""
         if event is not None:
             event.synchronize()
-        block = [row[: row[-1]] for row in host.tolist()]
+        block = [row[1 : 1 + row[0]] for row in host.tolist()]
         if K:
             self.draft_knows = min(map(len, self.ids))
         for ids, new in zip(self.ids, block):
             ids.extend(new)
-        self.report.book(K, [len(new) - 1 for new in block])
-        if chooser:
-            chooser.observe(K, [len(new) for new in block])
+            del ids[self.history.shape[1] - self.margin + 1 :]  # a row that has ended
+        self.book.append((K, [len(new) for new in block]))
+        chooser.observe(*self.book[-1])
         return block
 
+    def acceptance(self) -> tuple[list[float], float]:
+        """Of the last generation: how often the i-th proposal was accepted once reached; accepted by drafting round."""
+        runs = [(K, n - 1) for K, emitted in self.book for n in emitted if K]
+        depth = range(max((K for K, _ in runs), default=0))
+        reached = [sum(n >= i for K, n in runs if i < K) for i in depth]
+        rates = [sum(n > i for _, n in runs) / max(reached[i], 1) for i in depth]
+        return rates, sum(n for _, n in runs) / max(len(runs), 1)
 
-class Report:
-    """Counts of one generation: rounds by K, and how often the i-th proposal was reached and accepted."""
-
-    def __init__(self) -> None:
-        self.rounds: dict[int, int] = {}
-        self.reached: list[int] = []
-        self.accepted: list[int] = []
-
-    def book(self, K: int, accepted: Sequence[int]) -> None:
-        self.rounds[K] = self.rounds.get(K, 0) + 1
-        for counts in (self.reached, self.accepted):
-            counts.extend([0] * (K - len(counts)))
-        for n in accepted:
-            for i in range(K):
-                self.reached[i] += i <= n
-                self.accepted[i] += i < n
-
-    @property
-    def mean_accepted(self) -> float:
-        """Accepted proposals per row and round that drafted."""
-        return sum(self.accepted) / max(self.reached[0] if self.reached else 0, 1)
+    def summary(self) -> str:
+        """The last generation's acceptance, and where a mean round's time goes: draft and verify as measured before it,
+        overhead being the rest.
+        """
+        rates, mean = self.acceptance()
+        rounds = Counter(K for K, _ in self.book)
+        costs = next(reversed(self.costs.values()), {})
+        n = max(len(self.book), 1)
+        draft, verify = (sum(m * costs[K][i] for K, m in rounds.items()) / n for i in (0, 1))
+        overhead = 1e3 * self.target.stats.decode_s / n - draft - verify
+        return (
+            f"rounds {', '.join(f'{m} of K={K}' for K, m in sorted(rounds.items()))} | accepted by position "
+            f"{' '.join(f'{rate:.2f}' for rate in rates)} | mean accepted {mean:.2f} | "
+            f"draft {draft:.2f} + verify {verify:.2f} + overhead {overhead:.2f} ms a round"
+        )
