@@ -45,27 +45,23 @@ def supported(device: torch.device) -> bool:
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """int8 [..., N, K] with values -8..7 -> int32 [..., N/16, K/64, 128], both rounded up and padded with zeros.
+    """int8 [..., N, K] with values -8..7 -> int32 [..., N, K/8], K rounded up to a multiple of 128 with zeros.
 
-    The last axis holds a 16 x 64 tile as 32 lanes (8 g, 4 t) x 4 words (2 c, 2 s): one 16-byte load per lane. The
-    eight nibbles of a word, low to high (h, i, e):
-    weight[16 a + 8 h + g, 64 b + 32 c + 8 t + 4 s + 2 i + e] + 8.
+    Word 4 t + c of a block of 128 k holds k = 32 c + 8 t + (0..7), so that lane t of four loads with its 16 bytes one
+    word of every group of 32. The nibbles of a word, low to high (e, i) = (0, 0), (0, 1), .. (1, 3), are
+    k = 2 i + e of those eight, plus 8: `_pair` takes i and i + 4 at once.
     """
-    n, k = q.shape[-2:]
-    q = F.pad(q, (0, -k % 64, 0, -n % 16)) + 8
-    lead = q.shape[:-2]
-    tiles = q.reshape(-1, q.shape[-2] // 16, 2, 8, q.shape[-1] // 64, 2, 4, 2, 2, 2)  # L, a, h, g, b, c, t, s, i, e
-    nibbles = tiles.permute(0, 1, 4, 3, 6, 5, 7, 9, 8, 2).to(torch.uint8)  # L, a, b, g, t, c, s, e, i, h
-    packed = (nibbles[..., 0] | nibbles[..., 1] << 4).flatten(3).contiguous().view(torch.int32)
-    return packed.reshape(*lead, tiles.shape[1], tiles.shape[4], 128)
+    k = q.shape[-1]
+    words = (F.pad(q, (0, -k % 128)) + 8).unflatten(-1, (-1, 4, 4, 4, 2))  # block, c, t, i, e
+    nibbles = words.transpose(-4, -3).transpose(-2, -1).flatten(-2).to(torch.uint8)
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).flatten(-4).view(torch.int32)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """Inverse of `pack_int4`, padding included: int32 [..., A, B, 128] -> int8 [..., 16 A, 64 B]."""
-    *lead, a, b, _ = packed.shape
-    pairs = packed.contiguous().view(torch.uint8).reshape(-1, a, b, 8, 4, 2, 2, 2, 2)  # L, a, b, g, t, c, s, e, i
-    nibbles = torch.stack([pairs & 15, pairs >> 4], -1).to(torch.int8) - 8
-    return nibbles.permute(0, 1, 9, 3, 2, 5, 4, 6, 8, 7).reshape(*lead, 16 * a, 64 * b)
+    """Inverse of `pack_int4`, padding included: int32 [..., N, K/8] -> int8 [..., N, K]."""
+    pairs = packed.view(torch.uint8).unflatten(-1, (-1, 4, 4, 4))  # block, t, c, bytes
+    nibbles = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2).unflatten(-1, (2, 4))  # e, i
+    return nibbles.transpose(-2, -1).transpose(-4, -3).flatten(-5).to(torch.int8) - 8
 
 
 # ---------------------------------------------------------------- eager twins
@@ -83,8 +79,8 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, k: int
         return weight.to(dtype)
     if weight.dtype == torch.int8:
         return (weight.float() * scale.float()[..., None]).to(dtype)
-    n, groups = scale.shape[-2:]
-    q = unpack_int4(weight)[..., :n, :k].float().unflatten(-1, (groups, k // groups))
+    groups = scale.shape[-1]
+    q = unpack_int4(weight)[..., :k].float().unflatten(-1, (groups, k // groups))
     q = q if zero is None else q - zero.float()[..., None]
     return (q * scale.float()[..., None]).flatten(-2).to(dtype)
 
@@ -209,98 +205,154 @@ if triton is not None:
         return tl.join(low, (words >> 16).to(tl.int16).to(dtype, bitcast=True))
 
     @triton.jit
-    def _load_weights(
-        ptr: tl.tensor, it: tl.tensor, row_step: tl.tensor, rows_left: tl.tensor, SILU: tl.constexpr, K: tl.constexpr,
-        BITS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, MASK: tl.constexpr,
-    ) -> tl.tensor:  # fmt: skip
-        """Piece `it` of TILES x 16 rows, WARPS * CHUNKS chunks of k wide; tile r starts at row r * row_step.
+    def _row_of(tile: tl.tensor, r: tl.tensor, h: tl.tensor, g: tl.tensor, OUT: tl.constexpr, SILU: tl.constexpr,
+                TILES: tl.constexpr) -> tl.tensor:  # fmt: skip
+        """The matrix row behind row 8 h + g of the r-th 16-row tile; with SILU its lower half are gates, its upper ups."""
+        if SILU:
+            return (tile * TILES + r) * 8 + g + h * OUT
+        return (tile * TILES + r) * 16 + h * 8 + g
 
-        int32 [4 t, 8 g, WARPS, CHUNKS, TILES, H, 4 words]: H = 2 halves of 8 rows, but 1 for int4, whose words hold both.
+    @triton.jit
+    def _load_weights(
+        ptr: tl.tensor, tile: tl.tensor, chunk: tl.tensor, N: tl.constexpr, OUT: tl.constexpr, PITCH: tl.constexpr,
+        SILU: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
+    ) -> tl.tensor:  # fmt: skip
+        """Chunk [WARPS] (64 bytes of every row) of a tile: int32 [4 t, 8 g, WARPS, TILES, 2 h, 4 words].
+
         Triton deals lanes, then warps, to the axes in this order, after the last one.
         """
-        t = tl.arange(0, 4)[:, None, None, None, None, None, None]
-        g = tl.arange(0, 8)[:, None, None, None, None, None]
-        w = it * WARPS + tl.arange(0, WARPS)[:, None, None, None, None]
-        c = w * CHUNKS + tl.arange(0, CHUNKS)[:, None, None, None]
-        r = tl.arange(0, TILES)[:, None, None]
-        NEXT: tl.constexpr = 0 if SILU else 16  # gates and ups end together
-        if BITS == 4:
-            BLOCKS: tl.constexpr = (K + 63) // 64
-            offset = (r * (row_step // 16) * BLOCKS + c) * 128 + (g * 4 + t) * 4 + tl.arange(0, 4)[None]
-            mask = (c < BLOCKS) & (r * NEXT < rows_left)
-        else:
-            WORDS: tl.constexpr = K * BITS // 32
-            row = tl.arange(0, 2)[:, None] * 8 + g
-            k = (c * 4 + t) * 4
-            offset = (r * row_step + row) * WORDS + k + tl.arange(0, 4)
-            mask = (k < WORDS) & (r * NEXT + row < rows_left)
-        if MASK:
-            return tl.load(ptr + offset, mask, 0, eviction_policy="evict_first")
-        return tl.load(ptr + offset, eviction_policy="evict_first")
+        t = tl.arange(0, 4)[:, None, None, None, None, None]
+        g = tl.arange(0, 8)[:, None, None, None, None]
+        row = _row_of(tile, tl.arange(0, TILES)[:, None, None], tl.arange(0, 2)[:, None], g, OUT, SILU, TILES)
+        column = (chunk[:, None, None, None] * 4 + t) * 4
+        where = ptr + row * PITCH + column + tl.arange(0, 4)
+        live = tile * TILES * (8 if SILU else 16) < OUT
+        if EVEN:
+            return tl.load(where, live, eviction_policy="evict_first")
+        return tl.load(where, live & (column < PITCH) & (row < N), 0, eviction_policy="evict_first")
+
+    @triton.jit
+    def _prefetch(
+        ptr: tl.tensor, tile: tl.tensor, it: tl.tensor, N: tl.constexpr, OUT: tl.constexpr, PITCH: tl.constexpr,
+        SILU: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """Ask for piece `it` of a tile to come to the second-level cache (sm90): one bulk request per thread."""
+        THREADS: tl.constexpr = 2 * WARPS // TILES  # to a row
+        SIZE: tl.constexpr = CHUNKS * WARPS * 16 // THREADS  # words
+        if SIZE <= PITCH:
+            i = tl.arange(0, 32 * WARPS)
+            r = i // THREADS
+            row = tl.minimum(_row_of(tile, r // 16, r // 8 % 2, r % 8, OUT, SILU, TILES), N - 1)
+            column = tl.minimum((it * THREADS + i % THREADS) * SIZE, PITCH - SIZE)
+            tl.inline_asm_elementwise(
+                f"cp.async.bulk.prefetch.L2.global [$1], {SIZE * 4}; mov.u32 $0, 0;", "=r,l", [ptr + row * PITCH + column],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+    @triton.jit
+    def _load_scales(
+        ptr: tl.tensor, tile: tl.tensor, chunk: tl.tensor, N: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr,
+        GROUP: tl.constexpr, SILU: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    ) -> tl.tensor:  # fmt: skip
+        """The groups' scales or zeros of a chunk: [4 t (all equal), 8 g, WARPS, TILES, 2 h, PARTS]."""
+        g = tl.arange(0, 8)[:, None, None, None, None] + tl.zeros([4, 1, 1, 1, 1, 1], tl.int32)
+        row = _row_of(tile, tl.arange(0, TILES)[:, None, None], tl.arange(0, 2)[:, None], g, OUT, SILU, TILES)
+        k = chunk[:, None, None, None] * 128 + tl.arange(0, PARTS) * (128 // PARTS)
+        live = tile * TILES * (8 if SILU else 16) < OUT
+        return tl.load(ptr + row * (K // GROUP) + k // GROUP, live & (k < K) & (row < N), 0)
+
+    @triton.jit
+    def _scaled(partial: tl.tensor, scale: tl.tensor) -> tl.tensor:
+        """partial [PARTS * WARPS, rows, tokens] times what `_load_scales` returned."""
+        B: tl.constexpr = partial.shape[0]
+        R: tl.constexpr = partial.shape[1]
+        T: tl.constexpr = partial.shape[2]
+        scale = scale.to(tl.float32).permute(5, 2, 3, 4, 1, 0).reshape(B, R, 1, 4, 1)
+        return (partial.reshape(B, R, T // 8, 4, 2) * scale).reshape(B, R, T)
 
     @triton.jit
     def _weight_operand(
-        words: tl.tensor, dtype: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr,
-        WARPS: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr,
-    ) -> tl.tensor:  # fmt: skip
+        words: tl.tensor, dtype: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr
+    ) -> tl.tensor:
         """What `_load_weights` returned -> [PARTS * WARPS, TILES * 16, k of one part] in `dtype`, registers unmoved."""
+        WARPS: tl.constexpr = words.shape[2]
+        ROWS: tl.constexpr = words.shape[3] * 16
         q = _pair(words, 0, dtype, BITS, ASM)
-        if BITS == 4:  # join appends h, then the two pairs of four k; axes t, g, warp, chunk, r, (c, s), e, h, i
+        if BITS == 16:  # t, g, warp, tile, h, step, i, e
+            q = q.reshape(4, 8, WARPS, ROWS // 16, 2, 2, 2, 2).permute(2, 3, 4, 1, 5, 0, 6, 7)
+        else:  # t, g, warp, tile, h, word, e, i
             q = tl.join(q, _pair(words, 1, dtype, BITS, ASM))
-            q = tl.join(q, tl.join(_pair(words, 2, dtype, BITS, ASM), _pair(words, 3, dtype, BITS, ASM)))
-            q = q.reshape(4, 8, WARPS, CHUNKS, TILES, 2, 2, 2, 2, 2).permute(3, 5, 2, 4, 8, 1, 6, 0, 9, 7)
-        elif BITS == 8:  # t, g, warp, chunk, r, h, step, e, i
-            q = tl.join(q, _pair(words, 1, dtype, BITS, ASM)).permute(3, 2, 4, 5, 1, 6, 0, 8, 7)
-        else:  # t, g, warp, chunk, r, h, (step, i), e
-            q = q.reshape(4, 8, WARPS, CHUNKS, TILES, 2, 2, 2, 2).permute(3, 2, 4, 5, 1, 6, 0, 7, 8)
-        SPAN: tl.constexpr = CHUNKS * (32 if BITS == 16 else 64)
-        WIDTH: tl.constexpr = 64 if BITS == 8 else 32  # k of a chunk of `_load_rows`
-        q = q.reshape(PARTS, SPAN // WIDTH // PARTS, WARPS, TILES * 16, WIDTH).permute(0, 2, 3, 1, 4)
-        return q.reshape(PARTS * WARPS, TILES * 16, SPAN // PARTS)
+            if BITS == 8:
+                q = q.permute(2, 3, 4, 1, 5, 0, 7, 6)
+            else:  # and step; a word of every lane makes 32 k of one group
+                q = tl.join(q, tl.join(_pair(words, 2, dtype, BITS, ASM), _pair(words, 3, dtype, BITS, ASM)))
+                q = q.permute(5, 2, 3, 4, 1, 8, 0, 7, 6).reshape(PARTS, 4 // PARTS, WARPS, ROWS, 32)
+                q = q.permute(0, 2, 3, 1, 4)
+        return q.reshape(PARTS * WARPS, ROWS, 512 // BITS // PARTS)
 
     @triton.jit
     def _load_rows(
-        ptr: tl.tensor, it: tl.tensor, rows: tl.tensor, stride: tl.tensor, K: tl.constexpr, E: tl.constexpr,
-        ROWS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+        ptr: tl.tensor, chunk: tl.tensor, rows: tl.tensor, stride: tl.tensor, K: tl.constexpr, BITS: tl.constexpr,
+        ROWS: tl.constexpr,
     ) -> tl.tensor:  # fmt: skip
-        """Piece `it` of `rows` rows of activations -> [4 t, 8 n, WARPS, CHUNKS, ROWS/8, E/8, 8]."""
-        t = tl.arange(0, 4)[:, None, None, None, None, None, None] * E
+        """The k of weight chunk [WARPS] of 16-bit rows: int32 [4 t, 8 n, WARPS, units, ROWS/8, E/8, 4 words]."""
+        E: tl.constexpr = 16 if BITS == 8 else 8  # k in a row of one lane
+        t = tl.arange(0, 4)[:, None, None, None, None, None, None]
         n = tl.arange(0, ROWS // 8)[:, None, None] * 8 + tl.arange(0, 8)[:, None, None, None, None, None]
-        w = it * WARPS + tl.arange(0, WARPS)[:, None, None, None, None]
-        k = (w * CHUNKS + tl.arange(0, CHUNKS)[:, None, None, None]) * (4 * E) + t + tl.arange(0, E // 8)[:, None] * 8
-        return tl.load(ptr + n * stride + k + tl.arange(0, 8), (n < rows) & (k < K), 0)
+        unit = tl.arange(0, 128 // BITS // E)[:, None, None, None]
+        k = chunk[:, None, None, None, None] * (512 // BITS) + (unit * 4 + t) * E + tl.arange(0, E // 8)[:, None] * 8
+        words = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        return tl.load(words + (n * stride + k) // 2 + tl.arange(0, 4), (n < rows) & (k < K), 0)
 
     @triton.jit
     def _rows_operand(
-        x: tl.tensor, E: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
-        PARTS: tl.constexpr,
-    ) -> tl.tensor:  # fmt: skip
-        """What `_load_rows` returned -> [PARTS * WARPS, k of one part, ROWS], registers unmoved."""
-        x = x.reshape(4, 8, WARPS, PARTS, CHUNKS // PARTS, ROWS // 8, E // PACK, PACK).permute(3, 2, 4, 6, 0, 7, 5, 1)
-        return x.reshape(PARTS * WARPS, CHUNKS // PARTS * 4 * E, ROWS)
+        words: tl.tensor, gain: tl.tensor, dtype: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr
+    ) -> tl.tensor:
+        """What `_load_rows` returned, times gain if any -> [PARTS * WARPS, k of one part, ROWS], registers unmoved."""
+        WARPS: tl.constexpr = words.shape[2]
+        UNITS: tl.constexpr = words.shape[3]
+        ROWS: tl.constexpr = words.shape[4] * 8
+        E: tl.constexpr = words.shape[5] * 8
+        x = _pair(words, 0, dtype, 16, ASM)
+        if gain is not None:
+            x = (x.to(tl.float32) * _pair(gain, 0, dtype, 16, ASM).to(tl.float32)).to(dtype)
+        x = x.reshape(4, 8, WARPS, PARTS, UNITS // PARTS, ROWS // 8, E // 4, 4).permute(3, 2, 4, 6, 0, 7, 5, 1)
+        return x.reshape(PARTS * WARPS, UNITS // PARTS * 4 * E, ROWS)
+
+    @triton.jit
+    def _inverse_rms(
+        x_ptr: tl.tensor, rows: tl.tensor, eps: tl.tensor, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr
+    ) -> tl.tensor:
+        """1 / sqrt(mean(x^2) + eps) of the M rows, [ROWS]; it scales the results, not the activations."""
+        m = tl.arange(0, M)[:, None]
+        squares = tl.zeros([M], tl.float32)
+        for start in range(0, K, 4096 // M):
+            k = start + tl.arange(0, 4096 // M)
+            x = tl.load(x_ptr + m * K + k, (m < rows) & (k < K), 0).to(tl.float32)
+            squares += tl.sum(x * x, 1)
+        mine = tl.arange(0, ROWS)[:, None] == tl.arange(0, M)
+        return tl.rsqrt(tl.sum(tl.where(mine, squares, 0.0), 1) / K + eps)
 
     @triton.jit
     def _linear_kernel(
         x_ptr: tl.tensor, w_ptr: tl.tensor, scale_ptr: tl.tensor, zero_ptr: tl.tensor, bias_ptr: tl.tensor,
         norm_ptr: tl.tensor, residual_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor, rows: tl.tensor,
-        eps: tl.tensor, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-        SILU: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+        eps: tl.tensor, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, SILU: tl.constexpr,
+        M: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
         PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
-        """TILES x 16 outputs (with SILU: 16 gates and their 16 ups) of all rows; the warps share K among them."""
+        """Every program walks over tiles of TILES * 16 rows of the matrix; its warps share each in pieces of K."""
         dtype: tl.constexpr = x_ptr.dtype.element_ty
-        E: tl.constexpr = 16 if BITS == 8 else 8
-        PACK: tl.constexpr = 4  # k in a row per lane: how Triton lays operands out that come from a join
-        SPAN: tl.constexpr = CHUNKS * (32 if BITS == 16 else 64)  # k of one warp in one piece
-        X_CHUNKS: tl.constexpr = SPAN // (4 * E)
-        PARTS: tl.constexpr = SPAN // GROUP if GROUP < SPAN else 1  # partial sums with a scale of their own
-        PIECES: tl.constexpr = (K + WARPS * SPAN - 1) // (WARPS * SPAN)
+        ROWS: tl.constexpr = 16 if M > 8 else 8
+        PARTS: tl.constexpr = 128 // GROUP if BITS == 4 and GROUP < 128 else 1  # of a chunk, with scales of their own
+        PIECES: tl.constexpr = (K + WARPS * CHUNKS * 512 // BITS - 1) // (WARPS * CHUNKS * 512 // BITS)
+        PITCH: tl.constexpr = (K + 127) // 128 * 16 if BITS == 4 else K * BITS // 32
         OUT: tl.constexpr = N // 2 if SILU else N
-        BLOCK: tl.constexpr = 16 if SILU else 16 * TILES
-        MASK: tl.constexpr = K % (WARPS * SPAN) != 0 or OUT % BLOCK != 0
-        row_step = OUT if SILU else 16
-        start = tl.program_id(0) * BLOCK
-        rows_left = OUT - start
+        BLOCK: tl.constexpr = TILES * (8 if SILU else 16)
+        EVEN: tl.constexpr = PITCH % (WARPS * CHUNKS * 16) == 0 and OUT % BLOCK == 0
+        GROUPED: tl.constexpr = BITS == 4 and (GROUP < K or zero_ptr is not None)
+        tile = tl.program_id(0)
+        step = tl.num_programs(0)
         if experts_ptr is not None:  # one row per program, with a matrix of its own, known only after the wait
             m = tl.program_id(1)
             if PDL:
@@ -309,77 +361,106 @@ if triton is not None:
             x_ptr += m * K
             out_ptr += m * OUT
             residual_ptr = residual_ptr if residual_ptr is None else residual_ptr + m * OUT
-            w_ptr += expert * (((N + 15) // 16) * ((K + 63) // 64) * 128 if BITS == 4 else N * (K * BITS // 32))
+            w_ptr += expert * N * PITCH
             scale_ptr = scale_ptr if scale_ptr is None else scale_ptr + expert * N * (K // GROUP)
             zero_ptr = zero_ptr if zero_ptr is None else zero_ptr + expert * N * (K // GROUP)
             rows = 1
-        w_ptr += start.to(tl.int64) * ((K + 63) // 64 * 8 if BITS == 4 else K * BITS // 32)
-        raw = _load_weights(w_ptr, 0, row_step, rows_left, SILU, K, BITS, TILES, CHUNKS, WARPS, MASK)
-        if PDL:  # the first weights are on their way: now wait for the activations, then let the next kernel start
-            gdc_wait()
+        warp = tl.arange(0, WARPS) * CHUNKS  # first chunk of a piece
+        words, scales = (), ()
+        for c in tl.static_range(CHUNKS):
+            words = words + (_load_weights(w_ptr, tile, warp + c, N, OUT, PITCH, SILU, TILES, WARPS, EVEN),)
+            if GROUPED:
+                scales = scales + (_load_scales(scale_ptr, tile, warp + c, N, OUT, K, GROUP, SILU, TILES, PARTS),)
+        if PDL:  # the next kernel may start, to fetch its own weights; what the last one wrote is read after the wait
+            for i in tl.static_range(1, AHEAD + 1):
+                _prefetch(w_ptr, tile + i // PIECES * step, i % PIECES, N, OUT, PITCH, SILU, TILES, CHUNKS, WARPS)
             gdc_launch_dependents()
-        r = tl.arange(0, TILES * 16)
-        row = start + (r // 16) * row_step + r % 16
-        row_valid = (r if not SILU else r % 16) < rows_left
-        acc = tl.zeros([WARPS, TILES * 16, ROWS], tl.float32)
-        gram = tl.zeros([PARTS * WARPS, 16, ROWS], tl.float32)
-        for it in range(PIECES):
-            x = _load_rows(x_ptr, it, rows, K, K, E, ROWS, X_CHUNKS, WARPS)
+            gdc_wait()
+        x, gains = (), ()
+        for c in tl.static_range(CHUNKS):
+            x = x + (_load_rows(x_ptr, warp + c, rows, K, K, BITS, ROWS),)
             if norm_ptr is not None:
-                # the sums of squares are the diagonal of x x^T: one more matrix instruction, and 1/rms comes last
-                both = tl.broadcast_to(x, [4, 8, WARPS, X_CHUNKS, 2, E // 8, 8])
-                both = both.reshape(4, 8, WARPS, PARTS, X_CHUNKS // PARTS, 2, E // 2, 2).permute(3, 2, 5, 1, 4, 6, 0, 7)
-                both = both.reshape(PARTS * WARPS, 16, SPAN // PARTS)
-                gram = _dot(both, _rows_operand(x, E, 2, ROWS, X_CHUNKS, WARPS, PARTS), gram, ASM)
-                gain = _load_rows(norm_ptr, it, ROWS, 0, K, E, ROWS, X_CHUNKS, WARPS)
-                x = (x.to(tl.float32) * gain.to(tl.float32)).to(dtype)
-            b = _rows_operand(x, E, PACK, ROWS, X_CHUNKS, WARPS, PARTS)
-            a = _weight_operand(raw, dtype, BITS, TILES, CHUNKS, WARPS, PARTS, ASM)
-            if it + 1 < PIECES:
-                raw = _load_weights(w_ptr, it + 1, row_step, rows_left, SILU, K, BITS, TILES, CHUNKS, WARPS, MASK)
-            if BITS == 4 and (GROUP < K or zero_ptr is not None):
-                partial = _dot(a, b, tl.zeros([PARTS * WARPS, TILES * 16, ROWS], tl.float32), ASM)
-                p = tl.arange(0, PARTS)[:, None, None]
-                first = (it * WARPS + tl.arange(0, WARPS)[:, None]) * SPAN + p * (SPAN // PARTS)
-                index = row * (K // GROUP) + first // GROUP
-                valid = row_valid & (first < K)
-                scale = tl.load(scale_ptr + index, valid, 0).to(tl.float32).reshape(PARTS * WARPS, TILES * 16, 1)
-                if zero_ptr is not None:
-                    zero = tl.load(zero_ptr + index, valid, 0).to(tl.float32).reshape(PARTS * WARPS, TILES * 16, 1)
-                    ones = tl.full(a.shape, 1, tl.float32).to(dtype)
-                    partial -= zero * _dot(ones, b, tl.zeros(partial.shape, tl.float32), ASM)
-                acc += tl.sum((partial * scale).reshape(PARTS, WARPS, TILES * 16, ROWS), 0)
-            else:
-                acc = _dot(a, b, acc, ASM)
-        y = tl.sum(acc, 0)
+                gains = gains + (_load_rows(norm_ptr, warp + c, ROWS, 0, K, BITS, ROWS),)
         if norm_ptr is not None:
-            diagonal = tl.arange(0, 16)[:, None] == tl.arange(0, ROWS)
-            squares = tl.sum(tl.where(diagonal, tl.sum(gram, 0), 0.0), 0)
-            y *= tl.rsqrt(squares / K + eps)
-        if BITS == 8 or (BITS == 4 and GROUP == K and zero_ptr is None):
-            y *= tl.load(scale_ptr + row, row_valid, 0).to(tl.float32)[:, None]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + row, row_valid, 0).to(tl.float32)[:, None]
-        if SILU:
-            gate, up = tl.split(y.reshape(2, 16, ROWS).permute(1, 2, 0))
-            y = gate / (1 + tl.exp(-gate)) * up
-        n = start + tl.arange(0, BLOCK)[:, None]
+            norm = _inverse_rms(x_ptr, rows, eps, K, M, ROWS)
+        if PIECES == 1:  # the activations stay in registers
+            b = ()
+            for c in tl.static_range(CHUNKS):
+                b = b + (_rows_operand(x[c], gains[c] if norm_ptr is not None else None, dtype, PARTS, ASM),)
+        r = tl.arange(0, TILES * 16)
         m = tl.arange(0, ROWS)
-        valid = (n < OUT) & (m < rows)
-        if residual_ptr is not None:
-            y += tl.load(residual_ptr + m * OUT + n, valid, 0).to(tl.float32)
-        tl.store(out_ptr + m * OUT + n, y.to(dtype), valid)
+        while tile * BLOCK < OUT:
+            row = _row_of(tile, r // 16, r // 8 % 2, r % 8, OUT, SILU, TILES)
+            n = tile * BLOCK + tl.arange(0, BLOCK)[:, None]
+            valid = (n < OUT) & (m < rows)
+            if BITS < 16 and not GROUPED:
+                late = tl.load(scale_ptr + row, row < N, 0)
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + m * OUT + n, valid, 0)
+            acc = tl.zeros([WARPS, TILES * 16, ROWS], tl.float32)
+            for it in range(PIECES):
+                if PIECES > 1:
+                    b = ()
+                    for c in tl.static_range(CHUNKS):
+                        b = b + (_rows_operand(x[c], gains[c] if norm_ptr is not None else None, dtype, PARTS, ASM),)
+                    x, gains = (), ()
+                coming = tile + (it + 1) // PIECES * step
+                first = (it + 1) % PIECES * (WARPS * CHUNKS) + warp
+                now, words, now_scales, scales = words, (), scales, ()
+                if PDL:
+                    far = it + AHEAD + 1
+                    _prefetch(
+                        w_ptr, tile + far // PIECES * step, far % PIECES, N, OUT, PITCH, SILU, TILES, CHUNKS, WARPS
+                    )
+                for c in tl.static_range(CHUNKS):
+                    a = _weight_operand(now[c], dtype, BITS, PARTS, ASM)
+                    words = words + (_load_weights(w_ptr, coming, first + c, N, OUT, PITCH, SILU, TILES, WARPS, EVEN),)
+                    if PIECES > 1:
+                        x = x + (_load_rows(x_ptr, first + c, rows, K, K, BITS, ROWS),)
+                        if norm_ptr is not None:
+                            gains = gains + (_load_rows(norm_ptr, first + c, ROWS, 0, K, BITS, ROWS),)
+                    if GROUPED:
+                        scale = _load_scales(scale_ptr, coming, first + c, N, OUT, K, GROUP, SILU, TILES, PARTS)
+                        scales = scales + (scale,)
+                        none = tl.zeros([PARTS * WARPS, TILES * 16, ROWS], tl.float32)
+                        partial = _dot(a, b[c], none, ASM)
+                        if zero_ptr is not None:
+                            here = it * (WARPS * CHUNKS) + warp + c
+                            zero = _load_scales(zero_ptr, tile, here, N, OUT, K, GROUP, SILU, TILES, PARTS)
+                            ones = tl.full(a.shape, 1, tl.float32).to(dtype)
+                            partial -= _scaled(_dot(ones, b[c], none, ASM), zero)
+                        partial = _scaled(partial, now_scales[c])
+                        acc += tl.sum(partial.reshape(PARTS, WARPS, TILES * 16, ROWS), 0)
+                    else:
+                        acc = _dot(a, b[c], acc, ASM)
+            y = tl.sum(acc, 0)
+            if norm_ptr is not None:
+                y *= norm
+            if BITS < 16 and not GROUPED:
+                y *= late.to(tl.float32)[:, None]
+            if bias_ptr is not None:
+                y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)[:, None]
+            if SILU:
+                gate, up = tl.split(y.reshape(TILES, 2, 8, ROWS).permute(0, 2, 3, 1))
+                y = (gate / (1 + tl.exp(-gate)) * up).reshape(BLOCK, ROWS)
+            if residual_ptr is not None:
+                y += residual.to(tl.float32)
+            tl.store(out_ptr + m * OUT + n, y.to(dtype), valid)
+            tile += step
 
 
-def _tile(bits: int, n: int, k: int, silu_mul: bool) -> tuple[int, int, int]:
-    """(row tiles, chunks, warps) of `_linear_kernel` for a matrix: measured on one H200, benchmarks/NOTES.md."""
-    chunk = 32 if bits == 16 else 64
-    chunks = 4 if bits == 16 else 2
-    tiles = 2 if silu_mul or (bits == 4 and n >= 8192) else 1
-    warps = 8
+def _tile(bits: int, n: int, k: int, rows: int) -> tuple[int, int, int, int, int]:
+    """(16-row tiles, chunks, warps, programs per multiprocessor, pieces ahead) of `_linear_kernel` for a matrix.
+
+    A choice, measured on one H200: benchmarks/NOTES.md.
+    """
+    chunk = 512 // bits
+    chunks, warps = 4, 8
     while warps > 1 and warps * chunks * chunk > k:
         warps //= 2
-    return tiles, chunks, warps
+    while chunks > 1 and warps * chunks * chunk > k:
+        chunks //= 2
+    return 1, chunks, warps, 1, 4
 
 
 def _group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:
@@ -392,10 +473,8 @@ def _fits(x: Tensor, weight: Tensor, scale: Tensor | None, silu_mul: bool, bias:
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[0] > MAX_ROWS or (bias is not None and bias.dim() > 1):
         return False
     if weight.dtype == torch.int32:
-        assert scale is not None
         group = _group_size(weight, scale, k)
-        aligned = not silu_mul or scale.shape[-2] % 32 == 0
-        return k % 32 == 0 and aligned and group >= 32 and (group == k or group & (group - 1) == 0)
+        return k % 8 == 0 and group >= 32 and (group == k or group & (group - 1) == 0)
     return k % (16 if weight.dtype == torch.int8 else 8) == 0 and weight.dtype in (x.dtype, torch.int8)
 
 
@@ -414,15 +493,16 @@ def _linear(
 ) -> Tensor:
     rows, k = x.shape
     bits = {torch.int32: 4, torch.int8: 8}.get(weight.dtype, 16)
-    n = weight.shape[-2] if scale is None else scale.shape[-2 if bits == 4 else -1]
+    n = weight.shape[-2]
     n_out = n // 2 if silu_mul else n
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
-    tiles, chunks, warps = _tile(bits, n, k, silu_mul)
-    grid = (triton.cdiv(n_out, 16 if silu_mul else 16 * tiles), 1 if experts is None else rows)
-    row_block = 8 if rows <= 8 or experts is not None else 16
+    tiles, chunks, warps, programs, ahead = _tile(bits, n, k, rows)
+    block = tiles * (8 if silu_mul else 16)
+    grid = (min(triton.cdiv(n_out, block), programs * _processors(x.device)), 1 if experts is None else rows)
     _linear_kernel[grid](
         x, weight.view(torch.int32), scale, zero, bias, norm_weight, residual, experts, out, rows, eps, n, k,
-        _group_size(weight, scale, k), bits, silu_mul, row_block, tiles, chunks, warps, **_launch(x.device, warps),
+        _group_size(weight, scale, k), bits, silu_mul, 1 if experts is not None else triton.next_power_of_2(rows), tiles,
+        chunks, warps, ahead, **_launch(x.device, warps),
     )  # fmt: skip
     return out
 
@@ -432,8 +512,11 @@ def _linear_shape(
     x: Tensor, weight: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None,
     norm_weight: Tensor | None, eps: float, residual: Tensor | None, silu_mul: bool, experts: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    n = weight.shape[-2] if scale is None else scale.shape[-2 if weight.dtype == torch.int32 else -1]
-    return x.new_empty(x.shape[0], n // 2 if silu_mul else n)
+    return x.new_empty(x.shape[0], weight.shape[-2] // (2 if silu_mul else 1))
+
+
+def _processors(device: torch.device) -> int:
+    return 2 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(device: torch.device, warps: int) -> dict[str, bool | int]:
@@ -477,23 +560,48 @@ def linear(
 if triton is not None:
 
     @triton.jit
-    def _load_rotated(
-        ptr: tl.tensor, row: tl.tensor, valid: tl.tensor, norm_ptr: tl.tensor, cos_ptr: tl.tensor,
-        sin_ptr: tl.tensor, token: tl.tensor, d: tl.tensor, eps: tl.tensor, DIM: tl.constexpr, STRIDE: tl.constexpr,
+    def _rotated(
+        ptr: tl.tensor, valid: tl.tensor, norm_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, token: tl.tensor,
+        d: tl.tensor, DIM: tl.constexpr,
     ) -> tl.tensor:  # fmt: skip
-        """RMSNorm (optional) and half-split rotary embedding of heads at ptr + row, columns d -> float32 [rows, d]."""
+        """Columns d of heads at ptr, times the norm's weight, rotated by half-split rotary embedding, in float32."""
         HALF: tl.constexpr = DIM // 2
         other = tl.where(d < HALF, d + HALF, d - HALF)
-        valid = valid[:, None] & (d < DIM)
-        x = tl.load(ptr + row[:, None] + d, valid, 0).to(tl.float32)
-        y = tl.load(ptr + row[:, None] + other, valid, 0).to(tl.float32)
+        x = tl.load(ptr + d, valid, 0).to(tl.float32)
+        y = tl.load(ptr + other, valid, 0).to(tl.float32)
         if norm_ptr is not None:
-            scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-            x *= scale * tl.load(norm_ptr + d, d < DIM, 0).to(tl.float32)
-            y *= scale * tl.load(norm_ptr + other, d < DIM, 0).to(tl.float32)
-        angle = token[:, None] * HALF + d % HALF
-        cos, sin = tl.load(cos_ptr + angle, valid, 0), tl.load(sin_ptr + angle, valid, 0)
+            x *= tl.load(norm_ptr + d, d < DIM, 0).to(tl.float32)
+            y *= tl.load(norm_ptr + other, d < DIM, 0).to(tl.float32)
+        cos = tl.load(cos_ptr + token * HALF + d % HALF, valid, 0)
+        sin = tl.load(sin_ptr + token * HALF + d % HALF, valid, 0)
         return x * cos + tl.where(d < HALF, -y, y) * sin
+
+    @triton.jit
+    def _head_rms(
+        ptr: tl.tensor, valid: tl.tensor, norm_ptr: tl.tensor, eps: tl.tensor, DIM: tl.constexpr, WIDTH: tl.constexpr
+    ) -> tl.tensor:
+        """1 / rms of the heads at ptr [n], or ones when there is no norm."""
+        if norm_ptr is None:
+            return valid.to(tl.float32)
+        d = tl.arange(0, WIDTH)
+        x = tl.load(ptr[:, None] + d, valid[:, None] & (d < DIM), 0).to(tl.float32)
+        return tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)
+
+    @triton.jit
+    def _attend(
+        q: tl.tensor, k: tl.tensor, v: tl.tensor, seen: tl.tensor, m: tl.tensor, total: tl.tensor, acc: tl.tensor,
+        ASM: tl.constexpr,
+    ) -> tl.tensor:  # fmt: skip
+        """One step of the online softmax: every warp adds its own 16 slots to its own sums."""
+        WARPS: tl.constexpr = q.shape[0]
+        WIDTH: tl.constexpr = q.shape[2]
+        k = k.reshape(4, 8, WARPS, WIDTH // 32, 2, 4, 2).permute(2, 3, 5, 0, 6, 4, 1).reshape(WARPS, WIDTH, 16)
+        s = tl.where(seen, _dot(q, k, tl.zeros([WARPS, 16, 16], tl.float32), ASM), -1e30)
+        top = tl.maximum(m, tl.max(s, 2))
+        p = tl.where(seen, tl.exp2(s - top[:, :, None]), 0.0)
+        fade = tl.exp2(m - top)
+        v = v.permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, 16, WIDTH)  # d in the order c, e, g
+        return top, total * fade + tl.sum(p, 2), _dot(p.to(q.dtype), v, acc * fade[:, :, None], ASM)
 
     @triton.jit
     def _attention_kernel(
@@ -503,7 +611,7 @@ if triton is not None:
         KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
         ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
-        """One split of the prefix for all query heads of one KV head; every warp walks slots of its own."""
+        """One split of the prefix for 16 rows (query heads x tokens) of one KV head; every warp walks slots of its own."""
         dtype: tl.constexpr = qkv_ptr.dtype.element_ty
         GROUP: tl.constexpr = HEADS // KV_HEADS
         STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
@@ -513,38 +621,26 @@ if triton is not None:
         b = bh // KV_HEADS
         head = bh % KV_HEADS
         if PDL:
-            gdc_wait()
             gdc_launch_dependents()
-        first = tl.load(pos_ptr + b * T)
+            gdc_wait()
+        first = tl.load(pos_ptr + b * T).to(tl.int32)
         k_ptr += bh.to(tl.int64) * slots * DIM
         v_ptr += bh.to(tl.int64) * slots * DIM
-
-        # columns in the order of the tensor cores' operand: j = (c, s 4, t 4, e 2) -> d = 32 c + 8 t + 2 s + e
-        j = tl.arange(0, WIDTH)
-        d = j // 32 * 32 + j // 2 % 4 * 8 + j // 8 % 4 * 2 + j % 2
-        r = tl.arange(0, ROWS)
-        token = b * T + r // GROUP
-        row_valid = r < T * GROUP
-        q = _load_rotated(qkv_ptr, token * STRIDE + (head * GROUP + r % GROUP) * DIM, row_valid, q_norm_ptr, cos_ptr,
-                          sin_ptr, token, d, eps, DIM, STRIDE)  # fmt: skip
-        q = tl.broadcast_to((q * scale).to(dtype)[None], [WARPS, ROWS, WIDTH])
-
         begin = 0 if WINDOW == 0 else tl.maximum(first - WINDOW + 1, 0)
         share = tl.cdiv(tl.cdiv(first - begin, SPLITS), STEP) * STEP
         begin += split * share
         end = tl.minimum(begin + share, first)
-        steps = tl.maximum(tl.cdiv(end - begin, STEP), 0)
-        if split == 0:  # this one writes the new tokens' k and v and attends to them in one more step
-            n = tl.arange(0, 16)
-            token = b * T + n
-            source = token * STRIDE + (HEADS + head) * DIM
-            new = (n < T)[:, None] & (j < DIM)
-            k = _load_rotated(qkv_ptr, source, n < T, k_norm_ptr, cos_ptr, sin_ptr, token, j, eps, DIM, STRIDE)
-            v = tl.load(qkv_ptr + source[:, None] + KV_HEADS * DIM + j, new, 0)
-            slot = tl.load(pos_ptr + token, n < T, 0)[:, None] * DIM + j
-            tl.store(k_ptr + slot, k.to(k_ptr.dtype.element_ty), new)
-            tl.store(v_ptr + slot, v.to(v_ptr.dtype.element_ty), new)
-            tl.debug_barrier()
+
+        # columns in the order of the tensor cores' operand: j = (c, s 4, t 4, e 2) -> d = 32 c + 8 t + 2 s + e
+        j = tl.arange(0, WIDTH)
+        d = j // 32 * 32 + j // 2 % 4 * 8 + j // 8 % 4 * 2 + j % 2
+        r = tl.program_id(2) * 16 + tl.arange(0, 16)
+        token = b * T + r // GROUP
+        at = qkv_ptr + token * STRIDE + (head * GROUP + r % GROUP) * DIM
+        valid = r < T * GROUP
+        q = _rotated(at[:, None], valid[:, None] & (d < DIM), q_norm_ptr, cos_ptr, sin_ptr, token[:, None], d, DIM)
+        q *= _head_rms(at, valid, q_norm_ptr, eps, DIM, WIDTH)[:, None] * scale
+        q = tl.broadcast_to(q.to(dtype)[None], [WARPS, 16, WIDTH])
 
         # K as [4 t, 8 g, warp, c, 2 h, 8 e]: slot 8 h + g of the warp's 16, d = 32 c + 8 t + e
         # V as [4 t, 8 g, warp, 2 h, 2 i, c, 8 e]: slot 8 h + 2 t + i, d = 64 c + 8 g + e
@@ -555,29 +651,36 @@ if triton is not None:
         v_slot = tl.arange(0, 2)[:, None, None, None] * 8 + tl.arange(0, 2)[:, None, None]
         v_slot += w[:, None] + tl.arange(0, 4)[:, None, None, None, None, None, None] * 2
         v_d = tl.arange(0, WIDTH // 64)[:, None] * 64 + tl.arange(0, 8)[:, None, None, None, None, None] * 8
-        m = tl.full([WARPS, ROWS], -1e30, tl.float32)
-        total = tl.zeros([WARPS, ROWS], tl.float32)
-        acc = tl.zeros([WARPS, ROWS, WIDTH], tl.float32)
-        i = 0
-        while i < steps + (split == 0).to(tl.int32):  # not range(): the interpreter cannot on a loaded bound
-            base = tl.where(i < steps, begin + i * STEP, first)
-            limit = tl.where(i < steps, end, first + T)
-            k = tl.load(k_ptr + (base + k_slot) * DIM + k_d + e, (base + k_slot < limit) & (k_d < DIM), 0)
-            v = tl.load(v_ptr + (base + v_slot) * DIM + v_d + e, (base + v_slot < limit) & (v_d < DIM), 0)
-            k = k.to(dtype).reshape(4, 8, WARPS, WIDTH // 32, 2, 4, 2).permute(2, 3, 5, 0, 6, 4, 1)
-            s = _dot(q, k.reshape(WARPS, WIDTH, 16), tl.zeros([WARPS, ROWS, 16], tl.float32), ASM)
-            slot = base + tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)
-            last = first + (r // GROUP)[:, None]
-            seen = (slot < limit) & (slot <= last) & ((WINDOW == 0) | (slot > last - WINDOW))
-            s = tl.where(seen, s, -1e30)
-            top = tl.maximum(m, tl.max(s, 2))
-            p = tl.where(seen, tl.exp2(s - top[:, :, None]), 0.0)
-            fade = tl.exp2(m - top)
-            total = total * fade + tl.sum(p, 2)
-            v = v.to(dtype).permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, 16, WIDTH)  # d = (block, e, g)
-            acc = _dot(p.to(dtype), v, acc * fade[:, :, None], ASM)
-            m = top
-            i += 1
+        slot = tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)
+        row_token = (r // GROUP)[:, None]
+        m = tl.full([WARPS, 16], -1e30, tl.float32)
+        total = tl.zeros([WARPS, 16], tl.float32)
+        acc = tl.zeros([WARPS, 16, WIDTH], tl.float32)
+        if split == 0:  # the new tokens: into the cache, and attended to from there (by every block of rows alike)
+            source = qkv_ptr + b * T * STRIDE + (HEADS + head) * DIM
+            n = tl.arange(0, 16)
+            rms = _head_rms(source + n * STRIDE, n < T, k_norm_ptr, eps, DIM, WIDTH)
+            new = (n < T)[:, None] & (j < DIM)
+            key = _rotated(source + n[:, None] * STRIDE, new, k_norm_ptr, cos_ptr, sin_ptr, b * T + n[:, None], j, DIM)
+            key = (key * rms[:, None]).to(dtype)
+            value = tl.load(source + n[:, None] * STRIDE + KV_HEADS * DIM + j, new, 0)
+            into = tl.load(pos_ptr + b * T + n, n < T, 0)[:, None] * DIM + j
+            tl.store(k_ptr + into, key.to(k_ptr.dtype.element_ty), new)
+            tl.store(v_ptr + into, value.to(v_ptr.dtype.element_ty), new)
+            tl.debug_barrier()
+            k = tl.load(k_ptr + (first + k_slot) * DIM + k_d + e, (k_slot < T) & (k_d < DIM), 0).to(dtype)
+            v = tl.load(v_ptr + (first + v_slot) * DIM + v_d + e, (v_slot < T) & (v_d < DIM), 0).to(dtype)
+            seen = (slot <= row_token) & ((WINDOW == 0) | (slot > row_token - WINDOW))
+            m, total, acc = _attend(q, k, v, seen, m, total, acc, ASM)
+        while begin < end:  # not range(): the interpreter cannot on a loaded bound
+            s = begin + k_slot
+            k = tl.load(k_ptr + s * DIM + k_d + e, (s < end) & (k_d < DIM), 0).to(dtype)
+            s = begin + v_slot
+            v = tl.load(v_ptr + s * DIM + v_d + e, (s < end) & (v_d < DIM), 0).to(dtype)
+            s = begin + slot
+            seen = (s < end) & ((WINDOW == 0) | (s > first + row_token - WINDOW))
+            m, total, acc = _attend(q, k, v, seen, m, total, acc, ASM)
+            begin += STEP
         top = tl.max(m, 0)
         fade = tl.exp2(m - top[None])
         total = tl.sum(total * fade, 0)
@@ -585,13 +688,12 @@ if triton is not None:
         d = j // 64 * 64 + j % 8 * 8 + j // 8 % 8
         if SPLITS == 1:
             where = (b * T + r // GROUP) * (HEADS * DIM) + (head * GROUP + r % GROUP) * DIM
-            out = (out / total[:, None]).to(dtype)
-            tl.store(out_ptr + where[:, None] + d, out, row_valid[:, None] & (d < DIM))
+            tl.store(out_ptr + where[:, None] + d, (out / total[:, None]).to(dtype), valid[:, None] & (d < DIM))
         else:
-            where = (bh * SPLITS + split) * ROWS + r
-            tl.store(part_ptr + where[:, None] * (WIDTH + 2) + 2 + d, out, row_valid[:, None])
-            tl.store(part_ptr + where * (WIDTH + 2), top, row_valid)
-            tl.store(part_ptr + where * (WIDTH + 2) + 1, total, row_valid)
+            where = ((bh * SPLITS + split) * ROWS + r) * (WIDTH + 2)
+            tl.store(part_ptr + where[:, None] + 2 + d, out, valid[:, None])
+            tl.store(part_ptr + where, top, valid)
+            tl.store(part_ptr + where + 1, total, valid)
 
     @triton.jit
     def _combine_kernel(
@@ -618,6 +720,11 @@ if triton is not None:
         tl.store(out_ptr + (token * HEADS + head) * DIM + d, out.to(out_ptr.dtype.element_ty), d < DIM)
 
 
+def _splits(heads: int, slots: int) -> tuple[int, int]:
+    """(warps, splits of the prefix) of `_attention_kernel`: a choice, measured on one H200, benchmarks/NOTES.md."""
+    return 8, max(1, min(triton.cdiv(132, heads), triton.cdiv(slots, 512), 64))
+
+
 @torch.library.custom_op("decode::attention", mutates_args=("k_cache", "v_cache"))
 def _attention(
     qkv: Tensor,
@@ -635,16 +742,15 @@ def _attention(
     kv_heads, slots, dim = k_cache.shape[1:]
     heads = qkv.shape[1] // dim - 2 * kv_heads
     width = max(64, triton.next_power_of_2(dim))
-    rows = max(16, triton.next_power_of_2(t * heads // kv_heads))
-    warps = 4
-    splits = max(1, min(triton.cdiv(264, b * kv_heads), triton.cdiv(slots, 256), 64))
+    rows = triton.cdiv(t * heads // kv_heads, 16) * 16
+    warps, splits = _splits(b * kv_heads, slots)
     out = torch.empty(b * t, heads * dim, dtype=qkv.dtype, device=qkv.device)
     part = None
     if splits > 1:
         part = torch.empty(b * kv_heads * splits * rows * (width + 2), dtype=torch.float32, device=qkv.device)
     launch = _launch(qkv.device, warps)
     scale = dim**-0.5 * 1.4426950408889634  # exp(x) = exp2(x log2(e))
-    _attention_kernel[(b * kv_heads, splits)](
+    _attention_kernel[(b * kv_heads, splits, rows // 16)](
         qkv, cos, sin, positions, k_cache, v_cache, q_norm, k_norm, out, part, eps, scale, slots, t, heads, kv_heads,
         dim, width, window, splits, rows, warps, **launch,
     )  # fmt: skip
