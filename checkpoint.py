@@ -105,63 +105,17 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 
 # keys of config.json that do not change the mathematics of inference; every other key is either read below or refused
 _HARMLESS = frozenset(
-    [
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "attn_implementation",
-        "auto_map",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "decoder_start_token_id",
-        "dtype",
-        "embd_pdrop",
-        "eos_token_id",
-        "finetuning_task",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "label2id",
-        "max_new_tokens",
-        "max_sequence_length",
-        "model_max_length",
-        "name",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "padding_side",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "quantization_config",
-        "resid_pdrop",
-        "return_dict",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "sep_token_id",
-        "task_specific_params",
-        "temperature",
-        "tie_encoder_decoder",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers.js_config",
-        "transformers_version",
-        "unk_token_id",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_bfloat16",
-        "use_cache",
-        "vocab_size_override",
-    ]
+    """
+    _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation auto_map
+    bos_token_id chunk_size_feed_forward decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task
+    id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id max_new_tokens
+    max_sequence_length model_max_length name num_return_sequences output_attentions output_hidden_states
+    output_router_logits pad_token_id padding_side prefix pretraining_tp problem_type quantization_config
+    resid_pdrop return_dict router_aux_loss_coef router_jitter_noise sep_token_id task_specific_params
+    temperature tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16
+    use_cache vocab_size_override
+    """.split()
 )
 
 
