@@ -46,11 +46,12 @@ def write_checkpoint(shape: str, layers: int | None, folder: Path) -> None:
     shards.append({"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)})
     shards[-1] |= {} if tied else {"lm_head.weight": (vocab, hidden)}
     folder.mkdir(parents=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     where: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        fill = [torch.ones(s) if len(s) == 1 else torch.randn(s) * 0.02 for s in shard.values()]
-        save_file(dict(zip(shard, (t.bfloat16() for t in fill))), folder / file)
+        fill = [torch.ones(s) if len(s) == 1 else torch.randn(s, device=device) * 0.02 for s in shard.values()]
+        save_file(dict(zip(shard, (t.bfloat16().cpu() for t in fill))), folder / file)
         where |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

@@ -4,11 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -16,6 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import evaluate
 
 import checkpoint
 import generate
@@ -183,6 +187,15 @@ def test_streamed_perplexity_is_that_of_the_whole_model(mode, tiny, text, tmp_pa
         engine = generate.Engine.load(str(folder), device="cpu", compile=False)
         whole = float(engine.score(rows).mean().neg().exp())
         assert report[f"perplexity_{when}"] == pytest.approx(whole, rel=1e-4)
+
+
+def test_evaluate_agrees(tiny, text, tmp_path, capsys):
+    report = run(tiny, tmp_path / "out", text, "int8", "--heldout-tokens", "1000000", "--rows", "5")
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "out"), "--text", str(text), "--device", "cpu"]) == 0
+    found = re.search(r"perplexity ([\d.]+) over (\d+) tokens", capsys.readouterr().out)
+    assert float(found[1]) == pytest.approx(report["perplexity_after"], rel=1e-4)
+    assert int(found[2]) == report["heldout_tokens"] * 127 // 128
 
 
 def test_heldout_can_be_left_out(tiny, text, tmp_path, capsys):
@@ -371,30 +384,28 @@ def test_existing_folder_needs_force(tiny, text, tmp_path, capsys):
     assert (out / "model.safetensors").read_bytes() == before
 
 
-def child(argv):
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    os._exit(quantize.main(argv))
-
-
 def is_whole(folder):
     return logits(folder, torch.arange(20)[None]).isfinite().all() and (folder / "quantization_report.json").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_kill_at_any_moment(tiny, text, tmp_path):
+@pytest.fixture(scope="module")
+def starter():
+    """Starts processes that have imported everything and, unlike forks of the test process, hold no thread's lock."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["quantize"])
+    return context
+
+
+def test_kill_at_any_moment(tiny, text, tmp_path, starter):
     """Twenty runs over one folder, killed at random moments: what bears the final name is always whole."""
-    out, rng, fork = tmp_path / "out", random.Random(0), multiprocessing.get_context("fork")
+    out, rng = tmp_path / "out", random.Random(0)
     argv = arguments(tiny, out, text, "int4", "--heldout-tokens", "0", "--force")
     killed, seconds = 0, 60.0
-    torch.set_num_threads(1)  # a forked child must not wait for its parent's threads
-    for i in range(21):  # the first run is left alone, to know how long one takes
-        started, process = time.perf_counter(), fork.Process(target=child, args=(argv,))
+    for i in range(22):  # the first two are left alone: one starts the server, one tells how long a run takes
+        started, process = time.perf_counter(), starter.Process(target=quantize.main, args=(argv,))
         process.start()
-        process.join(rng.uniform(0.0, seconds) if i else seconds)
-        seconds = seconds if i else time.perf_counter() - started
+        process.join(rng.uniform(0.0, seconds) if i > 1 else 60.0)
+        seconds = seconds if i > 1 else time.perf_counter() - started
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
@@ -405,9 +416,9 @@ def test_kill_at_any_moment(tiny, text, tmp_path):
     assert is_whole(out) and leftovers(tmp_path) == ["out"]
 
 
-def test_kill_between_the_two_renames_is_repaired(tiny, text, tmp_path, capsys):
+def test_kill_between_the_two_renames_is_repaired(tiny, text, tmp_path, capsys, starter):
     run(tiny, tmp_path / "out", text)
-    process = multiprocessing.get_context("fork").Process(target=int)  # a process id that is no longer alive
+    process = starter.Process(target=int)  # a process id that is no longer alive
     process.start()
     process.join()
     (tmp_path / "out").rename(tmp_path / f".out.{process.pid}.old")
@@ -431,44 +442,24 @@ def test_full_disk(tiny, text, tmp_path, capsys):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def anonymous_peak(connection, argv):
-    """Run in a child: the most anonymous memory above the start, in bytes."""
-
-    def now():
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-
-    start, peak, done = now(), 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, now() - start)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    quantize.SHARD_BYTES = 1 << 20
-    status = quantize.main(argv)
-    done.set()
-    watcher.join()
-    connection.send((status, peak))
+def anonymous_peak(argv):
+    """Run the command; the most anonymous memory that it had, in bytes."""
+    process, peak = subprocess.Popen([sys.executable, quantize.__file__, *argv], stdout=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        peak = max([peak, *(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))])
+    assert process.returncode == 0
+    return peak
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_memory_does_not_grow_with_depth(text, tmp_path):
-    torch.set_num_threads(1)
     peaks = []
     for layers in (2, 12):
         sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": layers, "head_dim": 64}
         source = save_model(tmp_path / f"deep{layers}", **sizes)
         argv = arguments(source, tmp_path / f"out{layers}", text, "int4", "--heldout-tokens", "0", "--rows", "5")
-        ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("fork").Process(target=anonymous_peak, args=(theirs, argv))
-        process.start()
-        status, peak = ours.recv()
-        process.join()
-        assert status == 0
-        peaks.append(peak)
+        peaks.append(anonymous_peak(argv))
     layer = (4 * 256 * 256 * 0.75 + 3 * 256 * 1024) * 4  # bytes of one block in float32
     assert peaks[1] - peaks[0] < 3 * layer, peaks  # ten more blocks would be 40 MB
 
