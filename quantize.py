@@ -62,7 +62,7 @@ class Settings:
     group_size: int = 128
     format: str = "compressed-tensors"
     act_order: bool = False
-    clip_search: bool = False
+    clip_search: bool = True
     quantize_head: bool = False
     skip: tuple[str, ...] = ()
     damp: float = 0.01
@@ -525,7 +525,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--heldout", type=Path, default=data / "heldout.txt", metavar="FILE", help="text for the perplexity")
     p.add_argument("--heldout-tokens", type=at_least(0), default=32768, help="0: no perplexity")
     p.add_argument("--act-order", action=flag, default=False, help="GPTQ: inputs with large activations first")
-    p.add_argument("--clip-search", action=flag, default=False, help="GPTQ: search the range of every group")
+    p.add_argument("--clip-search", action=flag, default=True, help="GPTQ: search the range of every group")
     p.add_argument(
         "--quantize-head", action=flag, default=False, help="lm_head too (a tied one becomes a tensor of its own)"
     )

@@ -110,7 +110,7 @@ def leftovers(folder):
     return [p.name for p in folder.iterdir()]
 
 
-MODES = [("int8", ()), ("int4", ()), ("int4-gptq", ()), ("int4-gptq", ("--act-order", "--clip-search"))]
+MODES = [("int8", ()), ("int4", ()), ("int4-gptq", ()), ("int4-gptq", ("--act-order", "--no-clip-search"))]
 
 
 @pytest.mark.parametrize("mode,more", MODES)
