@@ -90,8 +90,9 @@ class Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         added = None if residual is None else residual.reshape(-1, residual.shape[-1])
         fused = self.use_kernels and (rows.shape[0] <= kernels.MAX_ROWS or experts is not None)
-        chunk = kernels.MAX_ROWS if fused else rows.shape[0]
-        parts = [slice(i, i + chunk) for i in range(0, rows.shape[0], chunk)]  # more than one only for experts
+        parts = [slice(None)]
+        if fused and experts is not None:  # kept apart: a range over the rows would tie a compiled prefill to one T
+            parts = [slice(i, i + kernels.MAX_ROWS) for i in range(0, rows.shape[0], kernels.MAX_ROWS)]
         y = [
             (kernels.linear if fused else kernels.linear_reference)(
                 rows[part],

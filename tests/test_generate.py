@@ -309,7 +309,6 @@ def test_a_second_pass_over_mixed_lengths_compiles_nothing(eager_backend):
     assert graphs() == first
 
 
-@pytest.mark.xfail(strict=True, reason="Linear.forward splits rows with range(), which ties a graph to one length")
 def test_compiled_prefill_serves_many_lengths(eager_backend):
     engine = random_engine(0, compile_prefill=True)
     for length in (1, 2, 5, 16, 17, 20, 33, 64, 100, 101, 250, 600, 1000):
