@@ -238,14 +238,9 @@ class Engine:
                 str(folder), tp=group, device=where, dtype=kind, use_kernels=use_kernels, progress=progress
             )
             tokenizer = Tokenizer.from_folder(folder)
-            if tokenizer.vocab_size > model.config.vocab_size:
-                print(
-                    f"warning: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; "
-                    "a prompt that uses one beyond is refused",
-                    file=sys.stderr,
-                )
             options.setdefault("defaults", SamplingParams(**dict[str, Any](checkpoint.default_sampling(folder))))
             engine = cls(model, tokenizer, use_kernels=use_kernels, **options)
+        engine.warn()
         if draft in ("self-int4", "self-int8"):
             copy = checkpoint.quantized_copy(model, int(draft[-1]))
             engine.speculate(cls(copy, engine.tokenizer, use_kernels=use_kernels, **options), num_draft_tokens)
@@ -256,6 +251,16 @@ class Engine:
             engine.limit(batch_size, max_seq_len)
         engine.stats.load_s = time.perf_counter() - start
         return engine
+
+    def warn(self) -> None:
+        """What is right but not as a user may expect, once, on standard error."""
+        ids, vocabulary = self.tokenizer.vocab_size, self.model.config.vocab_size
+        if ids > vocabulary:
+            what = f"warning: the tokenizer has {ids} ids, the model {vocabulary}"
+            print(f"{what}; a prompt that uses one beyond is refused", file=sys.stderr)
+        if any(m.unfused for m in self.model.modules() if isinstance(m, Linear)):
+            what = f"note: there is no kernel for quantized weights in {self.dtype} on {self.device.type}"
+            print(f"{what}; they are expanded at every step, which is slow", file=sys.stderr)
 
     def speculate(self, draft: "Engine | None", num_draft_tokens: int | None = None) -> None:
         """From here on decode by speculation: `draft` proposes (None: prompt lookup), this model verifies.

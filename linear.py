@@ -110,6 +110,11 @@ class Linear(nn.Module):
         ]
         return (y[0] if len(y) == 1 else torch.cat(y)).reshape(*x.shape[:-1], -1)
 
+    @property
+    def unfused(self) -> bool:
+        """Whether quantized weights are expanded at every call, which is right but slow, for want of a kernel."""
+        return self.operands()[1] is not None and not self.use_kernels
+
     def bytes_read(self) -> int:
         """Bytes one row reads: every weight and scale once, of one expert only."""
         total = sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))

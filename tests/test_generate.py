@@ -435,3 +435,14 @@ def test_golden_on_a_gpu_with_captured_graphs():
     engine = Engine.load(STORIES, device="cuda", dtype="float32")
     assert engine.compile and answer(engine, [""], max_new_tokens=199)[1] == [GOLDEN]
     assert answer(engine, [""], max_new_tokens=199)[1] == [GOLDEN] and engine.stats.compile_s == 0
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_quantized_weights_without_a_kernel_are_announced_once(bits, capsys):
+    """int8 and int4 are right everywhere; where they are slow, one line says so."""
+    config = checkpoint.shape_config("tiny")
+    model = checkpoint.random_model(config, bits=bits, dtype=torch.float32)
+    Engine(model, Ids(config.vocab_size)).warn()
+    err = capsys.readouterr().err
+    assert err.count("\n") == (bits < 16)
+    assert ("no kernel for quantized weights" in err) == (bits < 16)
