@@ -129,6 +129,32 @@ def test_transformers_loads_what_is_written(mode, more, tiny, text, tmp_path):
     assert 1e-4 < (got - unquantized).norm() / unquantized.norm() < 0.7  # it is quantized, and still this model
 
 
+KINDS = [
+    ("Llama", {}, ["--quantize-head"]),
+    ("Llama", {"tie_word_embeddings": True}, ["--quantize-head"]),
+    ("Llama", {}, ["--skip", "*.1.*", "*.k_proj"]),
+    ("Qwen2", {}, []),
+    ("Qwen3", {}, []),
+    ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, []),
+    ("Qwen3Moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, []),
+]
+
+
+@pytest.mark.parametrize("kind,changes,more", KINDS)
+def test_transformers_loads_every_architecture(kind, changes, more, text, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    source = save_model(tmp_path / "source", kind, **changes)
+    run(source, tmp_path / "out", text, "int4", *more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    assert (logits(tmp_path / "out", tokens) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (logits(source, tokens) - expected).norm() > 1e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
 def test_both_formats_hold_the_same_weights(mode, tiny, text, tmp_path):
     for form in ("compressed-tensors", "gptq"):
@@ -462,6 +488,20 @@ def test_memory_does_not_grow_with_depth(text, tmp_path):
         peaks.append(anonymous_peak(argv))
     layer = (4 * 256 * 256 * 0.75 + 3 * 256 * 1024) * 4  # bytes of one block in float32
     assert peaks[1] - peaks[0] < 3 * layer, peaks  # ten more blocks would be 40 MB
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
+def test_gpu_gives_what_the_cpu_gives(mode, tiny, text, tmp_path):
+    reports = [
+        run(tiny, tmp_path / d, text, mode, "--device", d, "--dtype", "float32", "--act-order") for d in ("cpu", "cuda")
+    ]
+    for a, b in zip(*(report["layers"] for report in reports)):
+        assert a["name"] == b["name"] and a["output_error"] == pytest.approx(b["output_error"], rel=0.05)
+    assert reports[0]["perplexity_after"] == pytest.approx(reports[1]["perplexity_after"], rel=0.01)
+    assert reports[0]["perplexity_before"] == pytest.approx(reports[1]["perplexity_before"], rel=1e-4)
+    run(tiny, tmp_path / "auto", text, mode, "--device", "cuda")  # in the checkpoint's dtype
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the shared model is not here")
