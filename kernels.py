@@ -205,61 +205,27 @@ if triton is not None:
         return tl.join(low, (words >> 16).to(tl.int16).to(dtype, bitcast=True))
 
     @triton.jit
-    def _row_of(tile: tl.tensor, r: tl.tensor, h: tl.tensor, g: tl.tensor, OUT: tl.constexpr, SILU: tl.constexpr,
-                TILES: tl.constexpr) -> tl.tensor:  # fmt: skip
-        """The matrix row behind row 8 h + g of the r-th 16-row tile; with SILU its lower half are gates, its upper ups."""
-        if SILU:
-            return (tile * TILES + r) * 8 + g + h * OUT
-        return (tile * TILES + r) * 16 + h * 8 + g
-
-    @triton.jit
     def _load_weights(
-        ptr: tl.tensor, tile: tl.tensor, chunk: tl.tensor, N: tl.constexpr, OUT: tl.constexpr, PITCH: tl.constexpr,
-        SILU: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
+        base: tl.tensor, words_left: tl.tensor, live: tl.tensor, TILE_PITCH: tl.constexpr, HALF_PITCH: tl.constexpr,
+        TILES: tl.constexpr, EVEN: tl.constexpr,
     ) -> tl.tensor:  # fmt: skip
-        """Chunk [WARPS] (64 bytes of every row) of a tile: int32 [4 t, 8 g, WARPS, TILES, 2 h, 4 words].
+        """A chunk: 64 bytes of every row of the tiles, as int32 [4 t, 8 g, WARPS, TILES, 2 h, 4 words].
 
-        Triton deals lanes, then warps, to the axes in this order, after the last one.
+        base points at tile 0, h = 0 for [4, 8, WARPS, 1, 1, 1]; Triton deals lanes, then warps, to the axes in this order,
+        after the last one. The other axes are constants, added last: immediate offsets of one address.
         """
-        t = tl.arange(0, 4)[:, None, None, None, None, None]
-        g = tl.arange(0, 8)[:, None, None, None, None]
-        row = _row_of(tile, tl.arange(0, TILES)[:, None, None], tl.arange(0, 2)[:, None], g, OUT, SILU, TILES)
-        column = (chunk[:, None, None, None] * 4 + t) * 4
-        where = ptr + row * PITCH + column + tl.arange(0, 4)
-        live = tile * TILES * (8 if SILU else 16) < OUT
+        tiles = tl.arange(0, TILES)[:, None, None] * TILE_PITCH
+        where = base + (tiles + tl.arange(0, 2)[:, None] * HALF_PITCH + tl.arange(0, 4))[None, None, None]
         if EVEN:
             return tl.load(where, live, eviction_policy="evict_first")
-        return tl.load(where, live & (column < PITCH) & (row < N), 0, eviction_policy="evict_first")
+        return tl.load(where, live & (words_left > 0), 0, eviction_policy="evict_first")
 
     @triton.jit
-    def _prefetch(
-        ptr: tl.tensor, tile: tl.tensor, it: tl.tensor, N: tl.constexpr, OUT: tl.constexpr, PITCH: tl.constexpr,
-        SILU: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """Ask for piece `it` of a tile to come to the second-level cache (sm90): one bulk request per thread."""
-        THREADS: tl.constexpr = 2 * WARPS // TILES  # to a row
-        SIZE: tl.constexpr = CHUNKS * WARPS * 16 // THREADS  # words
-        if SIZE <= PITCH:
-            i = tl.arange(0, 32 * WARPS)
-            r = i // THREADS
-            row = tl.minimum(_row_of(tile, r // 16, r // 8 % 2, r % 8, OUT, SILU, TILES), N - 1)
-            column = tl.minimum((it * THREADS + i % THREADS) * SIZE, PITCH - SIZE)
-            tl.inline_asm_elementwise(
-                f"cp.async.bulk.prefetch.L2.global [$1], {SIZE * 4}; mov.u32 $0, 0;", "=r,l", [ptr + row * PITCH + column],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-
-    @triton.jit
-    def _load_scales(
-        ptr: tl.tensor, tile: tl.tensor, chunk: tl.tensor, N: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr,
-        GROUP: tl.constexpr, SILU: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
-    ) -> tl.tensor:  # fmt: skip
-        """The groups' scales or zeros of a chunk: [4 t (all equal), 8 g, WARPS, TILES, 2 h, PARTS]."""
-        g = tl.arange(0, 8)[:, None, None, None, None] + tl.zeros([4, 1, 1, 1, 1, 1], tl.int32)
-        row = _row_of(tile, tl.arange(0, TILES)[:, None, None], tl.arange(0, 2)[:, None], g, OUT, SILU, TILES)
-        k = chunk[:, None, None, None] * 128 + tl.arange(0, PARTS) * (128 // PARTS)
-        live = tile * TILES * (8 if SILU else 16) < OUT
-        return tl.load(ptr + row * (K // GROUP) + k // GROUP, live & (k < K) & (row < N), 0)
+    def _load_scales(base: tl.tensor, k: tl.tensor, valid: tl.tensor, K: tl.constexpr, GROUP: tl.constexpr,
+                     PARTS: tl.constexpr) -> tl.tensor:  # fmt: skip
+        """The groups' scales (or zeros) of a chunk at k [WARPS, 1, 1, 1]: [4 t (all equal), 8 g, WARPS, TILES, 2 h, PARTS]."""
+        k = k + tl.arange(0, PARTS) * (128 // PARTS)
+        return tl.load(base + k // GROUP, valid & (k < K), 0)
 
     @triton.jit
     def _scaled(partial: tl.tensor, scale: tl.tensor) -> tl.tensor:
@@ -292,17 +258,15 @@ if triton is not None:
 
     @triton.jit
     def _load_rows(
-        ptr: tl.tensor, chunk: tl.tensor, rows: tl.tensor, stride: tl.tensor, K: tl.constexpr, BITS: tl.constexpr,
-        ROWS: tl.constexpr,
-    ) -> tl.tensor:  # fmt: skip
-        """The k of weight chunk [WARPS] of 16-bit rows: int32 [4 t, 8 n, WARPS, units, ROWS/8, E/8, 4 words]."""
+        base: tl.tensor, k_left: tl.tensor, valid: tl.tensor, BITS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr
+    ) -> tl.tensor:
+        """The k of a weight chunk of 16-bit rows: int32 [4 t, 8 n, WARPS, units, ROWS/8, E/8, 4 words]."""
         E: tl.constexpr = 16 if BITS == 8 else 8  # k in a row of one lane
-        t = tl.arange(0, 4)[:, None, None, None, None, None, None]
-        n = tl.arange(0, ROWS // 8)[:, None, None] * 8 + tl.arange(0, 8)[:, None, None, None, None, None]
-        unit = tl.arange(0, 128 // BITS // E)[:, None, None, None]
-        k = chunk[:, None, None, None, None] * (512 // BITS) + (unit * 4 + t) * E + tl.arange(0, E // 8)[:, None] * 8
-        words = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        return tl.load(words + (n * stride + k) // 2 + tl.arange(0, 4), (n < rows) & (k < K), 0)
+        unit = tl.arange(0, 128 // BITS // E)[:, None, None, None] * (4 * E) + tl.arange(0, E // 8)[:, None] * 8
+        where = base + (unit // 2 + tl.arange(0, 4))[None, None, None]
+        if EVEN:
+            return tl.load(where, valid)
+        return tl.load(where, valid & (unit < k_left), 0)
 
     @triton.jit
     def _rows_operand(
@@ -338,21 +302,24 @@ if triton is not None:
         x_ptr: tl.tensor, w_ptr: tl.tensor, scale_ptr: tl.tensor, zero_ptr: tl.tensor, bias_ptr: tl.tensor,
         norm_ptr: tl.tensor, residual_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor, rows: tl.tensor,
         eps: tl.tensor, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, SILU: tl.constexpr,
-        M: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+        M: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
         PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
-        """Every program walks over tiles of TILES * 16 rows of the matrix; its warps share each in pieces of K."""
+        """TILES * 16 rows of the matrix; the warps share them in pieces of K."""
         dtype: tl.constexpr = x_ptr.dtype.element_ty
         ROWS: tl.constexpr = 16 if M > 8 else 8
+        CHUNK: tl.constexpr = 512 // BITS  # k of 64 bytes
         PARTS: tl.constexpr = 128 // GROUP if BITS == 4 and GROUP < 128 else 1  # of a chunk, with scales of their own
-        PIECES: tl.constexpr = (K + WARPS * CHUNKS * 512 // BITS - 1) // (WARPS * CHUNKS * 512 // BITS)
-        PITCH: tl.constexpr = (K + 127) // 128 * 16 if BITS == 4 else K * BITS // 32
+        PIECE: tl.constexpr = WARPS * CHUNKS * CHUNK
+        PIECES: tl.constexpr = (K + PIECE - 1) // PIECE
+        PITCH: tl.constexpr = (K + 127) // 128 * 16 if BITS == 4 else K * BITS // 32  # words of a row
         OUT: tl.constexpr = N // 2 if SILU else N
         BLOCK: tl.constexpr = TILES * (8 if SILU else 16)
-        EVEN: tl.constexpr = PITCH % (WARPS * CHUNKS * 16) == 0 and OUT % BLOCK == 0
+        HALF: tl.constexpr = OUT if SILU else 8  # rows from the lower half of a tile (gates) to its upper half (ups)
+        NEXT: tl.constexpr = 8 if SILU else 16  # rows from one tile to the next
+        EVEN: tl.constexpr = K % PIECE == 0 and OUT % BLOCK == 0
         GROUPED: tl.constexpr = BITS == 4 and (GROUP < K or zero_ptr is not None)
-        tile = tl.program_id(0)
-        step = tl.num_programs(0)
+        start = tl.program_id(0) * BLOCK
         if experts_ptr is not None:  # one row per program, with a matrix of its own, known only after the wait
             m = tl.program_id(1)
             if PDL:
@@ -365,102 +332,100 @@ if triton is not None:
             scale_ptr = scale_ptr if scale_ptr is None else scale_ptr + expert * N * (K // GROUP)
             zero_ptr = zero_ptr if zero_ptr is None else zero_ptr + expert * N * (K // GROUP)
             rows = 1
-        warp = tl.arange(0, WARPS) * CHUNKS  # first chunk of a piece
+        t = tl.arange(0, 4)[:, None, None, None, None, None]
+        g = tl.arange(0, 8)[:, None, None, None, None]
+        w = tl.arange(0, WARPS)[:, None, None, None] * (CHUNKS * CHUNK)  # first k of a warp
+        row = start + g + tl.arange(0, TILES)[:, None, None] * NEXT + tl.arange(0, 2)[:, None] * HALF + t * 0
+        here = row < N
+        left = tl.where(here, K - w - t * (CHUNK // 4), 0)  # of k, for a lane
+        lane = w_ptr + (start + g).to(tl.int64) * PITCH + (w * BITS // 32 + t * 4)
         words, scales = (), ()
         for c in tl.static_range(CHUNKS):
-            words = words + (_load_weights(w_ptr, tile, warp + c, N, OUT, PITCH, SILU, TILES, WARPS, EVEN),)
+            words = words + (
+                _load_weights(lane + c * 16, left - c * CHUNK, True, NEXT * PITCH, HALF * PITCH, TILES, EVEN),
+            )
             if GROUPED:
-                scales = scales + (_load_scales(scale_ptr, tile, warp + c, N, OUT, K, GROUP, SILU, TILES, PARTS),)
-        if PDL:  # the next kernel may start, to fetch its own weights; what the last one wrote is read after the wait
-            for i in tl.static_range(1, AHEAD + 1):
-                _prefetch(w_ptr, tile + i // PIECES * step, i % PIECES, N, OUT, PITCH, SILU, TILES, CHUNKS, WARPS)
-            gdc_launch_dependents()
+                scales = scales + (_load_scales(scale_ptr + row * (K // GROUP), w + c * CHUNK, here, K, GROUP, PARTS),)
+        if (
+            PDL
+        ):  # the first weights are on their way; activations are there after the wait; then the next kernel may start
+            if PDL == 2:
+                gdc_launch_dependents()
             gdc_wait()
+            if PDL == 1:
+                gdc_launch_dependents()
+        E: tl.constexpr = CHUNK // 4 if BITS > 4 else 8  # k in a row of a lane
+        n = tl.arange(0, ROWS // 8)[:, None, None] * 8 + tl.arange(0, 8)[:, None, None, None, None, None]
+        k = w[:, None] + tl.arange(0, 4)[:, None, None, None, None, None, None] * E
+        known = n < rows
+        x_lane = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (n * K + k) // 2
+        if norm_ptr is not None:
+            norm_lane = norm_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (n * 0 + k) // 2
         x, gains = (), ()
         for c in tl.static_range(CHUNKS):
-            x = x + (_load_rows(x_ptr, warp + c, rows, K, K, BITS, ROWS),)
+            x = x + (_load_rows(x_lane + c * CHUNK // 2, K - k - c * CHUNK, known, BITS, ROWS, EVEN),)
             if norm_ptr is not None:
-                gains = gains + (_load_rows(norm_ptr, warp + c, ROWS, 0, K, BITS, ROWS),)
+                gains = gains + (_load_rows(norm_lane + c * CHUNK // 2, K - k - c * CHUNK, known, BITS, ROWS, EVEN),)
         if norm_ptr is not None:
             norm = _inverse_rms(x_ptr, rows, eps, K, M, ROWS)
-        if PIECES == 1:  # the activations stay in registers
-            b = ()
+        acc = tl.zeros([WARPS, TILES * 16, ROWS], tl.float32)
+        for it in range(PIECES):
+            now, now_x, now_gains, now_scales = words, x, gains, scales
+            words, x, gains, scales = (), (), (), ()
+            first = (it + 1) * PIECE
+            more = it + 1 < PIECES
             for c in tl.static_range(CHUNKS):
-                b = b + (_rows_operand(x[c], gains[c] if norm_ptr is not None else None, dtype, PARTS, ASM),)
+                b = _rows_operand(now_x[c], now_gains[c] if norm_ptr is not None else None, dtype, PARTS, ASM)
+                a = _weight_operand(now[c], dtype, BITS, PARTS, ASM)
+                offset = first + c * CHUNK
+                ahead = lane + (first * BITS // 32 + c * 16)
+                words = words + (_load_weights(ahead, left - offset, more, NEXT * PITCH, HALF * PITCH, TILES, EVEN),)
+                x = x + (_load_rows(x_lane + offset // 2, K - k - offset, known & more, BITS, ROWS, EVEN),)
+                if norm_ptr is not None:
+                    gain = _load_rows(norm_lane + offset // 2, K - k - offset, known & more, BITS, ROWS, EVEN)
+                    gains = gains + (gain,)
+                if GROUPED:
+                    scale = _load_scales(scale_ptr + row * (K // GROUP), w + offset, here & more, K, GROUP, PARTS)
+                    scales = scales + (scale,)
+                    none = tl.zeros([PARTS * WARPS, TILES * 16, ROWS], tl.float32)
+                    partial = _dot(a, b, none, ASM)
+                    if zero_ptr is not None:
+                        zero = _load_scales(zero_ptr + row * (K // GROUP), w + offset - PIECE, here, K, GROUP, PARTS)
+                        ones = tl.full(a.shape, 1, tl.float32).to(dtype)
+                        partial -= _scaled(_dot(ones, b, none, ASM), zero)
+                    partial = _scaled(partial, now_scales[c])
+                    acc += tl.sum(partial.reshape(PARTS, WARPS, TILES * 16, ROWS), 0)
+                else:
+                    acc = _dot(a, b, acc, ASM)
+        y = tl.sum(acc, 0)
         r = tl.arange(0, TILES * 16)
+        r = start + r // 16 * NEXT + r // 8 % 2 * HALF + r % 8
+        if norm_ptr is not None:
+            y *= norm
+        if BITS < 16 and not GROUPED:
+            y *= tl.load(scale_ptr + r, r < N, 0).to(tl.float32)[:, None]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + r, r < N, 0).to(tl.float32)[:, None]
+        if SILU:
+            gate, up = tl.split(y.reshape(TILES, 2, 8, ROWS).permute(0, 2, 3, 1))
+            y = (gate / (1 + tl.exp(-gate)) * up).reshape(BLOCK, ROWS)
+        r = start + tl.arange(0, BLOCK)[:, None]
         m = tl.arange(0, ROWS)
-        while tile * BLOCK < OUT:
-            row = _row_of(tile, r // 16, r // 8 % 2, r % 8, OUT, SILU, TILES)
-            n = tile * BLOCK + tl.arange(0, BLOCK)[:, None]
-            valid = (n < OUT) & (m < rows)
-            if BITS < 16 and not GROUPED:
-                late = tl.load(scale_ptr + row, row < N, 0)
-            if residual_ptr is not None:
-                residual = tl.load(residual_ptr + m * OUT + n, valid, 0)
-            acc = tl.zeros([WARPS, TILES * 16, ROWS], tl.float32)
-            for it in range(PIECES):
-                if PIECES > 1:
-                    b = ()
-                    for c in tl.static_range(CHUNKS):
-                        b = b + (_rows_operand(x[c], gains[c] if norm_ptr is not None else None, dtype, PARTS, ASM),)
-                    x, gains = (), ()
-                coming = tile + (it + 1) // PIECES * step
-                first = (it + 1) % PIECES * (WARPS * CHUNKS) + warp
-                now, words, now_scales, scales = words, (), scales, ()
-                if PDL:
-                    far = it + AHEAD + 1
-                    _prefetch(
-                        w_ptr, tile + far // PIECES * step, far % PIECES, N, OUT, PITCH, SILU, TILES, CHUNKS, WARPS
-                    )
-                for c in tl.static_range(CHUNKS):
-                    a = _weight_operand(now[c], dtype, BITS, PARTS, ASM)
-                    words = words + (_load_weights(w_ptr, coming, first + c, N, OUT, PITCH, SILU, TILES, WARPS, EVEN),)
-                    if PIECES > 1:
-                        x = x + (_load_rows(x_ptr, first + c, rows, K, K, BITS, ROWS),)
-                        if norm_ptr is not None:
-                            gains = gains + (_load_rows(norm_ptr, first + c, ROWS, 0, K, BITS, ROWS),)
-                    if GROUPED:
-                        scale = _load_scales(scale_ptr, coming, first + c, N, OUT, K, GROUP, SILU, TILES, PARTS)
-                        scales = scales + (scale,)
-                        none = tl.zeros([PARTS * WARPS, TILES * 16, ROWS], tl.float32)
-                        partial = _dot(a, b[c], none, ASM)
-                        if zero_ptr is not None:
-                            here = it * (WARPS * CHUNKS) + warp + c
-                            zero = _load_scales(zero_ptr, tile, here, N, OUT, K, GROUP, SILU, TILES, PARTS)
-                            ones = tl.full(a.shape, 1, tl.float32).to(dtype)
-                            partial -= _scaled(_dot(ones, b[c], none, ASM), zero)
-                        partial = _scaled(partial, now_scales[c])
-                        acc += tl.sum(partial.reshape(PARTS, WARPS, TILES * 16, ROWS), 0)
-                    else:
-                        acc = _dot(a, b[c], acc, ASM)
-            y = tl.sum(acc, 0)
-            if norm_ptr is not None:
-                y *= norm
-            if BITS < 16 and not GROUPED:
-                y *= late.to(tl.float32)[:, None]
-            if bias_ptr is not None:
-                y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)[:, None]
-            if SILU:
-                gate, up = tl.split(y.reshape(TILES, 2, 8, ROWS).permute(0, 2, 3, 1))
-                y = (gate / (1 + tl.exp(-gate)) * up).reshape(BLOCK, ROWS)
-            if residual_ptr is not None:
-                y += residual.to(tl.float32)
-            tl.store(out_ptr + m * OUT + n, y.to(dtype), valid)
-            tile += step
+        valid = (r < OUT) & (m < rows)
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + m * OUT + r, valid, 0).to(tl.float32)
+        tl.store(out_ptr + m * OUT + r, y.to(dtype), valid)
 
 
-def _tile(bits: int, n: int, k: int, rows: int) -> tuple[int, int, int, int, int]:
-    """(16-row tiles, chunks, warps, programs per multiprocessor, pieces ahead) of `_linear_kernel` for a matrix.
-
-    A choice, measured on one H200: benchmarks/NOTES.md.
-    """
+def _tile(bits: int, n: int, k: int, rows: int) -> tuple[int, int, int]:
+    """(16-row tiles, chunks, warps) of `_linear_kernel` for a matrix: a choice, measured on one H200 (NOTES.md)."""
     chunk = 512 // bits
-    chunks, warps = 4, 8
+    tiles, chunks, warps = 1, 4 if bits == 16 else 2, 4
     while warps > 1 and warps * chunks * chunk > k:
         warps //= 2
     while chunks > 1 and warps * chunks * chunk > k:
         chunks //= 2
-    return 1, chunks, warps, 1, 4
+    return tiles, chunks, warps
 
 
 def _group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:
@@ -496,13 +461,12 @@ def _linear(
     n = weight.shape[-2]
     n_out = n // 2 if silu_mul else n
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
-    tiles, chunks, warps, programs, ahead = _tile(bits, n, k, rows)
-    block = tiles * (8 if silu_mul else 16)
-    grid = (min(triton.cdiv(n_out, block), programs * _processors(x.device)), 1 if experts is None else rows)
+    tiles, chunks, warps = _tile(bits, n, k, rows)
+    grid = (triton.cdiv(n_out, tiles * (8 if silu_mul else 16)), 1 if experts is None else rows)
     _linear_kernel[grid](
         x, weight.view(torch.int32), scale, zero, bias, norm_weight, residual, experts, out, rows, eps, n, k,
         _group_size(weight, scale, k), bits, silu_mul, 1 if experts is not None else triton.next_power_of_2(rows), tiles,
-        chunks, warps, ahead, **_launch(x.device, warps),
+        chunks, warps, **_launch(x.device, warps),
     )  # fmt: skip
     return out
 
@@ -513,10 +477,6 @@ def _linear_shape(
     norm_weight: Tensor | None, eps: float, residual: Tensor | None, silu_mul: bool, experts: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], weight.shape[-2] // (2 if silu_mul else 1))
-
-
-def _processors(device: torch.device) -> int:
-    return 2 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(device: torch.device, warps: int) -> dict[str, bool | int]:
