@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from sampling import Structure, distribution, draw, sample, uniform
 
+Program = Callable[[], None]
 ACCEPT, RESAMPLE, DRAFT = 1, 2, 3  # streams of randomness; 0 is plain decoding's
 CHOICES = (0, 1, 2, 3, 4, 6, 8, 12)  # what `auto` chooses from: one captured verification each
 
@@ -127,7 +128,7 @@ class Speculation:
         self.choices = CHOICES if num_draft_tokens is None else (num_draft_tokens,)
         self.margin = max(self.choices) + 2  # slots behind the last token kept that rounds may write to
         self.owner: tuple[Any, ...] = ()  # what the programs were built for
-        self.programs: dict[tuple[int, Structure], tuple[list[Callable[[], None]], dict[int, Callable[[], None]]]] = {}
+        self.programs: dict[tuple[int, Structure], tuple[list[Program], dict[int, Program]]] = {}
         self.costs: dict[Structure, dict[int, tuple[float, float]]] = {}  # K -> milliseconds of draft and of verify
         self.ids: list[list[int]] = []  # per row: prompt and everything emitted
         self.draft_knows = 0  # slots of the draft's cache that are right in every row
@@ -160,7 +161,7 @@ class Speculation:
             self.costs[structure] = dict(zip(verify, zip(*agreed)))
         stats.compile_s = already + time.perf_counter() - began
 
-    def _milliseconds(self, program: Callable[[], None], position: int) -> float:
+    def _milliseconds(self, program: Program, position: int) -> float:
         """Of one run at `position`, behind every slot that is kept: the best of four, the first being a warm-up."""
         times, wait = [], getattr(torch, self.target.device.type).synchronize  # a device's name is its module's
         for _ in range(4):
@@ -173,9 +174,7 @@ class Speculation:
             times.append(1e3 * (time.perf_counter() - began))
         return min(times)
 
-    def _programs(
-        self, end: int, structure: Structure
-    ) -> tuple[list[Callable[[], None]], dict[int, Callable[[], None]]]:
+    def _programs(self, end: int, structure: Structure) -> tuple[list[Program], dict[int, Program]]:
         """Over `end` slots: the programs that draft (a model: the first token, and each later one; lookup: all tokens),
         and one verification for each K.
         """
@@ -326,18 +325,18 @@ class Speculation:
         rates = [sum(n > i for _, n in runs) / max(reached[i], 1) for i in depth]
         return rates, sum(n for _, n in runs) / max(len(runs), 1)
 
+    def round_ms(self) -> tuple[float, float, float]:
+        """Of a mean round of the last generation: draft and verify, as measured before it, and all the rest."""
+        n, costs = max(len(self.book), 1), next(reversed(self.costs.values()), {})
+        draft, verify = (sum(costs[K][i] for K, _ in self.book) / n for i in (0, 1))
+        return draft, verify, 1e3 * self.target.stats.decode_s / n - draft - verify
+
     def summary(self) -> str:
-        """The last generation's acceptance, and where a mean round's time goes: draft and verify as measured before it,
-        overhead being the rest.
-        """
+        """The last generation's acceptance, and where a round's time goes, in one line."""
         rates, mean = self.acceptance()
-        rounds = Counter(K for K, _ in self.book)
-        costs = next(reversed(self.costs.values()), {})
-        n = max(len(self.book), 1)
-        draft, verify = (sum(m * costs[K][i] for K, m in rounds.items()) / n for i in (0, 1))
-        overhead = 1e3 * self.target.stats.decode_s / n - draft - verify
+        rounds = ", ".join(f"{n} of K={K}" for K, n in sorted(Counter(K for K, _ in self.book).items()))
+        draft, verify, overhead = self.round_ms()
         return (
-            f"rounds {', '.join(f'{m} of K={K}' for K, m in sorted(rounds.items()))} | accepted by position "
-            f"{' '.join(f'{rate:.2f}' for rate in rates)} | mean accepted {mean:.2f} | "
-            f"draft {draft:.2f} + verify {verify:.2f} + overhead {overhead:.2f} ms a round"
+            f"rounds {rounds} | accepted by position {' '.join(f'{rate:.2f}' for rate in rates)} | mean accepted "
+            f"{mean:.2f} | draft {draft:.2f} + verify {verify:.2f} + overhead {overhead:.2f} ms a round"
         )

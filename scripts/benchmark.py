@@ -2,11 +2,13 @@
 
     python scripts/benchmark.py --shape llama-2-7b --mode int4
     python scripts/benchmark.py --checkpoint DIR_OR_HUB_ID
+    python scripts/benchmark.py --shape llama-2-70b --mode int4 --draft llama-2-7b --num-draft-tokens 5 \
+        --simulated-acceptance 0.6,0.8
 
 Prints a table and, last, one JSON line; appends the same numbers to `benchmarks/decode.csv` (and `prefill.csv`,
-`rows.csv` beside it). Knows clocks, bytes and bandwidths. Refuses to know how a step is run: it times
-`Engine.generate` as a user calls it, sampling and host loop included, the device synchronised only at the two ends of
-the loop. Under torchrun every rank takes part, the first one reports, and bytes are those of one rank.
+`rows.csv`, `speculative.csv` beside it). Knows clocks, bytes and bandwidths. Refuses to know how a step is run: it
+times `Engine.generate` as a user calls it, sampling and host loop included, the device synchronised only at the two
+ends of the loop. Under torchrun every rank takes part, the first one reports, and bytes are those of one rank.
 """
 
 import argparse
@@ -31,7 +33,7 @@ sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not ins
 import checkpoint  # noqa: E402
 import kernels  # noqa: E402
 import tp  # noqa: E402
-from generate import DTYPES, Engine, Ids, Parser, at_least, peak_host_bytes, pick_device  # noqa: E402
+from generate import DTYPES, Engine, Ids, Parser, at_least, draft_tokens, peak_host_bytes, pick_device  # noqa: E402
 from linear import Linear  # noqa: E402
 from sampling import SamplingParams, sample  # noqa: E402
 
@@ -43,6 +45,14 @@ BITS = {"bf16": 16, "int8": 8, "int4": 4}
 def numbers(text: str) -> list[int]:
     """An argparse type: 2048,8192 -> [2048, 8192]."""
     return [at_least(1)(part) for part in text.split(",")]
+
+
+def rates(text: str) -> list[float]:
+    """An argparse type: 0.6,0.8 -> [0.6, 0.8]."""
+    values = [float(part) for part in text.split(",")]
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text} is not sensible; rates from 0 to 1 are")
+    return values
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,6 +72,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--compile-twice", action="store_true", help="build again, from the caches, for compile_s_warm")
     p.add_argument("--prefill", type=numbers, default=[], metavar="T,T", help="also time prefills of these lengths")
     p.add_argument("--rows-table", type=numbers, nargs="?", const=[1, 2, 4, 8, 16], default=[], help="time M-row steps")
+    p.add_argument(
+        "--draft", metavar="DRAFT", help="also speculate: ngram, self-int4, self-int8, a folder, or a shape[:mode]"
+    )
+    p.add_argument("--num-draft-tokens", type=draft_tokens, metavar="K", help="as generate.py's")
+    p.add_argument("--simulated-acceptance", type=rates, default=[], metavar="P,P", help="of random weights")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"))
     p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--csv", metavar="FILE", default=str(ROOT / "benchmarks" / "decode.csv"))
@@ -70,6 +85,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.checkpoint and args.mode:
         p.error("--mode goes with --shape: a checkpoint brings its own weight format")
+    if args.draft is None and (args.simulated_acceptance or args.num_draft_tokens):
+        p.error("--simulated-acceptance and --num-draft-tokens need --draft")
+    if args.checkpoint and args.simulated_acceptance:
+        p.error("--simulated-acceptance is for random weights (--shape); a checkpoint shows its own")
     if args.rows_table and (args.rows_table[0] != 1 or max(args.rows_table) > kernels.MAX_ROWS):
         p.error(f"--rows-table starts with 1 and goes to {kernels.MAX_ROWS} at most, not {args.rows_table}")
     return args
@@ -150,10 +169,20 @@ def random_prompts(engine: Engine, batch: int, length: int, seed: int) -> list[l
     return prompts.tolist()
 
 
+def heldout_prompts(engine: Engine, batch: int, length: int, seed: int) -> list[list[int]]:
+    """Passages of data/heldout.txt, other ones for every seed: real text, so that acceptance is real."""
+    text = (ROOT / "data" / "heldout.txt").read_text("utf-8")
+    starts = [(seed * batch + row) * 7919 % (len(text) - 8 * length) for row in range(batch)]
+    return [engine.encode([text[start : start + 8 * length]])[0][:length] for start in starts]
+
+
 def decode(engine: Engine, args: argparse.Namespace, seed: int) -> tuple[float, float, float]:
     """One whole generation: (seconds to the first token, decode seconds, seconds of building programs)."""
     sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k)
-    prompts = random_prompts(engine, args.batch, args.prompt_len, seed)
+    if args.draft and args.checkpoint:
+        prompts = heldout_prompts(engine, args.batch, args.prompt_len, seed)
+    else:
+        prompts = random_prompts(engine, args.batch, args.prompt_len, seed)
     list(engine.generate(prompts, sampling, max_new_tokens=args.new_tokens, ignore_eos=True, seed=seed))
     if engine.stats.decode_steps != args.new_tokens - 1:
         raise ValueError(f"{args.prompt_len} + {args.new_tokens} tokens do not fit the model's context")
@@ -190,6 +219,54 @@ def measure_decode(engine: Engine, args: argparse.Namespace, bandwidth: float, s
         "first_token_s": first_token_s,
         "peak_memory_gb": memory / 1e9,
     }
+
+
+def drafter(engine: Engine, args: argparse.Namespace) -> Engine | None:
+    """--draft as an engine; None for prompt lookup."""
+    if args.draft == "ngram":
+        return None
+    if args.draft in ("self-int4", "self-int8"):
+        copy = checkpoint.quantized_copy(engine.model, int(args.draft[-1]))
+        return Engine(copy, engine.tokenizer, use_kernels=engine.use_kernels, compile=args.compile)
+    name, _, mode = args.draft.partition(":")
+    other = {"checkpoint": args.draft} if args.checkpoint else {"shape": name, "mode": mode or args.mode}
+    if not args.checkpoint and mode not in ("", *BITS):
+        raise ValueError(f"--draft {args.draft}: the mode is one of {', '.join(BITS)}")
+    return build(argparse.Namespace(**(vars(args) | other)), engine.device)
+
+
+def measure_speculation(engine: Engine, args: argparse.Namespace, plain: dict[str, Any]) -> list[dict[str, Any]]:
+    """Decoding with drafts, for every rate of acceptance; without simulation, at the real one.
+
+    ideal is the speed-up that E tokens a round give at no overhead, E t / (K d + t), with milliseconds t and d of one
+    row of target and draft as plain decoding takes them, in this run; ideal_bytes the same with the bytes they read.
+    """
+    draft, out = drafter(engine, args), []
+    draft_ms, t = 0.0, plain["tpot_ms"]
+    if draft is not None:
+        decode(draft, args, seed=1)
+        runs = [decode(draft, args, seed)[1] for seed in range(2, 2 + args.repeats)]
+        draft_ms = 1e3 * statistics.median(runs) / draft.stats.decode_steps
+    for rate in args.simulated_acceptance or [None]:
+        engine.speculate(draft, args.num_draft_tokens)
+        assert (speculation := engine.speculation) is not None
+        speculation.simulated, times, rounds = rate, [], []
+        for seed in range(1, 2 + args.repeats):  # the first one warms up
+            times.append(decode(engine, args, seed)[1] / engine.stats.decode_steps)
+            rounds += speculation.book if seed > 1 else []
+        parts = dict(zip(("round_draft_ms", "round_verify_ms", "round_other_ms"), speculation.round_ms()))
+        speculation.book = rounds
+        K, mean = args.num_draft_tokens, speculation.acceptance()[1]
+        E = mean + 1 if rate is None else sum(rate**i for i in range((K or 0) + 1))
+        work = draft.stats.bytes_per_step / engine.stats.bytes_per_step if draft else 0.0
+        speed = t / (1e3 * statistics.median(times[1:]))
+        row = {"draft": args.draft, "num_draft_tokens": K or "auto", "acceptance": "real" if rate is None else rate}
+        row |= {"batch": args.batch, "prompt_len": args.prompt_len, "temperature": args.temperature}
+        row |= {"mean_accepted": mean, "tok_s": args.batch * 1e3 * speed / t, "plain_ms": t, "draft_ms": draft_ms}
+        row |= {"speedup": speed, "ideal": E * t / (K * draft_ms + t) if K else None}
+        row |= {"efficiency": speed / row["ideal"] if K else None, "ideal_bytes": E / (K * work + 1) if K else None}
+        out.append(row | parts)
+    return out
 
 
 def prefill_flops(engine: Engine, T: int) -> float:
@@ -302,7 +379,7 @@ def report(args: argparse.Namespace, setting: dict[str, Any], decoded: dict[str,
         print(f"{key:>16}  {'-' if value is None else value}")
     for rows in tables.values():
         for row in [dict(zip(rows[0], rows[0])), *rows]:
-            print(" ".join(f"{value:>14}" for value in row.values()))
+            print(" ".join(f"{'-' if value is None else value:>14}" for value in row.values()))
     files = {args.csv: [decoded]} | {Path(args.csv).with_name(f"{name}.csv"): rows for name, rows in tables.items()}
     for path, rows in [] if args.no_csv else files.items():
         append_csv(Path(path), [setting | row for row in rows])
@@ -324,6 +401,8 @@ def measure(args: argparse.Namespace) -> None:
     engine = build(args, device)
     decoded = measure_decode(engine, args, bandwidth, spent)
     tables = {"rows": measure_rows(engine, args)} if args.rows_table else {}
+    if args.draft:
+        tables["speculative"] = measure_speculation(engine, args, decoded)
     if args.prefill:
         tables["prefill"] = measure_prefill(engine, args)
         decoded |= {key: tables["prefill"][-1][key] for key in ("prefill_tok_s", "mfu")}

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import benchmark
 
 import checkpoint
-from generate import Engine, Ids
+from generate import DEFAULT_CHECKPOINT, Engine, Ids
 
 QUICK = ["--shape", "tiny", "--device", "cpu", "--no-compile", "--new-tokens", "9", "--repeats", "1"]
 FIELDS = (
@@ -103,6 +103,11 @@ def test_prompts_never_repeat():
         ([*QUICK, "--prompt-len", "1020"], "context"),
         ([*QUICK, "--temperature", "-1"], "temperature is -1"),
         ([*QUICK, "--rows-table", "2,4"], "starts with 1"),
+        ([*QUICK, "--simulated-acceptance", "0.5"], "need --draft"),
+        ([*QUICK, "--draft", "ngram", "--simulated-acceptance", "0.5,1.5"], "0.5,1.5"),
+        (["--checkpoint", "x", "--draft", "ngram", "--simulated-acceptance", "0.5"], "random weights"),
+        ([*QUICK, "--draft", "tiny:int3"], "tiny:int3"),
+        ([*QUICK, "--draft", "llama-2"], "llama-2"),
         ([*QUICK, "--rows-table", "1,17"], "16 at most"),
         ([*QUICK, "--prefill", "4096", "--no-csv"], "context"),
     ],
@@ -115,6 +120,41 @@ def test_bad_input_is_one_line(argv, needle, capsys):
     err = capsys.readouterr().err
     assert status == 2
     assert err.startswith("benchmark.py: error: ") and err.count("\n") == 1 and needle in err
+
+
+@pytest.mark.parametrize("draft", ["tiny:int8", "self-int8", "ngram"])
+def test_simulated_acceptance(draft, capsys, tmp_path):
+    """Tokens a round are what the rate says, and the ideal is (tokens a round) x t / (K d + t)."""
+    path = tmp_path / "d.csv"
+    argv = [*QUICK, "--new-tokens", "200", "--draft", draft, "--num-draft-tokens", "3", "--csv", str(path)]
+    assert benchmark.main([*argv, "--simulated-acceptance", "0,0.5,1"]) == 0
+    result = last_line(capsys)
+    rows = result["speculative"]
+    assert [row["acceptance"] for row in rows] == [0, 0.5, 1]
+    assert rows[0]["mean_accepted"] == 0
+    assert rows[1]["mean_accepted"] == pytest.approx(0.875, abs=0.45)
+    assert rows[2]["mean_accepted"] == 3
+    for row, tokens in zip(rows, (1, 1.875, 4)):
+        assert row["ideal"] == pytest.approx(
+            tokens * row["plain_ms"] / (3 * row["draft_ms"] + row["plain_ms"]), rel=1e-3
+        )
+        assert row["efficiency"] == pytest.approx(row["speedup"] / row["ideal"], rel=1e-3)
+        assert row["tok_s"] == pytest.approx(1e3 * row["speedup"] / row["plain_ms"], rel=1e-3)
+        assert (row["draft_ms"] == 0) == (draft == "ngram")
+        assert row["ideal_bytes"] == pytest.approx(tokens, rel=1e-3) or draft != "ngram"
+    assert len(list(csv.DictReader((tmp_path / "speculative.csv").open()))) == 3
+
+
+@pytest.mark.skipif(not DEFAULT_CHECKPOINT.is_dir(), reason="needs the embedded checkpoints")
+def test_speculation_on_held_out_text(capsys):
+    argv = ["--checkpoint", str(DEFAULT_CHECKPOINT), "--device", "cpu", "--no-compile", "--no-csv", "--repeats", "2"]
+    assert benchmark.main([*argv, "--new-tokens", "40", "--draft", f"{DEFAULT_CHECKPOINT}-draft"]) == 0
+    [row] = last_line(capsys)["speculative"]
+    assert (row["acceptance"], row["num_draft_tokens"], row["ideal"]) == ("real", "auto", None)
+    engine = Engine.load(device="cpu")
+    prompts = [benchmark.heldout_prompts(engine, 2, 20, seed) for seed in (1, 2)]
+    assert len({tuple(row) for batch in prompts for row in batch}) == 4
+    assert all(len(row) == 20 for batch in prompts for row in batch)
 
 
 def test_another_header_is_not_overwritten(tmp_path, capsys):
