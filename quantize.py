@@ -386,16 +386,16 @@ def alive(pid: int) -> bool:
     return True
 
 
-def text_rows(file: Path, tokenizer: Tokenizer, config: ModelConfig, rows: int, length: int) -> Tensor:
+def text_rows(file: Path, tokenizer: Tokenizer, config: ModelConfig, rows: int, length: int, least: int = 1) -> Tensor:
     """int64 [<= rows, length] of a text: tokenized whole, cut into pieces that follow BOS, taken evenly from it."""
     bos, ids = tokenizer.encode("")[:1], tokenizer.encode(file.read_text("utf-8"), bos=False)
     step = length - len(bos)
     pieces = torch.tensor(ids[: len(ids) // step * step], dtype=torch.int64).view(-1, step)
-    rows, least = min(rows, len(pieces)), max(512, config.hidden_size)
+    rows = min(rows, len(pieces))
     if rows * step < least:
         raise ValueError(
-            f"{file} gives {len(ids)} tokens, {rows * step} in {rows} rows of {length}: at least {least} are needed to "
-            "know this model's activations; use a longer text, more --rows or a smaller --row-length"
+            f"{file} gives {len(ids)} tokens, {rows * step} in {rows} rows of {length}: at least {least} are needed; "
+            "use a longer text, more rows of it, or a smaller --row-length"
         )
     if int(pieces.max()) >= config.vocab_size:
         raise ValueError(f"the tokenizer gives id {int(pieces.max())} to a model with vocab_size {config.vocab_size}")
@@ -484,8 +484,11 @@ def quantize(
     config, tokenizer, weights = config_from_hf(hf), Tokenizer.from_folder(folder), Weights(folder, device)
     targets, plain = plan(empty(config), settings)
     length = min(calibration[2], config.max_position_embeddings)
-    rows = text_rows(calibration[0], tokenizer, config, calibration[1], length)
-    held = text_rows(heldout[0], tokenizer, config, heldout[1] // length, length) if heldout[1] else rows[:0]
+    least = max(512, config.hidden_size)  # with fewer tokens than inputs, most of a Hessian is guesswork
+    rows = text_rows(calibration[0], tokenizer, config, calibration[1], length, least)
+    held = rows[:0]
+    if heldout[1]:
+        held = text_rows(heldout[0], tokenizer, config, max(1, heldout[1] // length), length)
     tqdm.write(f"calibration: {rows.numel()} tokens in {len(rows)} rows of {length}; held-out: {held.numel()} tokens")
     tqdm.write(f"{'relative errors of':32}{'':18}{'weight':>11}{'output RTN':>11}{settings.mode:>11}  seconds")
     dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint_dtype(hf))

@@ -224,6 +224,15 @@ def test_evaluate_agrees(tiny, text, tmp_path, capsys):
     assert int(found[2]) == report["heldout_tokens"] * 127 // 128
 
 
+def test_heldout_may_be_one_row_but_not_none(tiny, text, tmp_path, capsys):
+    report = run(tiny, tmp_path / "out", text, "int8", "--heldout-tokens", "100")
+    assert report["heldout_tokens"] == 128 and report["perplexity_after"] > 1
+    (tmp_path / "short.txt").write_text("Once")
+    capsys.readouterr()
+    argv = arguments(tiny, tmp_path / "no", text, "int8", "--heldout", str(tmp_path / "short.txt"))
+    fails(capsys, argv, "short.txt gives 4 tokens", "at least 1 are needed")
+
+
 def test_heldout_can_be_left_out(tiny, text, tmp_path, capsys):
     report = run(tiny, tmp_path / "out", text, "int8", "--heldout-tokens", "0")
     assert report["perplexity_before"] is None and "perplexity" not in capsys.readouterr().out
