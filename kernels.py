@@ -32,6 +32,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result  # a question to the driver has no place in a graph
 def supported(device: torch.device) -> bool:
     """Whether the Triton kernels run on this device; elsewhere `linear` and `decode_attention` are their twins."""
     if triton is None:
@@ -171,7 +172,7 @@ if triton is not None:
     def _pair(
         words: tl.tensor, i: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
     ) -> tl.tensor:
-        """Two weights of every int32 word -> [..., 2] in `dtype`: 16 bit both; int8 bytes 2 i, + 1; int4 nibbles i, + 4.
+        """Two weights of every int32 word -> [..., 2] in `dtype`: both; int8 bytes 2 i, 2 i + 1; int4 nibbles i, i + 4.
 
         Integers take three or four instructions a pair: in the low mantissa bits of 128 (bf16) or 1024 (fp16) a number
         u reads 128 + u or 1024 + u, and one packed multiply-add takes the offset off, exactly (Kim et al. 2022).
@@ -211,8 +212,8 @@ if triton is not None:
     ) -> tl.tensor:  # fmt: skip
         """A chunk: 64 bytes of every row of the tiles, as int32 [4 t, 8 g, WARPS, TILES, 2 h, 4 words].
 
-        base points at tile 0, h = 0 for [4, 8, WARPS, 1, 1, 1]; Triton deals lanes, then warps, to the axes in this order,
-        after the last one. The other axes are constants, added last: immediate offsets of one address.
+        base points at tile 0, h = 0 for [4, 8, WARPS, 1, 1, 1]; Triton deals lanes, then warps, to the axes in this
+        order, after the last one. The other axes are constants, added last: immediate offsets of one address.
         """
         tiles = tl.arange(0, TILES)[:, None, None] * TILE_PITCH
         where = base + (tiles + tl.arange(0, 2)[:, None] * HALF_PITCH + tl.arange(0, 4))[None, None, None]
@@ -223,7 +224,7 @@ if triton is not None:
     @triton.jit
     def _load_scales(base: tl.tensor, k: tl.tensor, valid: tl.tensor, K: tl.constexpr, GROUP: tl.constexpr,
                      PARTS: tl.constexpr) -> tl.tensor:  # fmt: skip
-        """The groups' scales (or zeros) of a chunk at k [WARPS, 1, 1, 1]: [4 t (all equal), 8 g, WARPS, TILES, 2 h, PARTS]."""
+        """The groups' scales (or zeros) of a chunk at k: [4 t (all equal), 8 g, WARPS, TILES, 2 h, PARTS]."""
         k = k + tl.arange(0, PARTS) * (128 // PARTS)
         return tl.load(base + k // GROUP, valid & (k < K), 0)
 
@@ -339,7 +340,7 @@ if triton is not None:
         here = row < N
         left = tl.where(here, K - w - t * (CHUNK // 4), 0)  # of k, for a lane
         lane = w_ptr + (start + g).to(tl.int64) * PITCH + (w * BITS // 32 + t * 4)
-        words, scales = (), ()
+        words, scales = tl.tuple([]), tl.tuple([])
         for c in tl.static_range(CHUNKS):
             words = words + (
                 _load_weights(lane + c * 16, left - c * CHUNK, True, NEXT * PITCH, HALF * PITCH, TILES, EVEN),
@@ -349,11 +350,8 @@ if triton is not None:
         if (
             PDL
         ):  # the first weights are on their way; activations are there after the wait; then the next kernel may start
-            if PDL == 2:
-                gdc_launch_dependents()
             gdc_wait()
-            if PDL == 1:
-                gdc_launch_dependents()
+            gdc_launch_dependents()
         E: tl.constexpr = CHUNK // 4 if BITS > 4 else 8  # k in a row of a lane
         n = tl.arange(0, ROWS // 8)[:, None, None] * 8 + tl.arange(0, 8)[:, None, None, None, None, None]
         k = w[:, None] + tl.arange(0, 4)[:, None, None, None, None, None, None] * E
@@ -361,7 +359,7 @@ if triton is not None:
         x_lane = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (n * K + k) // 2
         if norm_ptr is not None:
             norm_lane = norm_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (n * 0 + k) // 2
-        x, gains = (), ()
+        x, gains = tl.tuple([]), tl.tuple([])
         for c in tl.static_range(CHUNKS):
             x = x + (_load_rows(x_lane + c * CHUNK // 2, K - k - c * CHUNK, known, BITS, ROWS, EVEN),)
             if norm_ptr is not None:
@@ -371,7 +369,7 @@ if triton is not None:
         acc = tl.zeros([WARPS, TILES * 16, ROWS], tl.float32)
         for it in range(PIECES):
             now, now_x, now_gains, now_scales = words, x, gains, scales
-            words, x, gains, scales = (), (), (), ()
+            words, x, gains, scales = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
             first = (it + 1) * PIECE
             more = it + 1 < PIECES
             for c in tl.static_range(CHUNKS):
@@ -417,15 +415,22 @@ if triton is not None:
         tl.store(out_ptr + m * OUT + r, y.to(dtype), valid)
 
 
-def _tile(bits: int, n: int, k: int, rows: int) -> tuple[int, int, int]:
-    """(16-row tiles, chunks, warps) of `_linear_kernel` for a matrix: a choice, measured on one H200 (NOTES.md)."""
-    chunk = 512 // bits
-    tiles, chunks, warps = 1, 4 if bits == 16 else 2, 4
-    while warps > 1 and warps * chunks * chunk > k:
+def _tile(bits: int, k: int, rows: int) -> tuple[int, int, int]:
+    """(16-row tiles, chunks, warps) of `_linear_kernel`: 32 KB on their way to every program, 16 KB for many rows.
+
+    One multiprocessor of an H200 needs about 64 KB on their way to run at the speed of the memory (NOTES.md). More
+    chunks for more rows would not fit its registers, nor would more tiles.
+    """
+    chunks, warps = 4, 8
+    if bits < 16 and rows > 8:  # registers
+        chunks = bits // 4
+    elif bits == 4 and k > warps * chunks * 128:  # more than one piece: the next one needs registers, too
+        chunks = 2
+    while warps > 1 and warps * chunks * 512 // bits > k:
         warps //= 2
-    while chunks > 1 and warps * chunks * chunk > k:
+    while chunks > 1 and chunks * 512 // bits > k:
         chunks //= 2
-    return tiles, chunks, warps
+    return 1, chunks, warps
 
 
 def _group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:
@@ -457,16 +462,18 @@ def _linear(
     experts: Tensor | None,
 ) -> Tensor:
     rows, k = x.shape
+    x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
     bits = {torch.int32: 4, torch.int8: 8}.get(weight.dtype, 16)
     n = weight.shape[-2]
     n_out = n // 2 if silu_mul else n
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
-    tiles, chunks, warps = _tile(bits, n, k, rows)
+    tiles, chunks, warps = _tile(bits, k, 1 if experts is not None else rows)
     grid = (triton.cdiv(n_out, tiles * (8 if silu_mul else 16)), 1 if experts is None else rows)
+    row_block = 1 if experts is not None else triton.next_power_of_2(rows)
     _linear_kernel[grid](
         x, weight.view(torch.int32), scale, zero, bias, norm_weight, residual, experts, out, rows, eps, n, k,
-        _group_size(weight, scale, k), bits, silu_mul, 1 if experts is not None else triton.next_power_of_2(rows), tiles,
-        chunks, warps, **_launch(x.device, warps),
+        _group_size(weight, scale, k), bits, silu_mul, row_block, tiles, chunks, warps,
+        **_launch(x.device, warps, 128 if bits < 16 else None),
     )  # fmt: skip
     return out
 
@@ -479,12 +486,12 @@ def _linear_shape(
     return x.new_empty(x.shape[0], weight.shape[-2] // (2 if silu_mul else 1))
 
 
-def _launch(device: torch.device, warps: int) -> dict[str, bool | int]:
+def _launch(device: torch.device, warps: int, registers: int | None = None) -> dict[str, bool | int | None]:
     """Launch options: programmatic dependent launch from sm90 on, inline assembly wherever there is a GPU."""
     if interpreted():
         return {"PDL": False, "ASM": False, "num_warps": warps}
     pdl = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": pdl, "ASM": True, "num_warps": warps, "num_stages": 1, "launch_pdl": pdl}
+    return {"PDL": pdl, "ASM": True, "num_warps": warps, "num_stages": 1, "launch_pdl": pdl, "maxnreg": registers}
 
 
 def linear(
@@ -571,7 +578,7 @@ if triton is not None:
         KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
         ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
-        """One split of the prefix for 16 rows (query heads x tokens) of one KV head; every warp walks slots of its own."""
+        """One split of the prefix for 16 rows (query heads x tokens) of one KV head; every warp walks its own slots."""
         dtype: tl.constexpr = qkv_ptr.dtype.element_ty
         GROUP: tl.constexpr = HEADS // KV_HEADS
         STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
@@ -680,9 +687,9 @@ if triton is not None:
         tl.store(out_ptr + (token * HEADS + head) * DIM + d, out.to(out_ptr.dtype.element_ty), d < DIM)
 
 
-def _splits(heads: int, slots: int) -> tuple[int, int]:
-    """(warps, splits of the prefix) of `_attention_kernel`: a choice, measured on one H200, benchmarks/NOTES.md."""
-    return 8, max(1, min(triton.cdiv(132, heads), triton.cdiv(slots, 512), 64))
+def _splits(heads: int, slots: int) -> int:
+    """Into how many programs the prefix of every KV head is split: a choice, measured on one H200 (NOTES.md)."""
+    return max(1, min(triton.cdiv(264, heads), slots // 512))
 
 
 @torch.library.custom_op("decode::attention", mutates_args=("k_cache", "v_cache"))
@@ -700,10 +707,12 @@ def _attention(
 ) -> Tensor:
     b, t = positions.shape
     kv_heads, slots, dim = k_cache.shape[1:]
+    assert k_cache.is_contiguous() and v_cache.is_contiguous()
+    qkv = qkv.contiguous()
     heads = qkv.shape[1] // dim - 2 * kv_heads
     width = max(64, triton.next_power_of_2(dim))
     rows = triton.cdiv(t * heads // kv_heads, 16) * 16
-    warps, splits = _splits(b * kv_heads, slots)
+    warps, splits = 4, _splits(b * kv_heads, slots)
     out = torch.empty(b * t, heads * dim, dtype=qkv.dtype, device=qkv.device)
     part = None
     if splits > 1:

@@ -32,7 +32,7 @@ def relative_error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.mark.parametrize("shape", [(16, 64), (3, 48, 192), (2, 2, 16, 128)])
+@pytest.mark.parametrize("shape", [(16, 128), (3, 7, 256), (2, 2, 16, 384)])
 def test_int4_packing_round_trip(shape):
     q = torch.randint(-8, 8, shape, dtype=torch.int8)
     packed = kernels.pack_int4(q)
@@ -43,9 +43,9 @@ def test_int4_packing_round_trip(shape):
 def test_int4_packing_pads_with_zeros():
     q = torch.randint(-8, 8, (40, 96), dtype=torch.int8)
     wide = kernels.unpack_int4(kernels.pack_int4(q))
-    assert wide.shape == (48, 128)
-    assert torch.equal(wide[:40, :96], q)
-    assert wide.int().abs().sum() == q.int().abs().sum()
+    assert wide.shape == (40, 128)
+    assert torch.equal(wide[:, :96], q)
+    assert not wide[:, 96:].any()
 
 
 def make_linear(fmt, m, n, k, dtype, experts=0, seed=0):
@@ -106,15 +106,17 @@ def test_linear_twin_is_the_formula(fmt, extra):
     check_linear(kernels.linear_reference, fmt, 5, 64, 256, torch.float32, "cpu", 1e-5, **extra)
 
 
-SHAPES = [(1, 64, 256), (3, 48, 1152), (9, 96, 640), (16, 32, 2176), (8, 40, 384)]
+SHAPES = [(1, 64, 256), (3, 48, 1152), (9, 32, 640), (16, 32, 2176), (8, 40, 384), (2, 16, 4352)]
+CASES = [(fmt, i) for i in range(len(SHAPES)) for fmt in FORMATS]
+if kernels.interpreted():  # slow: half of them, a checkerboard
+    CASES = [(fmt, i) for fmt, i in CASES if (FORMATS.index(fmt) + i) % 2]
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("shape", range(len(SHAPES)))
+@pytest.mark.parametrize("fmt, shape", CASES)
 def test_linear_equals_twin(dtype, fmt, shape):
-    (m, n, k), extra = SHAPES[shape], EXTRAS[(shape + FORMATS.index(fmt)) % len(EXTRAS)]
+    (m, n, k), extra = SHAPES[shape], EXTRAS[(shape // 2 + FORMATS.index(fmt)) % len(EXTRAS)]
     bound = 8e-3 if dtype == torch.bfloat16 else 2e-3
     check_linear(kernels.linear, fmt, m, n, k, dtype, DEVICE, bound, **extra)
 
@@ -195,3 +197,28 @@ def test_attention_equals_twin(dtype, case):
         (args[4] != wanted_args[4].to(dtype)).any(-1).any(1).nonzero()
     )  # rounding may differ, but only in new slots
     assert all(first[i] <= slot < first[i] + t for i, slot in changed.tolist())
+
+
+@needs_kernels
+def test_operators_survive_compilation_and_equals_twin():
+    """One graph, no breaks, caches changed in place; shapes and schemas hold for fake tensors."""
+    x, w = torch.randn(2, 256, device=DEVICE).half(), torch.randn(32, 256, device=DEVICE).half()
+    gain = torch.rand(256, device=DEVICE).half()
+    qkv, cos, sin, positions, k_cache, v_cache, _, _ = (
+        t if t is None else t.to(DEVICE) for t in make_attention(1, 2, 4, 2, 64, 128, [5], torch.float16, False)
+    )
+
+    def step(x, qkv, k_cache, v_cache):
+        y = kernels.linear(x, w, norm_weight=gain, eps=1e-5)
+        return y * 2, kernels.decode_attention(qkv, cos, sin, positions, k_cache, v_cache) + 1
+
+    copies = k_cache.clone(), v_cache.clone()
+    wanted = step(x, qkv, *copies)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, qkv, k_cache, v_cache)
+    assert all(torch.equal(a, b) for a, b in zip((*got, k_cache, v_cache), (*wanted, *copies)))
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.decode.linear.default, (x, w, *[None] * 4, 0.0, None, False, None), test_utils=utils
+    )
+    args = (qkv, cos, sin, positions, k_cache, v_cache, None, None, 0.0, 0)
+    torch.library.opcheck(torch.ops.decode.attention.default, args, test_utils=utils)
