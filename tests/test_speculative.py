@@ -4,8 +4,11 @@ import copy
 import io
 import itertools
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from generate import DEFAULT_CHECKPOINT, Engine, Ids
 from sampling import SamplingParams, distribution, draw
 from speculative import CHOICES, DRAFT, Chooser, Speculation, accept, lookup, spread
 
+ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(temperature=0.0)
 OPTIONS = {  # every sampling option, and all at once
     "temperature": SamplingParams(1.3, 0),
@@ -402,6 +406,57 @@ def test_a_chat_prefills_only_the_rest_in_both_caches():
     assert calls[-1] == (5, 2)
 
 
+def test_with_kernels_only_what_follows_the_models_is_compiled(monkeypatch):
+    """The way a GPU takes, here on the kernels' twins."""
+    names, real = [], Engine.compiled
+    monkeypatch.setattr(Engine, "compiled", lambda self, fn, *a: names.append(fn.__name__) or real(self, fn, *a))
+    torch.manual_seed(4)
+    model = peaked(4, 40)
+    for module in model.modules():
+        if hasattr(module, "use_kernels"):
+            module.use_kernels = True
+    wanted = run(Engine(model, Ids(40), use_kernels=True), [[1, 2, 3, 1], [2]], n=60)
+    names.clear()
+    engine = engine_of(model, "model", 3, use_kernels=True, compile=True)
+    assert run(engine, [[1, 2, 3, 1], [2]], n=60) == wanted
+    assert both(engine)
+    assert sorted(names) == ["pick", "settle"]
+
+
+GROUP = [("self-int8", 3), ("self-int8", None), ("ngram", 2), ("ngram", None)]
+
+
+def every_drafter(folder: str) -> list[list[list[int]]]:
+    out = []
+    for draft, k in GROUP:
+        engine = Engine.load(folder, device="cpu", draft=draft, num_draft_tokens=k)
+        out.append(run(engine, [[1, 2, 3], [4]], n=40))
+        if k:
+            out.append(run(engine, [[1, 2, 3], [4]], OPTIONS["all"], n=40, seed=2))
+    return out
+
+
+def test_two_ranks_say_what_one_does(tiny, tmp_path):
+    """`auto` included: the ranks choose alike, or the group would hang."""
+    folder, _ = tiny("llama", vocab_size=VOCAB + 1, num_attention_heads=8, num_key_value_heads=4)
+    add_tokenizer(folder)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests"))
+    done = subprocess.run(
+        [sys.executable, *launch, __file__, str(folder), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    alone = every_drafter(str(folder))
+    del first[1], alone[1]  # sampled with self-int8: each rank rounds its own columns, so the draft is another one
+    assert first == alone
+
+
 # -- how many to draft ----------------
 
 
@@ -565,3 +620,8 @@ def test_command_reports_a_damaged_target_in_one_line(call, tmp_path):
     text = recital(tmp_path / "b", "abcdefgh")
     _, err = call("--checkpoint", folder, "--draft", text, "--temperature", 0, status=2)
     assert err.count("\n") == 1 and "not finite" in err
+
+
+if __name__ == "__main__":
+    answers = every_drafter(sys.argv[1])
+    write_json(Path(sys.argv[2]) / f"{os.environ['RANK']}.json", answers)
