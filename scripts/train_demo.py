@@ -78,8 +78,8 @@ def recipes(size: str) -> tuple[Recipe, Recipe]:
         target, draft = llama(384, 1024, 4, 6, 2), llama(128, 512, 2, 2, 1)
         return Recipe(target, 30, 3e-3, dropout=0.15, weight_decay=0.3, batch=16), Recipe(draft, 30, 5e-3)
     target, draft = llama(1024, 3072, 24, 16, 4), llama(512, 1536, 6, 8, 2)  # 294 M and 20 M
-    return (Recipe(target, 10, 5e-4, dropout=0.15, weight_decay=0.3, batch=8, minutes=6.0),
-            Recipe(draft, 10, 1.5e-3, batch=16, minutes=2.0))  # fmt: skip
+    return (Recipe(target, 6, 5e-4, dropout=0.1, weight_decay=0.3, batch=8, minutes=3.4),
+            Recipe(draft, 6, 1.5e-3, batch=16, minutes=0.9))  # fmt: skip
 
 
 def replacing(path: Path, write: Callable[[Path], object]) -> None:
