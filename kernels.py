@@ -366,6 +366,18 @@ if triton is not None:
                 gains = gains + (_load_rows(norm_lane + c * CHUNK // 2, K - k - c * CHUNK, known, BITS, ROWS, EVEN),)
         if norm_ptr is not None:
             norm = _inverse_rms(x_ptr, rows, eps, K, M, ROWS)
+        # what comes last is loaded now: at the end, every program would wait for the memory once more
+        r = tl.arange(0, TILES * 16)
+        r = start + r // 16 * NEXT + r // 8 % 2 * HALF + r % 8
+        if BITS < 16 and not GROUPED:
+            late = tl.load(scale_ptr + r, r < N, 0)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + r, r < N, 0)
+        r = start + tl.arange(0, BLOCK)[:, None]
+        m = tl.arange(0, ROWS)
+        valid = (r < OUT) & (m < rows)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + m * OUT + r, valid, 0)
         acc = tl.zeros([WARPS, TILES * 16, ROWS], tl.float32)
         for it in range(PIECES):
             now, now_x, now_gains, now_scales = words, x, gains, scales
@@ -396,22 +408,17 @@ if triton is not None:
                 else:
                     acc = _dot(a, b, acc, ASM)
         y = tl.sum(acc, 0)
-        r = tl.arange(0, TILES * 16)
-        r = start + r // 16 * NEXT + r // 8 % 2 * HALF + r % 8
         if norm_ptr is not None:
             y *= norm
         if BITS < 16 and not GROUPED:
-            y *= tl.load(scale_ptr + r, r < N, 0).to(tl.float32)[:, None]
+            y *= late.to(tl.float32)[:, None]
         if bias_ptr is not None:
-            y += tl.load(bias_ptr + r, r < N, 0).to(tl.float32)[:, None]
+            y += bias.to(tl.float32)[:, None]
         if SILU:
             gate, up = tl.split(y.reshape(TILES, 2, 8, ROWS).permute(0, 2, 3, 1))
             y = (gate / (1 + tl.exp(-gate)) * up).reshape(BLOCK, ROWS)
-        r = start + tl.arange(0, BLOCK)[:, None]
-        m = tl.arange(0, ROWS)
-        valid = (r < OUT) & (m < rows)
         if residual_ptr is not None:
-            y += tl.load(residual_ptr + m * OUT + r, valid, 0).to(tl.float32)
+            y += residual.to(tl.float32)
         tl.store(out_ptr + m * OUT + r, y.to(dtype), valid)
 
 
