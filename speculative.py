@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from sampling import Structure, distribution, draw, sample, uniform
 
 Program = Callable[[], None]
+Programs = tuple[list[Program], dict[int, Program]]  # drafts, and a verification for each K
 ACCEPT, RESAMPLE, DRAFT = 1, 2, 3  # streams of randomness; 0 is plain decoding's
 CHOICES = (0, 1, 2, 3, 4, 6, 8, 12)  # what `auto` chooses from: one captured verification each
 
@@ -123,12 +124,12 @@ class Speculation:
     """
 
     def __init__(self, target: Any, draft: Any | None, num_draft_tokens: int | None) -> None:  # noqa: ANN401
-        self.target, self.draft = target, draft
+        self.target, self.draft, self.vocab = target, draft, target.model.config.vocab_size
         self.simulated: float | None = None
         self.choices = CHOICES if num_draft_tokens is None else (num_draft_tokens,)
         self.margin = max(self.choices) + 2  # slots behind the last token kept that rounds may write to
         self.owner: tuple[Any, ...] = ()  # what the programs were built for
-        self.programs: dict[tuple[int, Structure], tuple[list[Program], dict[int, Program]]] = {}
+        self.programs: dict[tuple[int, Structure], Programs] = {}
         self.costs: dict[Structure, dict[int, tuple[float, float]]] = {}  # K -> milliseconds of draft and of verify
         self.ids: list[list[int]] = []  # per row: prompt and everything emitted
         self.draft_knows = 0  # slots of the draft's cache that are right in every row
@@ -144,10 +145,11 @@ class Speculation:
         owner = (target.state, draft and draft.state, self.simulated)
         if owner != self.owner:
             self.owner, self.programs, self.costs, self.draft_knows = owner, {}, {}, 0
+            most = max(self.choices)
             self.history = torch.zeros((B, S), dtype=torch.int64, device=target.device)
-            self.log = torch.zeros((B, max(self.choices) + 2), dtype=torch.int64, device=target.device)
-            rows = max(self.choices) if draft else 0
-            self.q = torch.zeros((B, rows, target.model.config.vocab_size), device=target.device)
+            self.log = torch.zeros((B, most + 2), dtype=torch.int64, device=target.device)
+            self.q = torch.zeros((B, most if draft else 0, self.vocab), device=target.device)
+            self.offsets = torch.arange(-1, most + 1, device=target.device)  # kept: captured graphs read them
         self.last = longest + limit - 1
         already = stats.compile_s
         for end in sorted({target.attended(p) for p in range(longest, longest + limit)}):
@@ -174,13 +176,10 @@ class Speculation:
             times.append(1e3 * (time.perf_counter() - began))
         return min(times)
 
-    def _programs(self, end: int, structure: Structure) -> tuple[list[Program], dict[int, Program]]:
-        """Over `end` slots: the programs that draft (a model: the first token, and each later one; lookup: all tokens),
-        and one verification for each K.
-        """
+    def _programs(self, end: int, structure: Structure) -> Programs:
+        """Over `end` slots. Drafts: a model's first token, and each later one; of lookup: all tokens at once."""
         if (end, structure) not in self.programs:
-            offsets = torch.arange(-1, max(self.choices) + 1, device=self.target.device)
-            propose, verify = self._propose(end, structure), self._verify(end, structure)
+            offsets, propose, verify = self.offsets, self._propose(end, structure), self._verify(end, structure)
             # two rows first: after a run accepted to its end, the draft has not seen the last token but one
             drafts = [partial(propose, offsets[:2]), partial(propose, offsets[1:2])][: 2 if self.draft else 1]
             checks = [partial(verify, offsets[1 : K + 2]) for K in self.choices]
@@ -196,11 +195,11 @@ class Speculation:
 
     def _propose(self, end: int, structure: Structure) -> Callable[[torch.Tensor], None]:
         draft, state, history, proposed = self.draft, self.target.state, self.history, self.q
-        V, K = self.target.model.config.vocab_size, max(self.choices)
+        V, offsets = self.vocab, self.offsets
 
-        def guess(offsets: torch.Tensor) -> None:
-            at = state.position + 1 + torch.arange(K, device=history.device)
-            history.scatter_(1, at, lookup(history, state.position, K))
+        def guess(_: torch.Tensor) -> None:
+            found = lookup(history, state.position, len(offsets) - 2)
+            history.scatter_(1, state.position + offsets[2:], found)
 
         if draft is None:
             return self.target.compiled(guess, f"guess_{end}")
@@ -224,7 +223,7 @@ class Speculation:
 
     def _verify(self, end: int, structure: Structure) -> Callable[[torch.Tensor], None]:
         target, state, history, log = self.target, self.target.state, self.history, self.log
-        model, V, last = target.model, target.model.config.vocab_size, history.shape[1] - self.margin
+        model, V, last = target.model, self.vocab, history.shape[1] - self.margin
         proposed, rate = self.q if self.draft else None, self.simulated
 
         def settle(logits: torch.Tensor, drafted: torch.Tensor, positions: torch.Tensor) -> None:
@@ -283,11 +282,27 @@ class Speculation:
         target, cuda, drafting = self.target, self.target.device.type == "cuda", False
         chooser = Chooser({K: sum(ms) for K, ms in self.costs[structure].items()})
         pending: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
+
+        def take() -> list[list[int]]:
+            """Wait for the oldest round and book it."""
+            K, host, event = pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            block = [row[1 : 1 + row[0]] for row in host.tolist()]
+            if K:
+                self.draft_knows = min(map(len, self.ids))
+            for ids, new in zip(self.ids, block):
+                ids.extend(new)
+                del ids[self.history.shape[1] - self.margin + 1 :]  # a row that has ended
+            self.book.append((K, [len(new) for new in block]))
+            chooser.observe(*self.book[-1])
+            return block
+
         while True:
             K = chooser.choose()
             if K and not drafting:
                 while pending:
-                    yield self._take(*pending.pop(0), chooser)
+                    yield take()
                 self.catch_up()
             drafting = K > 0
             position = max(map(len, self.ids)) - 1 + K + sum(k + 1 for k, _, _ in pending)
@@ -301,21 +316,7 @@ class Speculation:
                 event.record()
             pending.append((K, host, event))
             if len(pending) > cuda:
-                yield self._take(*pending.pop(0), chooser)
-
-    def _take(self, K: int, host: torch.Tensor, event: torch.cuda.Event | None, chooser: Chooser) -> list[list[int]]:
-        """Wait for a round and book it."""
-        if event is not None:
-            event.synchronize()
-        block = [row[1 : 1 + row[0]] for row in host.tolist()]
-        if K:
-            self.draft_knows = min(map(len, self.ids))
-        for ids, new in zip(self.ids, block):
-            ids.extend(new)
-            del ids[self.history.shape[1] - self.margin + 1 :]  # a row that has ended
-        self.book.append((K, [len(new) for new in block]))
-        chooser.observe(*self.book[-1])
-        return block
+                yield take()
 
     def acceptance(self) -> tuple[list[float], float]:
         """Of the last generation: how often the i-th proposal was accepted once reached; accepted by drafting round."""
