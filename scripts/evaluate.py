@@ -10,7 +10,6 @@ All perplexities are computed here, in float32 on the dequantized weights, with 
 
 import argparse
 import csv
-import json
 import math
 import shutil
 import subprocess
@@ -44,18 +43,14 @@ def perplexity(checkpoint: str, text: Path, length: int, device: str | None) -> 
     return math.exp(-float(scores.double().mean())), scores.numel()
 
 
-def ways(group_sizes: Sequence[int]) -> list[dict[str, Any]]:
+def ways() -> list[dict[str, Any]]:
     """Every row of the table: tool, mode, group size, act-order, clip search."""
-    rows: list[dict[str, Any]] = [
-        {"tool": "none", "mode": "unquantized"},
-        {"tool": "ours", "mode": "int8", "group_size": -1},
-    ]
-    for size in group_sizes:
-        rows.append({"tool": "ours", "mode": "int4", "group_size": size})
-        for act_order in (False, True):
-            base = {"mode": "int4-gptq", "group_size": size, "act_order": act_order}
-            rows += [{"tool": "llm-compressor"} | base, {"tool": "ours", "clip_search": False} | base]
-            rows.append({"tool": "ours", "clip_search": True} | base)
+    rows: list[dict[str, Any]] = [{"tool": "none", "mode": "unquantized"}]
+    rows += [{"tool": "ours", "mode": "int8", "group_size": -1}, {"tool": "ours", "mode": "int4", "group_size": 128}]
+    for act_order in (False, True):
+        base = {"mode": "int4-gptq", "group_size": 128, "act_order": act_order}
+        rows.append({"tool": "llm-compressor"} | base)
+        rows += [{"tool": "ours", "clip_search": clip_search} | base for clip_search in (False, True)]
     return rows
 
 
@@ -83,7 +78,7 @@ def table(args: argparse.Namespace) -> None:
         save_file({"rows": ids}, f"{work}/rows.safetensors")
         writer = csv.DictWriter(file, [*names, "calibration_tokens"], restval="")
         writer.writeheader()
-        for i, way in enumerate(ways(args.group_sizes)):
+        for i, way in enumerate(ways()):
             output = Path(work) / str(i)
             if way["tool"] == "none":
                 output = folder
@@ -105,7 +100,7 @@ def table(args: argparse.Namespace) -> None:
             }
             writer.writerow(row | {"calibration_tokens": ids.numel() if i else ""})
             file.flush()
-            print(json.dumps(row), flush=True)
+            print(row, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--table", type=Path, metavar="CSV", help="compare ways to quantize the first checkpoint")
     p.add_argument("--environment", type=Path, default=Path("llm-compressor"), help="its virtual environment")
     p.add_argument("--rows", type=at_least(1), default=128, help="calibration rows of the table")
-    p.add_argument("--group-sizes", type=int, nargs="+", default=[128])
     args = p.parse_args(argv)
     try:
         if args.table:
