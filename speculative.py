@@ -83,29 +83,30 @@ def lookup(history: torch.Tensor, position: torch.Tensor, K: int, longest: int =
 class Chooser:
     """`auto`: how many tokens to draft next, from costs measured once and acceptance counts alone, so that ranks agree.
 
-    costs[K]: milliseconds of a round of K drafts. Acceptance is a moving average over about the last 24 proposals.
-    Drafting spends a credit, counted in plain steps: a round costs what it takes and earns what it emits, and every
-    token adds a hundredth. So whatever the text, decoding takes at most 1% and 2 steps longer than without drafts, and
-    while drafting does not pay, what the credit allows is spent on finding out whether it does again.
+    costs[K]: milliseconds of a round of K drafts; catch_up: of resuming after rounds without. Acceptance is a moving
+    average over about the last 24 proposals. Drafting spends a credit, counted in plain steps: a round costs what it
+    takes and earns what it emits, and every token adds a hundredth. So whatever the text, decoding takes at most 1% and
+    2 steps longer than without drafts, and while drafting does not pay, what the credit allows is spent on finding out
+    whether it does again.
     """
 
-    def __init__(self, costs: dict[int, float]) -> None:
+    def __init__(self, costs: dict[int, float], catch_up: float = 0.0) -> None:
         self.least = min(costs)
+        self.catch_up = catch_up / costs[self.least]
         self.ratio = {K: cost / costs[self.least] for K, cost in costs.items()}
         self.accepted, self.tested, self.credit, self.last = 3.0, 4.0, 2.0, max(costs)
 
     def choose(self) -> int:
         a = min(self.accepted / self.tested, 0.99)
-        resume = 1 if self.last else 2  # coming back, the draft's cache must catch up
-        able = {K: r for K, r in self.ratio.items() if resume * (r - 1) <= self.credit}
+        resume = 0.0 if self.last else self.catch_up
+        able = {K: r for K, r in self.ratio.items() if not K or r - 1 + resume <= self.credit}
         # tokens per round: Leviathan et al. 2023, equation 1
         best = max(able, key=lambda K: (1 - a ** (K + 1)) / (1 - a) / able[K], default=self.least)
         if not best and len(able) > 1:
             best = min(K for K in able if K)
-        if best and not self.last:
-            self.credit -= self.ratio[best] - 1
+        self.credit -= resume if best else 0.0
         self.last = best
-        return self.last
+        return best
 
     def observe(self, K: int, emitted: Sequence[int]) -> None:
         """A round of K proposals emitted this many tokens in each row."""
@@ -280,7 +281,8 @@ class Speculation:
         """Rounds without end: yields the ids [B][1..K + 1] of each. On a GPU the host reads one behind the queue."""
         self.begin(rows, first)
         target, cuda, drafting = self.target, self.target.device.type == "cuda", False
-        chooser = Chooser({K: sum(ms) for K, ms in self.costs[structure].items()})
+        costs = self.costs[structure]
+        chooser = Chooser({K: sum(ms) for K, ms in costs.items()}, costs[1][0] if self.draft and 1 in costs else 0.0)
         pending: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
 
         def take() -> list[list[int]]:
