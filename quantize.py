@@ -259,7 +259,7 @@ def quantize_linear_(
             span = slice(start, start := start + rows)
             if wanted:
                 weight[span] = values[span]
-                part = pack(Quantized(chosen.q[span], chosen.scale[span], bits=scheme.bits), scheme)
+                part = pack(Quantized(chosen.q[span], chosen.scale[span].clone(), bits=scheme.bits), scheme)
                 tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in part.items()}
     error, output, output_rtn = (math.sqrt(sum(e * e for e in column) / len(errors)) for column in zip(*errors))
     report = {"name": target.path, "shape": list(linear.weight.shape), "tokens": sum(counts), "weight_error": error}
@@ -310,7 +310,7 @@ class Writer:
         """ValueError for a tensor with NaN or infinite values."""
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinite values: the checkpoint is damaged")
-        self.waiting[name] = tensor.to("cpu", copy=True).contiguous()
+        self.waiting[name] = tensor.cpu().contiguous()
         self.size += tensor.nbytes
         if self.size >= SHARD_BYTES:
             self.flush()
@@ -437,8 +437,10 @@ def stream(
         streams.run(block, streams.after)
         block.to_empty(device="meta")
     loader.fill_(model.norm, "norm")
-    model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.clone(), requires_grad=False)
-    if not model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    else:
+        model.embed_tokens.to_empty(device="meta")  # a large vocabulary weighs more than a block
         loader.linear("lm_head", model.lm_head)
     before = streams.perplexity(streams.before)
     quantize_(model.lm_head, "lm_head", lambda: deque(streams.head(streams.calibration), maxlen=0))
