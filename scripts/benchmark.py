@@ -260,11 +260,21 @@ def measure_speculation(engine: Engine, args: argparse.Namespace, plain: dict[st
         E = mean + 1 if rate is None else sum(rate**i for i in range((K or 0) + 1))
         work = draft.stats.bytes_per_step / engine.stats.bytes_per_step if draft else 0.0
         speed = t / (1e3 * statistics.median(times[1:]))
-        row = {"draft": args.draft, "num_draft_tokens": K or "auto", "acceptance": "real" if rate is None else rate}
-        row |= {"batch": args.batch, "prompt_len": args.prompt_len, "temperature": args.temperature}
-        row |= {"mean_accepted": mean, "tok_s": args.batch * 1e3 * speed / t, "plain_ms": t, "draft_ms": draft_ms}
-        row |= {"speedup": speed, "ideal": E * t / (K * draft_ms + t) if K else None}
-        row |= {"efficiency": speed / row["ideal"] if K else None, "ideal_bytes": E / (K * work + 1) if K else None}
+        ideal = E * t / (K * draft_ms + t) if K else None
+        row = {
+            "draft": Path(args.draft).name,
+            "num_draft_tokens": K or "auto",
+            "acceptance": "real" if rate is None else rate,
+            **{key: getattr(args, key) for key in ("batch", "prompt_len", "temperature")},
+            "mean_accepted": mean,
+            "tok_s": args.batch * 1e3 * speed / t,
+            "plain_ms": t,
+            "draft_ms": draft_ms,
+            "speedup": speed,
+            "ideal": ideal,
+            "efficiency": speed / ideal if ideal else None,
+            "ideal_bytes": E / (K * work + 1) if K else None,
+        }
         out.append(row | parts)
     return out
 
