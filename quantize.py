@@ -259,8 +259,9 @@ def quantize_linear_(
             span = slice(start, start := start + rows)
             if wanted:
                 weight[span] = values[span]
-                part = pack(Quantized(chosen.q[span], chosen.scale[span].clone(), bits=scheme.bits), scheme)
-                tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in part.items()}
+                part = pack(Quantized(chosen.q[span], chosen.scale[span], bits=scheme.bits), scheme)
+                # Copies share no storage, and made last they leave no holes in the heap, which then grew with depth.
+                tensors |= {f"{name}.{suffix}": tensor.clone() for suffix, tensor in part.items()}
     error, output, output_rtn = (math.sqrt(sum(e * e for e in column) / len(errors)) for column in zip(*errors))
     report = {"name": target.path, "shape": list(linear.weight.shape), "tokens": sum(counts), "weight_error": error}
     return report | {"output_error_rtn": output_rtn, "output_error": output, "notes": notes}, tensors
