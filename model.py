@@ -256,8 +256,9 @@ class MoE(nn.Module):
     """Sparse mixture of experts (Mixtral, Jiang et al. 2024): the router picks num_experts_per_tok experts for each
     row.
 
-    A few rows (decode) read the chosen experts' weights and no others, with shapes that do not depend on the choice;
-    many rows (prefill) go expert by expert, which needs one host synchronisation.
+    A few rows (decode) read the chosen experts' weights and no others, with shapes that do not depend on the choice.
+    The decode of many rows, which choose most experts anyway, computes every expert for all: no shape depends on the
+    choice there either, so it can be captured. A prefill goes expert by expert, which needs one host synchronisation.
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, use_kernels: bool) -> None:
@@ -274,6 +275,11 @@ class MoE(nn.Module):
         if h.shape[0] <= kernels.MAX_ROWS:
             y = self.experts(h.repeat_interleave(self.top_k, 0), chosen.flatten()).view(*chosen.shape, -1)
             y = (y * weights.unsqueeze(-1)).sum(1)
+        elif x.shape[1] <= kernels.MAX_ROWS:
+            y = torch.zeros_like(h, dtype=torch.float32)
+            for e in range(self.experts.gate_up_proj.num_experts):
+                share = (weights * (chosen == e)).sum(-1, keepdim=True)
+                y = y + torch.where(share > 0, self.experts(h, e) * share, 0.0)
         else:
             y = torch.zeros_like(h, dtype=torch.float32)
             for e in chosen.unique().tolist():
