@@ -2,8 +2,8 @@
 
     python tests/test_readme.py   # brings the generated parts (line counts, measurements) up to date
 
-A command that needs a GPU, the Hub or torchrun says so in the README (`# needs: gpu`); MARKED lists those. The others
-run here, in a copy of the project.
+A command that needs a GPU, the Hub, other packages or torchrun says so in the README (`# needs: gpu`); MARKED lists
+those. The others run here, in a copy of the project.
 """
 
 import argparse
@@ -31,6 +31,7 @@ MARKED = {  # command (its first words) -> what it needs
     "torchrun --nproc-per-node 2 generate.py": "torchrun",
     "python scripts/download.py Qwen/Qwen3-0.6B": "hub",
     "python scripts/benchmark.py --shape llama-2-7b": "gpu",
+    "python scripts/evaluate.py --table": "packages",
 }
 
 
@@ -101,13 +102,29 @@ def rows_table():
     return table(head, body, 4)
 
 
+def quantization_table():
+    """What quantizing the embedded model costs in held-out perplexity, here and by llm-compressor."""
+    rows = records("quantization.csv")
+    head = ["weights", "act-order", "clip search", "by", "perplexity", "loss"]
+    yes = {"True": "yes", "False": "no"}
+    body = [
+        [r["mode"] + (f" g{r['group_size']}" if r["group_size"] not in ("", "-1") else "")]
+        + [yes.get(r[name], "") for name in ("act_order", "clip_search")]
+        + [{"none": ""}.get(r["tool"], r["tool"]), r["perplexity"], f"{float(r['loss_percent']):.2f} %"]
+        for r in rows
+    ]
+    return table(head, body, 4)
+
+
 def rendered(text):
     """The README with line counts and measurements as they are in the tree."""
     story = sum(code_lines(ROOT / f"{name}.py") for name in STORY)
     text, found = re.subn(r"\d+ lines of code(?= in `model\.py`)", f"{story} lines of code", text)
     assert found == 1
     text = SOURCE_LINE.sub(lambda m: f"{m[1]}{code_lines(ROOT / m[1]):>{len(m[2])}}" if exists(m[1]) else m[0], text)
-    for name, part in (("decode", decode_table()), ("prefill", prefill_table()), ("rows", rows_table())):
+    tables = {"decode": decode_table, "prefill": prefill_table, "rows": rows_table, "quantization": quantization_table}
+    for name, make in tables.items():
+        part = make()
         pattern = re.compile(rf"(<!-- benchmarks/{name}\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
         assert len(pattern.findall(text)) == 1, name
         text = pattern.sub(lambda m, part=part: m[1] + part + m[2], text)
@@ -160,7 +177,7 @@ def commands():
     for line in lines:
         command, _, comment = line.partition("  # ")
         if command.strip():
-            need = re.search(r"needs: (gpu|hub|torchrun)", comment)
+            need = re.search(r"needs: (gpu|hub|torchrun|packages)", comment)
             found += [(part.strip(), need[1] if need else "") for part in command.split("&&")]
     return found
 
