@@ -548,7 +548,10 @@ def test_interrupt_keeps_what_was_generated(call, abc, monkeypatch):
 def start(*argv):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "generate.py"), *map(str, argv)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as program:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # a test run in the background of a shell ignores SIGINT, and its children would too
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=env, preexec_fn=listen, **pipes) as program:
         try:
             yield program
         finally:
