@@ -145,8 +145,7 @@ def private_copy(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
     """fn with a code object of its own: Dynamo counts recompilations per code object, so two engines must not share
     one.
     """
-    code = fn.__code__.replace(co_name=name)
-    return types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
+    return types.FunctionType(fn.__code__.replace(co_name=name), fn.__globals__, name, fn.__defaults__, fn.__closure__)
 
 
 class Engine:
@@ -749,7 +748,9 @@ def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 a failed selftest, 2 bad input (one line), 130 interrupted (what was generated is printed)."""
+    """Exit status: 0, 1 a failed selftest, 2 bad input (one line), 130 interrupted (what was generated is printed), 141
+    the reader left.
+    """
     args = parse(argv)
     if args.selftest:  # a program of its own, which uses this one
         program = Path(__file__).resolve().parent / "scripts" / "selftest.py"
@@ -790,6 +791,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             trace.export_chrome_trace(args.profile)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader has left, as `head` does: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
