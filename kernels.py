@@ -1,14 +1,20 @@
 """Triton kernels for decoding at the speed of the memory bus, each with an eager PyTorch twin.
 
 Knows: how a matrix of 16-bit, int8 or int4 weights is streamed once for 1..16 rows of activations (`linear`), how new
-tokens enter the cache and attend to the valid prefix of it (`decode_attention`), and how int4 weights lie in memory for
-that (`pack_int4`). Refuses to know models, layers, files, and where weights come from. Imports without Triton: then
-`supported` is False everywhere and the twins serve.
+tokens enter the cache and attend to the valid prefix of it (`decode_attention`), and how quantized weights lie in
+memory for that (`pack_int8`, `pack_int4`). Refuses to know models, layers, files, and where weights come from. Imports
+without Triton: then `supported` is False everywhere and the twins serve.
 
-One idea carries both kernels: *fragments*. A warp of 32 lanes is addressed as 8 x 4 (`g`, `t`), the shape in which the
-tensor cores' m16n8k16 instruction expects its operands. Every lane loads 16 contiguous bytes of K; which logical k they
-are does not matter as long as weights and activations agree, so the k axis is permuted until the loaded registers *are*
-the operand. Nothing passes through shared memory but one sum over the warps at the end, and 8 rows cost what 1 costs.
+How they come near the memory's speed (measurements in benchmarks/NOTES.md):
+
+- 16-bit weights and one row: small programs that ask for all their weights at once and multiply-add. Several rows: the
+  tensor cores, the loads of the next steps passing through shared memory meanwhile.
+- int8 and int4 weights: a GPU has no time to make floats of them. The activations become integers instead, two int8
+  digits of a block floating-point number that is finer than bf16 (`_digits_kernel`), and the tensor cores multiply
+  integers exactly. One row uses two of their eight columns, four rows use all: rows are nearly free.
+- Registers are operands: weights are packed so that the 16 bytes which a lane loads are what m16n8k32 wants there.
+- A kernel is launched while the one before it runs (programmatic dependent launch), asks for what no kernel writes, its
+  weights above all, and then waits. A forward pass begins with PyTorch's own kernels, which end before the next starts.
 """
 
 import os
@@ -42,27 +48,39 @@ def supported(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-# ---------------------------------------------------------------- int4 layout
+# ---------------------------------------------------------------- layouts
+
+
+def _blocks(q: Tensor) -> Tensor:
+    """int8 [..., N, K] -> [..., N/16, K/128, 2 e, 2 u, 8 g, 4 t, 2 b, 2 h, 4 i], padded with zeros to whole blocks.
+
+    Row 16 n + 8 h + g, column 128 c + 64 u + 32 e + 8 t + 4 b + i: the axes from g on are what the 32 lanes of a warp
+    hold, 16 bytes each, of one operand of the tensor cores' m16n8k32 instruction.
+    """
+    n, k = q.shape[-2:]
+    q = F.pad(q, (0, -k % 128, 0, -n % 16)).unflatten(-2, (-1, 2, 8)).unflatten(-1, (-1, 2, 2, 4, 2, 4))
+    return q.movedim((-9, -8, -7, -6, -5, -4, -3, -2, -1), (-9, -2, -5, -8, -6, -7, -4, -3, -1))
+
+
+def pack_int8(q: Tensor) -> Tensor:
+    """int8 [..., N, K] -> int8 [..., N/16, K/128, 2048] in the memory order of `_blocks`."""
+    return _blocks(q).flatten(-7).contiguous()
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """int8 [..., N, K] with values -8..7 -> int32 [..., N, K/8], K rounded up to a multiple of 128 with zeros.
-
-    Word 4 t + c of a block of 128 k holds k = 32 c + 8 t + (0..7), so that lane t of four loads with its 16 bytes one
-    word of every group of 32. The nibbles of a word, low to high (e, i) = (0, 0), (0, 1), .. (1, 3), are
-    k = 2 i + e of those eight, plus 8: `_pair` takes i and i + 4 at once.
-    """
-    k = q.shape[-1]
-    words = (F.pad(q, (0, -k % 128)) + 8).unflatten(-1, (-1, 4, 4, 4, 2))  # block, c, t, i, e
-    nibbles = words.transpose(-4, -3).transpose(-2, -1).flatten(-2).to(torch.uint8)
-    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).flatten(-4).view(torch.int32)
+    """int8 [..., N, K] with values -8..7 -> uint8 [..., N/16, K/128, 1024]: e = 0 in the high nibble, 1 in the low."""
+    high, low = _blocks(q).unbind(-7)
+    return (high << 4 | low & 15).flatten(-6).view(torch.uint8)
 
 
-def unpack_int4(packed: Tensor) -> Tensor:
-    """Inverse of `pack_int4`, padding included: int32 [..., N, K/8] -> int8 [..., N, K]."""
-    pairs = packed.view(torch.uint8).unflatten(-1, (-1, 4, 4, 4))  # block, t, c, bytes
-    nibbles = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2).unflatten(-1, (2, 4))  # e, i
-    return nibbles.transpose(-2, -1).transpose(-4, -3).flatten(-5).to(torch.int8) - 8
+def unpack(packed: Tensor) -> Tensor:
+    """Inverse of `pack_int8` and `pack_int4`, padding included: -> int8 [..., N, K]."""
+    if packed.dtype == torch.uint8:
+        packed = packed.view(torch.int8)
+        packed = torch.cat([packed >> 4, packed << 4 >> 4], -1)
+    q = packed.unflatten(-1, (2, 2, 8, 4, 2, 2, 4))
+    q = q.movedim((-9, -2, -5, -8, -6, -7, -4, -3, -1), (-9, -8, -7, -6, -5, -4, -3, -2, -1))
+    return q.flatten(-6).flatten(-4, -2)
 
 
 # ---------------------------------------------------------------- eager twins
@@ -79,9 +97,9 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, k: int
     if scale is None:
         return weight.to(dtype)
     if weight.dtype == torch.int8:
-        return (weight.float() * scale.float()[..., None]).to(dtype)
+        return (unpack(weight)[..., : scale.shape[-1], :k].float() * scale.float()[..., None]).to(dtype)
     groups = scale.shape[-1]
-    q = unpack_int4(weight)[..., :k].float().unflatten(-1, (groups, k // groups))
+    q = unpack(weight)[..., : scale.shape[-2], :k].float().unflatten(-1, (groups, k // groups))
     q = q if zero is None else q - zero.float()[..., None]
     return (q * scale.float()[..., None]).flatten(-2).to(dtype)
 
@@ -105,7 +123,10 @@ def linear_reference(
     if experts is not None:
         weight, scale, zero = (t if t is None else t[experts] for t in (weight, scale, zero))
     late = scale if weight.dtype == torch.int8 else None  # a per-channel scale is cheaper on the result
-    w = weight.to(x.dtype) if late is not None else dequantize(weight, scale, zero, x.shape[-1], x.dtype)
+    if late is None:
+        w = dequantize(weight, scale, zero, x.shape[-1], x.dtype)
+    else:
+        w = unpack(weight)[..., : late.shape[-1], : x.shape[-1]].to(x.dtype)
     y = F.linear(x, w) if experts is None else torch.einsum("mk,mnk->mn", x, w)
     if late is not None:
         y = (y.float() * late.float()).to(x.dtype)
@@ -157,287 +178,381 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
-# ---------------------------------------------------------------- linear
+# ---------------------------------------------------------------- linear: rows of 16-bit weights
 
 if triton is not None:
 
     @triton.jit
-    def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
-        """acc + a @ b, batched. The interpreter (not ASM) knows no bf16 product."""
-        if not ASM:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        return tl.dot(a, b, acc)
-
-    @triton.jit
-    def _pair(
-        words: tl.tensor, i: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
-    ) -> tl.tensor:
-        """Two weights of every int32 word -> [..., 2] in `dtype`: both; int8 bytes 2 i, 2 i + 1; int4 nibbles i, i + 4.
-
-        Integers take three or four instructions a pair: in the low mantissa bits of 128 (bf16) or 1024 (fp16) a number
-        u reads 128 + u or 1024 + u, and one packed multiply-add takes the offset off, exactly (Kim et al. 2022).
-        """
-        if BITS < 16 and not ASM:  # the interpreter knows no assembly
-            if BITS == 8:
-                low, high = words << (24 - 16 * i) >> 24, words << (16 - 16 * i) >> 24
-            else:
-                low, high = ((words >> (4 * i)) & 15) - 8, ((words >> (4 * i + 16)) & 15) - 8
-            return tl.join(low, high).to(tl.float32).to(dtype)
-        BF: tl.constexpr = dtype == tl.bfloat16
-        TYPE: tl.constexpr = "bf16x2" if BF else "f16x2"
-        MAGIC: tl.constexpr = "0x43004300" if BF else "0x64006400"
-        if BITS == 4:  # 128 + u, u = q + 8
-            ONE: tl.constexpr = "0x3f803f80" if BF else "0x3c003c00"
-            BIAS: tl.constexpr = "0xc308c308" if BF else "0xe408e408"
-            words = tl.inline_asm_elementwise(
-                f"{{ .reg .b32 u, a, b; shr.u32 u, $1, {4 * i}; lop3.b32 u, u, 0x000f000f, {MAGIC}, 0xea;"
-                f"mov.b32 a, {ONE}; mov.b32 b, {BIAS}; fma.rn.{TYPE} $0, u, a, b; }}",
-                "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
-        if BITS == 8:  # (128 + low 7 bits) - (128 or, with the sign bit, 256)
-            MINUS: tl.constexpr = "0xbf80bf80" if BF else "0xbc00bc00"
-            BYTES: tl.constexpr = 0x4140 + 0x202 * i
-            words = tl.inline_asm_elementwise(
-                f"{{ .reg .b32 u, s, a; prmt.b32 u, $1, 0, {BYTES}; lop3.b32 s, u, 0x00800080, {MAGIC}, 0xea;"
-                f"lop3.b32 u, u, 0x007f007f, {MAGIC}, 0xea; mov.b32 a, {MINUS}; fma.rn.{TYPE} $0, s, a, u; }}",
-                "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
-        low = words.to(tl.int16).to(dtype, bitcast=True)
-        return tl.join(low, (words >> 16).to(tl.int16).to(dtype, bitcast=True))
-
-    @triton.jit
-    def _load_weights(
-        base: tl.tensor, words_left: tl.tensor, live: tl.tensor, TILE_PITCH: tl.constexpr, HALF_PITCH: tl.constexpr,
-        TILES: tl.constexpr, EVEN: tl.constexpr,
-    ) -> tl.tensor:  # fmt: skip
-        """A chunk: 64 bytes of every row of the tiles, as int32 [4 t, 8 g, WARPS, TILES, 2 h, 4 words].
-
-        base points at tile 0, h = 0 for [4, 8, WARPS, 1, 1, 1]; Triton deals lanes, then warps, to the axes in this
-        order, after the last one. The other axes are constants, added last: immediate offsets of one address.
-        """
-        tiles = tl.arange(0, TILES)[:, None, None] * TILE_PITCH
-        where = base + (tiles + tl.arange(0, 2)[:, None] * HALF_PITCH + tl.arange(0, 4))[None, None, None]
-        if EVEN:
-            return tl.load(where, live, eviction_policy="evict_first")
-        return tl.load(where, live & (words_left > 0), 0, eviction_policy="evict_first")
-
-    @triton.jit
-    def _load_scales(base: tl.tensor, k: tl.tensor, valid: tl.tensor, K: tl.constexpr, GROUP: tl.constexpr,
-                     PARTS: tl.constexpr) -> tl.tensor:  # fmt: skip
-        """The groups' scales (or zeros) of a chunk at k: [4 t (all equal), 8 g, WARPS, TILES, 2 h, PARTS]."""
-        k = k + tl.arange(0, PARTS) * (128 // PARTS)
-        return tl.load(base + k // GROUP, valid & (k < K), 0)
-
-    @triton.jit
-    def _scaled(partial: tl.tensor, scale: tl.tensor) -> tl.tensor:
-        """partial [PARTS * WARPS, rows, tokens] times what `_load_scales` returned."""
-        B: tl.constexpr = partial.shape[0]
-        R: tl.constexpr = partial.shape[1]
-        T: tl.constexpr = partial.shape[2]
-        scale = scale.to(tl.float32).permute(5, 2, 3, 4, 1, 0).reshape(B, R, 1, 4, 1)
-        return (partial.reshape(B, R, T // 8, 4, 2) * scale).reshape(B, R, T)
-
-    @triton.jit
-    def _weight_operand(
-        words: tl.tensor, dtype: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr
-    ) -> tl.tensor:
-        """What `_load_weights` returned -> [PARTS * WARPS, TILES * 16, k of one part] in `dtype`, registers unmoved."""
-        WARPS: tl.constexpr = words.shape[2]
-        ROWS: tl.constexpr = words.shape[3] * 16
-        q = _pair(words, 0, dtype, BITS, ASM)
-        if BITS == 16:  # t, g, warp, tile, h, step, i, e
-            q = q.reshape(4, 8, WARPS, ROWS // 16, 2, 2, 2, 2).permute(2, 3, 4, 1, 5, 0, 6, 7)
-        else:  # t, g, warp, tile, h, word, e, i
-            q = tl.join(q, _pair(words, 1, dtype, BITS, ASM))
-            if BITS == 8:
-                q = q.permute(2, 3, 4, 1, 5, 0, 7, 6)
-            else:  # and step; a word of every lane makes 32 k of one group
-                q = tl.join(q, tl.join(_pair(words, 2, dtype, BITS, ASM), _pair(words, 3, dtype, BITS, ASM)))
-                q = q.permute(5, 2, 3, 4, 1, 8, 0, 7, 6).reshape(PARTS, 4 // PARTS, WARPS, ROWS, 32)
-                q = q.permute(0, 2, 3, 1, 4)
-        return q.reshape(PARTS * WARPS, ROWS, 512 // BITS // PARTS)
-
-    @triton.jit
-    def _load_rows(
-        base: tl.tensor, k_left: tl.tensor, valid: tl.tensor, BITS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr
-    ) -> tl.tensor:
-        """The k of a weight chunk of 16-bit rows: int32 [4 t, 8 n, WARPS, units, ROWS/8, E/8, 4 words]."""
-        E: tl.constexpr = 16 if BITS == 8 else 8  # k in a row of one lane
-        unit = tl.arange(0, 128 // BITS // E)[:, None, None, None] * (4 * E) + tl.arange(0, E // 8)[:, None] * 8
-        where = base + (unit // 2 + tl.arange(0, 4))[None, None, None]
-        if EVEN:
-            return tl.load(where, valid)
-        return tl.load(where, valid & (unit < k_left), 0)
-
-    @triton.jit
-    def _rows_operand(
-        words: tl.tensor, gain: tl.tensor, dtype: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr
-    ) -> tl.tensor:
-        """What `_load_rows` returned, times gain if any -> [PARTS * WARPS, k of one part, ROWS], registers unmoved."""
-        WARPS: tl.constexpr = words.shape[2]
-        UNITS: tl.constexpr = words.shape[3]
-        ROWS: tl.constexpr = words.shape[4] * 8
-        E: tl.constexpr = words.shape[5] * 8
-        x = _pair(words, 0, dtype, 16, ASM)
-        if gain is not None:
-            x = (x.to(tl.float32) * _pair(gain, 0, dtype, 16, ASM).to(tl.float32)).to(dtype)
-        x = x.reshape(4, 8, WARPS, PARTS, UNITS // PARTS, ROWS // 8, E // 4, 4).permute(3, 2, 4, 6, 0, 7, 5, 1)
-        return x.reshape(PARTS * WARPS, UNITS // PARTS * 4 * E, ROWS)
-
-    @triton.jit
-    def _inverse_rms(
-        x_ptr: tl.tensor, rows: tl.tensor, eps: tl.tensor, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr
-    ) -> tl.tensor:
-        """1 / sqrt(mean(x^2) + eps) of the M rows, [ROWS]; it scales the results, not the activations."""
-        m = tl.arange(0, M)[:, None]
-        squares = tl.zeros([M], tl.float32)
-        for start in range(0, K, 4096 // M):
-            k = start + tl.arange(0, 4096 // M)
-            x = tl.load(x_ptr + m * K + k, (m < rows) & (k < K), 0).to(tl.float32)
-            squares += tl.sum(x * x, 1)
-        mine = tl.arange(0, ROWS)[:, None] == tl.arange(0, M)
-        return tl.rsqrt(tl.sum(tl.where(mine, squares, 0.0), 1) / K + eps)
-
-    @triton.jit
-    def _linear_kernel(
-        x_ptr: tl.tensor, w_ptr: tl.tensor, scale_ptr: tl.tensor, zero_ptr: tl.tensor, bias_ptr: tl.tensor,
-        norm_ptr: tl.tensor, residual_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor, rows: tl.tensor,
-        eps: tl.tensor, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, SILU: tl.constexpr,
-        M: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
-        PDL: tl.constexpr, ASM: tl.constexpr,
+    def _row_kernel(
+        x_ptr: tl.tensor, w_ptr: tl.tensor, bias_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor,
+        experts_ptr: tl.tensor, out_ptr: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr,
+        SILU: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
-        """TILES * 16 rows of the matrix; the warps share them in pieces of K."""
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
-        ROWS: tl.constexpr = 16 if M > 8 else 8
-        CHUNK: tl.constexpr = 512 // BITS  # k of 64 bytes
-        PARTS: tl.constexpr = 128 // GROUP if BITS == 4 and GROUP < 128 else 1  # of a chunk, with scales of their own
-        PIECE: tl.constexpr = WARPS * CHUNKS * CHUNK
-        PIECES: tl.constexpr = (K + PIECE - 1) // PIECE
-        PITCH: tl.constexpr = (K + 127) // 128 * 16 if BITS == 4 else K * BITS // 32  # words of a row
+        """One row of activations: BLOCK results by plain multiply-adds."""
+        OUT: tl.constexpr = N // 2 if SILU else N
+        EVEN: tl.constexpr = K % SPAN == 0 and OUT % BLOCK == 0
+        if PDL:
+            gdc_launch_dependents()
+        m = tl.program_id(1)
+        if experts_ptr is not None:
+            if PDL:
+                gdc_wait()
+            w_ptr += tl.load(experts_ptr + m) * N * K
+        n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        k = tl.arange(0, SPAN)
+        here = (n < OUT)[:, None]
+        w_ptr += n[:, None].to(tl.int64) * K + k
+        gate, up = _weights(w_ptr, 0, K, OUT, here, k, SILU, EVEN)
+        if PDL:
+            gdc_wait()
+        y = tl.zeros([BLOCK, SPAN], tl.float32)
+        z = tl.zeros([BLOCK, SPAN], tl.float32)
+        squares = tl.zeros([SPAN], tl.float32)
+        for first in tl.static_range(0, K, SPAN):
+            x = tl.load(x_ptr + m * K + first + k, first + k < K, 0).to(tl.float32)
+            if norm_ptr is not None:
+                squares += x * x
+                x *= tl.load(norm_ptr + first + k, first + k < K, 0).to(tl.float32)
+            y += gate.to(tl.float32) * x[None]
+            if SILU:
+                z += up.to(tl.float32) * x[None]
+            if first + SPAN < K:
+                gate, up = _weights(w_ptr, first + SPAN, K, OUT, here, k, SILU, EVEN)
+        result = tl.sum(y, 1)
+        if norm_ptr is not None:
+            norm = tl.rsqrt(tl.sum(squares) / K + eps)
+            result *= norm
+        if bias_ptr is not None:
+            result += tl.load(bias_ptr + n, n < OUT, 0).to(tl.float32)
+        if SILU:
+            other = tl.sum(z, 1)
+            if norm_ptr is not None:
+                other *= norm
+            if bias_ptr is not None:
+                other += tl.load(bias_ptr + OUT + n, n < OUT, 0).to(tl.float32)
+            result = result / (1 + tl.exp(-result)) * other
+        if residual_ptr is not None:
+            result += tl.load(residual_ptr + m * OUT + n, n < OUT, 0).to(tl.float32)
+        tl.store(out_ptr + m * OUT + n, result.to(out_ptr.dtype.element_ty), n < OUT)
+
+    @triton.jit
+    def _weights(
+        ptr: tl.tensor, first: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, here: tl.tensor, k: tl.tensor,
+        SILU: tl.constexpr, EVEN: tl.constexpr,
+    ) -> tl.tensor:  # fmt: skip
+        """(gates, ups) at k = first; without SILU the rows themselves, twice."""
+        if EVEN:
+            gate = tl.load(ptr + first, eviction_policy="evict_first")
+        else:
+            here = here & (first + k < K)[None]
+            gate = tl.load(ptr + first, here, 0, eviction_policy="evict_first")
+        up = gate
+        if SILU:
+            if EVEN:
+                up = tl.load(ptr + OUT * K + first, eviction_policy="evict_first")
+            else:
+                up = tl.load(ptr + OUT * K + first, here, 0, eviction_policy="evict_first")
+        return gate, up
+
+    @triton.jit
+    def _norm_kernel(
+        x_ptr: tl.tensor, norm_ptr: tl.tensor, out_ptr: tl.tensor, eps: tl.tensor, K: tl.constexpr, WIDTH: tl.constexpr,
+        PDL: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """RMSNorm of one row."""
+        k = tl.arange(0, WIDTH)
+        if PDL:
+            gdc_launch_dependents()
+        gain = tl.load(norm_ptr + k, k < K, 0).to(tl.float32)
+        if PDL:
+            gdc_wait()
+        at = tl.program_id(0) * K + k
+        x = tl.load(x_ptr + at, k < K, 0).to(tl.float32)
+        x *= gain * tl.rsqrt(tl.sum(x * x) / K + eps)
+        tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), k < K)
+
+    @triton.jit
+    def _rows_kernel(
+        x_ptr: tl.tensor, w_ptr: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, out_ptr: tl.tensor,
+        rows: tl.tensor, N: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+        SPAN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """Several rows: BLOCK rows of the matrix are the wide operand of the tensor cores, the activations the narrow
+        one; the loads of STAGES steps are on their way through shared memory.
+        """
+        OUT: tl.constexpr = N // 2 if SILU else N
+        start = tl.program_id(0) * (BLOCK // 2 if SILU else BLOCK)
+        n = start + _row(tl.arange(0, BLOCK), OUT, SILU)
+        m = tl.arange(0, M)
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
+        acc = tl.zeros([BLOCK, M], tl.float32)
+        w_ptr += n[:, None].to(tl.int64) * K
+        for first in tl.range(0, K, SPAN, num_stages=STAGES):
+            k = first + tl.arange(0, SPAN)
+            if K % SPAN == 0 and N % BLOCK == 0:
+                w = tl.load(w_ptr + k)
+            else:
+                w = tl.load(w_ptr + k, (n < N)[:, None] & (k < K), 0)
+            x = tl.load(x_ptr + m[:, None] * K + k, (m < rows)[:, None] & (k < K), 0)
+            if not ASM:  # the interpreter knows no product of bf16
+                w, x = w.to(tl.float32), x.to(tl.float32)
+            acc = tl.dot(w, x.T, acc)
+        _finish(acc, start, rows, bias_ptr, residual_ptr, out_ptr, N, SILU)
+
+    @triton.jit
+    def _row(i: tl.tensor, OUT: tl.constexpr, SILU: tl.constexpr) -> tl.tensor:
+        """Which row of the matrix comes i-th: with SILU 16 gates, their 16 ups, and so on."""
+        return i // 32 * 16 + i // 16 % 2 * OUT + i % 16 if SILU else i
+
+    @triton.jit
+    def _finish(
+        y: tl.tensor, start: tl.tensor, rows: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor,
+        out_ptr: tl.tensor, N: tl.constexpr, SILU: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """Bias, silu(gate) * up, residual and store of y [rows of the matrix in the order of `_row`, tokens]."""
+        BLOCK: tl.constexpr = y.shape[0]
+        M: tl.constexpr = y.shape[1]
+        OUT: tl.constexpr = N // 2 if SILU else N
+        RESULTS: tl.constexpr = BLOCK // 2 if SILU else BLOCK
+        if bias_ptr is not None:
+            n = start + _row(tl.arange(0, BLOCK), OUT, SILU)
+            y += tl.load(bias_ptr + n, n < N, 0).to(tl.float32)[:, None]
+        if SILU:
+            gate, up = tl.split(y.reshape(BLOCK // 32, 2, 16, M).permute(0, 2, 3, 1))
+            y = (gate / (1 + tl.exp(-gate)) * up).reshape(RESULTS, M)
+        n = start + tl.arange(0, RESULTS)[:, None]
+        m = tl.arange(0, M)
+        valid = (n < OUT) & (m < rows)
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + m * OUT + n, valid, 0).to(tl.float32)
+        tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), valid)
+
+
+# ---------------------------------------------------------------- linear: quantized weights
+
+if triton is not None:
+
+    @triton.jit
+    def _digits_kernel(
+        x_ptr: tl.tensor, norm_ptr: tl.tensor, digits_ptr: tl.tensor, step_ptr: tl.tensor, squares_ptr: tl.tensor,
+        K: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """A row of activations (normed, if there is a norm) as pairs of int8: 128 in a row share a step, and each is
+        step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own rounding at most.
+
+        They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8] and `step`
+        [columns/8, K/128, 8], in `_blocks`' terms.
+        """
+        ALL: tl.constexpr = (K + 127) // 128
+        row = tl.program_id(0)
+        group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+        r = tl.arange(0, 16)[:, None]  # eights of a group: u, e, t of `_blocks`
+        j = tl.arange(0, 8)
+        k = group[:, None, None] * 128 + r * 8 + j
+        if PDL:
+            gdc_launch_dependents()
+        if norm_ptr is not None:
+            gain = tl.load(norm_ptr + k, k < K, 0).to(tl.float32)
+        if PDL:
+            gdc_wait()
+        x = tl.load(x_ptr + row * K + k, k < K, 0).to(tl.float32)
+        if norm_ptr is not None:
+            squares = tl.sum(tl.sum(tl.sum(x * x, 2), 1), 0)
+            tl.store(squares_ptr + row * tl.num_programs(1) + tl.program_id(1), squares)
+            x *= gain
+        step = tl.maximum(tl.max(tl.max(tl.abs(x), 2), 1), 1e-30) / 32512
+        step += 0 * tl.sum(tl.sum(x, 2), 1)  # what is not finite shall not become so
+        x = x * (1 / step)[:, None, None]
+        x = (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int32)
+        high = (x + 128) >> 8
+        column = row * COLUMNS
+        at = digits_ptr + (column // 8 * ALL + group[:, None, None]) * 1024 + column % 8 * 64
+        at += r // 4 % 2 * 512 + r % 4 * 16 + r // 8 * 8 + j
+        tl.store(at, high.to(tl.int8), k < ALL * 128)
+        tl.store(at + 64, (x - (high << 8)).to(tl.int8), k < ALL * 128)
+        at = step_ptr + (column // 8 * ALL + group) * 8 + column % 8
+        tl.store(at, step * 256, group < ALL)
+        tl.store(at + 1, step, group < ALL)
+
+    @triton.jit
+    def _nibble(w: tl.tensor, LOW: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
+        """The high or the low int4 of every byte, times 16, as int8."""
+        if ASM:  # four at a time; the compiler would take them one by one
+            SHIFT: tl.constexpr = "shl.b32 u, $1, 4;" if LOW else "mov.b32 u, $1;"
+            return tl.inline_asm_elementwise(
+                f"{{ .reg .b32 u; {SHIFT} and.b32 $0, u, 0xf0f0f0f0; }}",
+                "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4,
+            )  # fmt: skip
+        if LOW:
+            w = w << 4
+        return (w & 0xF0).to(tl.int8, bitcast=True)
+
+    @triton.jit
+    def _quantized_kernel(
+        digits_ptr: tl.tensor, step_ptr: tl.tensor, squares_ptr: tl.tensor, w_ptr: tl.tensor, scale_ptr: tl.tensor,
+        zero_ptr: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor,
+        rows: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+        SILU: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+        BLOCKS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """TILES * 16 rows of the matrix times COLUMNS / 2 rows of activations; the warps share them in pieces of K."""
+        ALL: tl.constexpr = (K + 127) // 128  # chunks of 128 k in a row
+        SPAN: tl.constexpr = WARPS * CHUNKS  # in a piece
+        PIECES: tl.constexpr = (ALL + SPAN - 1) // SPAN
+        PARTS: tl.constexpr = 2 if BITS == 4 and GROUP < 128 else 1  # u: of a chunk, with scales of their own
+        SPLIT: tl.constexpr = 2 if BITS == 4 and GROUP < 64 else 1  # e: likewise
+        BYTES: tl.constexpr = 256 * BITS  # of 16 rows of a chunk
         OUT: tl.constexpr = N // 2 if SILU else N
         BLOCK: tl.constexpr = TILES * (8 if SILU else 16)
-        HALF: tl.constexpr = OUT if SILU else 8  # rows from the lower half of a tile (gates) to its upper half (ups)
-        NEXT: tl.constexpr = 8 if SILU else 16  # rows from one tile to the next
-        EVEN: tl.constexpr = K % PIECE == 0 and OUT % BLOCK == 0
-        GROUPED: tl.constexpr = BITS == 4 and (GROUP < K or zero_ptr is not None)
+        EVEN: tl.constexpr = ALL % SPAN == 0 and OUT % BLOCK == 0
+        LOADS: tl.constexpr = BITS // 4  # a lane's 16 bytes are 8 k of two rows in int8, 16 k in int4
         start = tl.program_id(0) * BLOCK
-        if experts_ptr is not None:  # one row per program, with a matrix of its own, known only after the wait
-            m = tl.program_id(1)
+        m = tl.program_id(1)
+        if PDL:
+            gdc_launch_dependents()
+        if experts_ptr is not None:  # a row has a matrix and columns of its own
             if PDL:
                 gdc_wait()
             expert = tl.load(experts_ptr + m)
-            x_ptr += m * K
+            digits_ptr += m * (ALL * 1024)
+            step_ptr += m * (ALL * 8)
+            squares_ptr = squares_ptr if squares_ptr is None else squares_ptr + m * BLOCKS
             out_ptr += m * OUT
             residual_ptr = residual_ptr if residual_ptr is None else residual_ptr + m * OUT
-            w_ptr += expert * N * PITCH
-            scale_ptr = scale_ptr if scale_ptr is None else scale_ptr + expert * N * (K // GROUP)
+            w_ptr += expert * ((N + 15) // 16 * ALL * BYTES)
+            scale_ptr += expert * N * (K // GROUP)
             zero_ptr = zero_ptr if zero_ptr is None else zero_ptr + expert * N * (K // GROUP)
             rows = 1
+        # weights [4 t, 8 g, WARPS, TILES, 2 u, 16] and digits [4 t, 8 n, WARPS, COLUMNS/8, 16]: what a lane loads is
+        # what it needs; lanes, then warps, are dealt to the axes in order, the others are offsets of one address
         t = tl.arange(0, 4)[:, None, None, None, None, None]
         g = tl.arange(0, 8)[:, None, None, None, None]
-        w = tl.arange(0, WARPS)[:, None, None, None] * (CHUNKS * CHUNK)  # first k of a warp
-        row = start + g + tl.arange(0, TILES)[:, None, None] * NEXT + tl.arange(0, 2)[:, None] * HALF + t * 0
-        here = row < N
-        left = tl.where(here, K - w - t * (CHUNK // 4), 0)  # of k, for a lane
-        lane = w_ptr + (start + g).to(tl.int64) * PITCH + (w * BITS // 32 + t * 4)
-        words, scales = tl.tuple([]), tl.tuple([])
-        for c in tl.static_range(CHUNKS):
-            words = words + (
-                _load_weights(lane + c * 16, left - c * CHUNK, True, NEXT * PITCH, HALF * PITCH, TILES, EVEN),
-            )
-            if GROUPED:
-                scales = scales + (_load_scales(scale_ptr + row * (K // GROUP), w + c * CHUNK, here, K, GROUP, PARTS),)
-        if (
-            PDL
-        ):  # the first weights are on their way; activations are there after the wait; then the next kernel may start
-            gdc_wait()
-            gdc_launch_dependents()
-        E: tl.constexpr = CHUNK // 4 if BITS > 4 else 8  # k in a row of a lane
-        n = tl.arange(0, ROWS // 8)[:, None, None] * 8 + tl.arange(0, 8)[:, None, None, None, None, None]
-        k = w[:, None] + tl.arange(0, 4)[:, None, None, None, None, None, None] * E
-        known = n < rows
-        x_lane = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (n * K + k) // 2
-        if norm_ptr is not None:
-            norm_lane = norm_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (n * 0 + k) // 2
-        x, gains = tl.tuple([]), tl.tuple([])
-        for c in tl.static_range(CHUNKS):
-            x = x + (_load_rows(x_lane + c * CHUNK // 2, K - k - c * CHUNK, known, BITS, ROWS, EVEN),)
-            if norm_ptr is not None:
-                gains = gains + (_load_rows(norm_lane + c * CHUNK // 2, K - k - c * CHUNK, known, BITS, ROWS, EVEN),)
-        if norm_ptr is not None:
-            norm = _inverse_rms(x_ptr, rows, eps, K, M, ROWS)
-        # what comes last is loaded now: at the end, every program would wait for the memory once more
-        r = tl.arange(0, TILES * 16)
-        r = start + r // 16 * NEXT + r // 8 % 2 * HALF + r % 8
-        if BITS < 16 and not GROUPED:
-            late = tl.load(scale_ptr + r, r < N, 0)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + r, r < N, 0)
-        r = start + tl.arange(0, BLOCK)[:, None]
-        m = tl.arange(0, ROWS)
-        valid = (r < OUT) & (m < rows)
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + m * OUT + r, valid, 0)
-        acc = tl.zeros([WARPS, TILES * 16, ROWS], tl.float32)
-        for it in range(PIECES):
-            now, now_x, now_gains, now_scales = words, x, gains, scales
-            words, x, gains, scales = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
-            first = (it + 1) * PIECE
-            more = it + 1 < PIECES
-            for c in tl.static_range(CHUNKS):
-                b = _rows_operand(now_x[c], now_gains[c] if norm_ptr is not None else None, dtype, PARTS, ASM)
-                a = _weight_operand(now[c], dtype, BITS, PARTS, ASM)
-                offset = first + c * CHUNK
-                ahead = lane + (first * BITS // 32 + c * 16)
-                words = words + (_load_weights(ahead, left - offset, more, NEXT * PITCH, HALF * PITCH, TILES, EVEN),)
-                x = x + (_load_rows(x_lane + offset // 2, K - k - offset, known & more, BITS, ROWS, EVEN),)
-                if norm_ptr is not None:
-                    gain = _load_rows(norm_lane + offset // 2, K - k - offset, known & more, BITS, ROWS, EVEN)
-                    gains = gains + (gain,)
-                if GROUPED:
-                    scale = _load_scales(scale_ptr + row * (K // GROUP), w + offset, here & more, K, GROUP, PARTS)
-                    scales = scales + (scale,)
-                    none = tl.zeros([PARTS * WARPS, TILES * 16, ROWS], tl.float32)
-                    partial = _dot(a, b, none, ASM)
+        chunk = tl.arange(0, WARPS)[:, None, None, None] * CHUNKS
+        lane = (g * 4 + t) * 16
+        w_ptr += (start // 16).to(tl.int64) * (ALL * BYTES) + chunk * BYTES + lane
+        tile = tl.arange(0, TILES)[:, None, None]
+        tile = tile // 2 + tile % 2 * (OUT // 16) if SILU else tile
+        inner = (tile * (ALL * BYTES) + tl.arange(0, 2)[:, None] * 512 + tl.arange(0, 16))[None, None, None]
+        there = (start // 16 + tile) * 16 < N
+        digits_ptr += chunk * 1024 + lane
+        column = tl.arange(0, COLUMNS // 8)[:, None] * 8 + g
+        block = (tl.arange(0, COLUMNS // 8)[:, None] * (ALL * 1024) + tl.arange(0, 16))[None, None, None]
+        # factors of the products in the places of these: [4 t, 8 g, WARPS, columns/8 or rows/8, 2 or PARTS]
+        t = tl.arange(0, 4)[:, None, None, None, None]
+        g = tl.arange(0, 8)[:, None, None, None]
+        w = tl.arange(0, WARPS)[:, None, None] * CHUNKS
+        step_ptr += tl.arange(0, COLUMNS // 8)[:, None] * (ALL * 8) + tl.arange(0, 2) + w * 8 + t * 2 + g * 0
+        row = tl.arange(0, TILES * 2)[:, None] * 8
+        row = start + _row(row, OUT, SILU) + g + t * 0 + w * 0
+        part = w * 128 + tl.arange(0, PARTS) * 64
+        acc = tl.zeros([WARPS, TILES * 2, 8, COLUMNS // 8, 4, 2], tl.float32)
+        next_weights, next_scales = tl.tuple([]), tl.tuple([])
+        for it in tl.static_range(PIECES + 1):  # piece `it` is asked for before the one ahead of it is multiplied
+            weights, scales, digits, steps = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
+            now, now_scales = next_weights, next_scales
+            for j in tl.static_range(CHUNKS if it < PIECES else 0):
+                first = it * SPAN + j
+                for e in tl.static_range(LOADS):
+                    at = w_ptr + (first * BYTES + e * 1024) + inner
+                    if EVEN:
+                        weights = weights + (tl.load(at, eviction_policy="evict_first"),)
+                    else:
+                        here = there & (chunk + first < ALL)
+                        weights = weights + (tl.load(at, here, 0, eviction_policy="evict_first"),)
+                for e in tl.static_range(SPLIT if BITS == 4 else 0):
+                    scales = scales + (_of_group(scale_ptr, row, part + first * 128 + e * 32, N, K, GROUP),)
+            next_weights, next_scales = weights, scales
+            if PDL and it == 0:
+                gdc_wait()
+            for j in tl.static_range(CHUNKS if it > 0 else 0):
+                first = (it - 1) * SPAN + j
+                known = column < 2 * rows if EVEN else (column < 2 * rows) & (chunk + first < ALL)
+                for e in tl.static_range(2):
+                    digits = digits + (tl.load(digits_ptr + (first * 1024 + e * 512) + block, known, 0),)
+                steps = steps + (tl.load(step_ptr + first * 8, w + first < ALL, 0),)
+            if PDL and it > 0:  # returns at once, but keeps the compiler from moving the loads down to their uses
+                gdc_wait()
+            for j in tl.static_range(CHUNKS if it > 0 else 0):
+                first = (it - 1) * SPAN + j
+                step = steps[j].permute(2, 1, 3, 0, 4).reshape(1, WARPS, 1, 8, COLUMNS // 8, 4, 2)
+                y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+                total = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+                for e in tl.static_range(2):
+                    a = now[2 * j + e] if BITS == 8 else _nibble(now[j], e == 1, ASM)
+                    a = a.reshape(4, 8, WARPS, TILES, 2, 2, 2, 4)  # t, g, warp, tile, u, b, h, i
+                    d = digits[2 * j + e].reshape(4, 8, WARPS, COLUMNS // 8, 2, 2, 4)  # t, n, warp, 8 columns, u, b, i
+                    if PARTS == 1:
+                        a, d = a.permute(2, 3, 6, 1, 4, 5, 0, 7), d.permute(2, 4, 5, 0, 6, 3, 1)
+                    else:
+                        a, d = a.permute(4, 2, 3, 6, 1, 5, 0, 7), d.permute(4, 2, 5, 0, 6, 3, 1)
+                    a = a.reshape(PARTS * WARPS, TILES * 16, 64 // PARTS)
+                    d = d.reshape(PARTS * WARPS, 64 // PARTS, COLUMNS)
+                    y = tl.dot(a, d, y, out_dtype=tl.int32)
                     if zero_ptr is not None:
-                        zero = _load_scales(zero_ptr + row * (K // GROUP), w + offset - PIECE, here, K, GROUP, PARTS)
-                        ones = tl.full(a.shape, 1, tl.float32).to(dtype)
-                        partial -= _scaled(_dot(ones, b, none, ASM), zero)
-                    partial = _scaled(partial, now_scales[c])
-                    acc += tl.sum(partial.reshape(PARTS, WARPS, TILES * 16, ROWS), 0)
-                else:
-                    acc = _dot(a, b, acc, ASM)
-        y = tl.sum(acc, 0)
-        if norm_ptr is not None:
-            y *= norm
-        if BITS < 16 and not GROUPED:
-            y *= late.to(tl.float32)[:, None]
-        if bias_ptr is not None:
-            y += bias.to(tl.float32)[:, None]
-        if SILU:
-            gate, up = tl.split(y.reshape(TILES, 2, 8, ROWS).permute(0, 2, 3, 1))
-            y = (gate / (1 + tl.exp(-gate)) * up).reshape(BLOCK, ROWS)
-        if residual_ptr is not None:
-            y += residual.to(tl.float32)
-        tl.store(out_ptr + m * OUT + r, y.to(dtype), valid)
+                        total = tl.dot(tl.full(a.shape, 16, tl.int8), d, total, out_dtype=tl.int32)
+                    if e == 1 or SPLIT == 2:
+                        product = y.to(tl.float32).reshape(PARTS, WARPS, TILES * 2, 8, COLUMNS // 8, 4, 2)
+                        if zero_ptr is not None:  # (q - zero) x = q x - zero x
+                            zero = _of_group(zero_ptr, row, part + first * 128 + e * 32, N, K, GROUP)
+                            product -= total.to(tl.float32).reshape(product.shape) * _factor(zero)
+                            total = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+                        if BITS == 4:
+                            product *= _factor(now_scales[j * SPLIT + e * (SPLIT - 1)])
+                        acc += tl.sum(product * step, 0)
+                        y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+        y = tl.sum(tl.sum(acc, 5), 0).reshape(TILES * 16, COLUMNS // 2)  # digits, then warps
+        if squares_ptr is not None:
+            m = tl.arange(0, COLUMNS // 2)[:, None]
+            i = tl.arange(0, triton.next_power_of_2(BLOCKS))
+            squares = tl.load(squares_ptr + m * BLOCKS + i, (m < rows) & (i < BLOCKS), 0)
+            y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None]
+        if BITS == 4:
+            y *= 0.0625  # `_nibble`
+        else:
+            n = start + _row(tl.arange(0, TILES * 16), OUT, SILU)
+            y *= tl.load(scale_ptr + n, n < N, 0).to(tl.float32)[:, None]
+        _finish(y, start, rows, bias_ptr, residual_ptr, out_ptr, N, SILU)
+
+    @triton.jit
+    def _of_group(ptr: tl.tensor, row: tl.tensor, k: tl.tensor, N: tl.constexpr, K: tl.constexpr,
+                  GROUP: tl.constexpr) -> tl.tensor:  # fmt: skip
+        """The scales or zeros of rows at k."""
+        return tl.load(ptr + row * (K // GROUP) + k // GROUP, (row < N) & (k < K), 0)
+
+    @triton.jit
+    def _factor(x: tl.tensor) -> tl.tensor:
+        """x [4 t (all equal), 8 g, WARPS, rows/8, PARTS] in the place of products, no register moved."""
+        x = x.to(tl.float32).permute(4, 2, 3, 1, 0)
+        return x.reshape(x.shape[0], x.shape[1], x.shape[2], 8, 1, 4, 1)
 
 
-def _tile(bits: int, k: int, rows: int) -> tuple[int, int, int]:
-    """(16-row tiles, chunks, warps) of `_linear_kernel`: 32 KB on their way to every program, 16 KB for many rows.
+# Tiles: what was fastest for Llama shapes on one H200 (NOTES.md has the sweeps); elsewhere they are right, if not best.
 
-    One multiprocessor of an H200 needs about 64 KB on their way to run at the speed of the memory (NOTES.md). More
-    chunks for more rows would not fit its registers, nor would more tiles.
+
+def _row_tile(k: int, n: int) -> tuple[int, int, int]:
+    """(results, k at a time, warps) of `_row_kernel`."""
+    if k % 4096 or n <= 8192:
+        return (4, 1024, 2) if k % 1024 == 0 and k <= 8192 else (1, 2048, 4)
+    return 4, 4096, 8
+
+
+def _rows_tile(k: int, n: int, rows: int) -> tuple[int, int, int, int]:
+    """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`."""
+    return 32, 256, 2, 4
+
+
+def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int]:
+    """(16-row tiles, chunks of 128 k, warps) of `_quantized_kernel`: with few rows in the matrix, as many programs as
+    there can be, with all of their weights asked for at once.
     """
-    chunks, warps = 4, 8
-    if bits < 16 and rows > 8:  # registers
-        chunks = bits // 4
-    elif bits == 4 and k > warps * chunks * 128:  # more than one piece: the next one needs registers, too
-        chunks = 2
-    while warps > 1 and warps * chunks * 512 // bits > k:
-        warps //= 2
-    while chunks > 1 and chunks * 512 // bits > k:
-        chunks //= 2
-    return 1, chunks, warps
+    if n <= 8192 and not silu_mul:
+        chunks, warps = (8 if bits == 4 or k <= 4096 else 4), 4
+        return 1, min(chunks, 4) if rows > 1 else chunks, warps
+    if bits == 8:
+        return 2, 2 if rows > 1 or not silu_mul else 4, 4
+    return 2, 4, 4 if rows > 1 else 2
 
 
 def _group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:
@@ -445,14 +560,15 @@ def _group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:
 
 
 def _fits(x: Tensor, weight: Tensor, scale: Tensor | None, silu_mul: bool, bias: Tensor | None) -> bool:
-    """Whether `_linear_kernel` covers these formats and shapes; the twin takes the rest."""
+    """Whether the kernels cover these formats and shapes; the twin takes the rest."""
     k = x.shape[-1]
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[0] > MAX_ROWS or (bias is not None and bias.dim() > 1):
         return False
-    if weight.dtype == torch.int32:
-        group = _group_size(weight, scale, k)
-        return k % 8 == 0 and group >= 32 and (group == k or group & (group - 1) == 0)
-    return k % (16 if weight.dtype == torch.int8 else 8) == 0 and weight.dtype in (x.dtype, torch.int8)
+    if scale is None:
+        return k % 8 == 0 and weight.dtype == x.dtype
+    group = _group_size(weight, scale, k)
+    n = scale.shape[-1] if weight.dtype == torch.int8 else scale.shape[-2]
+    return group >= 32 and (group == k or group & (group - 1) == 0) and (not silu_mul or n % 32 == 0)
 
 
 @torch.library.custom_op("decode::linear", mutates_args=())
@@ -470,17 +586,44 @@ def _linear(
 ) -> Tensor:
     rows, k = x.shape
     x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
-    bits = {torch.int32: 4, torch.int8: 8}.get(weight.dtype, 16)
-    n = weight.shape[-2]
+    n = weight.shape[-2] if scale is None else scale.shape[-1 if weight.dtype == torch.int8 else -2]
     n_out = n // 2 if silu_mul else n
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
-    tiles, chunks, warps = _tile(bits, k, 1 if experts is not None else rows)
+    if scale is None and (rows == 1 or experts is not None):
+        block, span, warps = _row_tile(k, n)
+        _row_kernel[(triton.cdiv(n_out, block), rows)](
+            x, weight, bias, norm_weight, residual, experts, out, eps, n, k, silu_mul, block, span,
+            **_launch(x.device, warps),
+        )  # fmt: skip
+        return out
+    if scale is None:
+        if norm_weight is not None:
+            width, normed = triton.next_power_of_2(k), torch.empty_like(x)
+            _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(x.device, 8))
+            x = normed
+        block, span, warps, stages = _rows_tile(k, n, rows)
+        _rows_kernel[(triton.cdiv(n_out, block // 2 if silu_mul else block),)](
+            x, weight, bias, residual, out, rows, n, k, silu_mul, 8 if rows <= 8 else 16, block, span, stages,
+            ASM=not interpreted(), **_launch(x.device, warps, stages),
+        )  # fmt: skip
+        return out
+    chunks, spacing = triton.cdiv(k, 128), 2 if experts is None else 8
+    blocks = triton.cdiv(rows * spacing, 8)
+    columns = 8 if experts is not None else max(8, triton.next_power_of_2(rows * 2))
+    digits = torch.empty(max(blocks, columns // 8), chunks * 1024, dtype=torch.int8, device=x.device)
+    step = torch.empty(digits.shape[0], chunks, 8, dtype=torch.float32, device=x.device)
+    programs = triton.cdiv(chunks, 4)
+    squares = None
+    if norm_weight is not None:
+        squares = torch.empty(rows, programs, dtype=torch.float32, device=x.device)
+    _digits_kernel[(rows, programs)](x, norm_weight, digits, step, squares, k, spacing, 4, **_launch(x.device, 1))
+    bits = 8 if weight.dtype == torch.int8 else 4
+    tiles, parts, warps = _quantized_tile(bits, k, n, rows, silu_mul)
     grid = (triton.cdiv(n_out, tiles * (8 if silu_mul else 16)), 1 if experts is None else rows)
-    row_block = 1 if experts is not None else triton.next_power_of_2(rows)
-    _linear_kernel[grid](
-        x, weight.view(torch.int32), scale, zero, bias, norm_weight, residual, experts, out, rows, eps, n, k,
-        _group_size(weight, scale, k), bits, silu_mul, row_block, tiles, chunks, warps,
-        **_launch(x.device, warps, 128 if bits < 16 else None),
+    _quantized_kernel[grid](
+        digits, step, squares, weight, scale, zero, bias, residual, experts, out, rows, eps, n, k,
+        _group_size(weight, scale, k), bits, silu_mul, columns, tiles, parts, warps, programs, ASM=not interpreted(),
+        **_launch(x.device, warps),
     )  # fmt: skip
     return out
 
@@ -490,15 +633,16 @@ def _linear_shape(
     x: Tensor, weight: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None,
     norm_weight: Tensor | None, eps: float, residual: Tensor | None, silu_mul: bool, experts: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], weight.shape[-2] // (2 if silu_mul else 1))
+    n = weight.shape[-2] if scale is None else scale.shape[-1 if weight.dtype == torch.int8 else -2]
+    return x.new_empty(x.shape[0], n // (2 if silu_mul else 1))
 
 
-def _launch(device: torch.device, warps: int, registers: int | None = None) -> dict[str, bool | int | None]:
+def _launch(device: torch.device, warps: int, stages: int = 1) -> dict[str, bool | int | None]:
     """Launch options: programmatic dependent launch from sm90 on, inline assembly wherever there is a GPU."""
     if interpreted():
-        return {"PDL": False, "ASM": False, "num_warps": warps}
+        return {"PDL": False, "num_warps": warps}
     pdl = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": pdl, "ASM": True, "num_warps": warps, "num_stages": 1, "launch_pdl": pdl, "maxnreg": registers}
+    return {"PDL": pdl, "num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
 
 
 def linear(
@@ -516,9 +660,9 @@ def linear(
 ) -> Tensor:
     """y = epilogue(norm(x) @ dequantized(weight).T), one pass over the weights: [M, K], M <= 16 -> [M, N or N/2].
 
-    weight: [N, K] in x's dtype; int8 [N, K] with scale [N]; or int4 from `pack_int4` with scale [N, G], G = K / group,
-    and zero [N, G] (float; None when symmetric): w = (q - zero) * scale. With experts (int64 [M]) weight, scale and
-    zero have a leading E, and row m uses matrix experts[m].
+    weight: [N, K] in x's dtype; `pack_int8`'s with scale [N]; or `pack_int4`'s with scale [N, G], G = K / group, and
+    zero [N, G] (float; None when symmetric): w = (q - zero) * scale. With experts (int64 [M]) weight, scale and zero
+    have a leading E, and row m uses matrix experts[m].
     norm_weight [K]: RMSNorm of x first. bias [N] is added; silu_mul: rows [0, N/2) are gates, the rest ups, and the
     result is silu(gate) * up; residual [M, N or N/2] is added last. Accumulates in float32. Other dtypes than bf16 and
     fp16, unaligned shapes and devices without the kernel go to the twin.
@@ -534,32 +678,54 @@ def linear(
 if triton is not None:
 
     @triton.jit
-    def _rotated(
-        ptr: tl.tensor, valid: tl.tensor, norm_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, token: tl.tensor,
-        d: tl.tensor, DIM: tl.constexpr,
-    ) -> tl.tensor:  # fmt: skip
-        """Columns d of heads at ptr, times the norm's weight, rotated by half-split rotary embedding, in float32."""
-        HALF: tl.constexpr = DIM // 2
-        other = tl.where(d < HALF, d + HALF, d - HALF)
-        x = tl.load(ptr + d, valid, 0).to(tl.float32)
-        y = tl.load(ptr + other, valid, 0).to(tl.float32)
-        if norm_ptr is not None:
-            x *= tl.load(norm_ptr + d, d < DIM, 0).to(tl.float32)
-            y *= tl.load(norm_ptr + other, d < DIM, 0).to(tl.float32)
-        cos = tl.load(cos_ptr + token * HALF + d % HALF, valid, 0)
-        sin = tl.load(sin_ptr + token * HALF + d % HALF, valid, 0)
-        return x * cos + tl.where(d < HALF, -y, y) * sin
+    def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
+        """acc + a @ b, batched. The interpreter (not ASM) knows no bf16 product."""
+        if not ASM:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, acc)
 
     @triton.jit
-    def _head_rms(
-        ptr: tl.tensor, valid: tl.tensor, norm_ptr: tl.tensor, eps: tl.tensor, DIM: tl.constexpr, WIDTH: tl.constexpr
-    ) -> tl.tensor:
-        """1 / rms of the heads at ptr [n], or ones when there is no norm."""
-        if norm_ptr is None:
-            return valid.to(tl.float32)
-        d = tl.arange(0, WIDTH)
-        x = tl.load(ptr[:, None] + d, valid[:, None] & (d < DIM), 0).to(tl.float32)
-        return tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)
+    def _pair(words: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+        """int32 words -> [..., 2] in the 16-bit dtype; a loop carries words for nothing, 16-bit numbers at a price."""
+        low = words.to(tl.int16).to(dtype, bitcast=True)
+        return tl.join(low, (words >> 16).to(tl.int16).to(dtype, bitcast=True))
+
+    @triton.jit
+    def _rotated(
+        x: tl.tensor, y: tl.tensor, norm: tl.tuple, cos: tl.tensor, sin: tl.tensor, eps: tl.tensor, DIM: tl.constexpr
+    ) -> tuple[tl.tensor, tl.tensor]:
+        """The halves x, y of heads [4 t, 8 g, WARPS, c, 2 h, 2, 4 e], normed and rotated, in float32."""
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        if norm is not None:
+            square = tl.sum(tl.sum(tl.sum(tl.sum(x * x + y * y, 6), 5), 3), 0)
+            rms = tl.rsqrt(square / DIM + eps)[None, :, :, None, :, None, None]
+            x, y = x * rms * norm[0].to(tl.float32), y * rms * norm[1].to(tl.float32)
+        return x * cos - y * sin, y * cos + x * sin
+
+    @triton.jit
+    def _prefetch_lines(ptr: tl.tensor, s: tl.tensor, end: tl.tensor, DIM: tl.constexpr, LINES: tl.constexpr,
+                  ASM: tl.constexpr) -> None:  # fmt: skip
+        """Asks the L2 cache for LINES of 128 bytes from slot s on, none behind the slots before `end`."""
+        if ASM:
+            at = tl.minimum(s * DIM + tl.arange(0, LINES) * 64, end * DIM - 1)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(ptr + tl.maximum(at, 0)).to(tl.int64)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+    @triton.jit
+    def _share(
+        first: tl.tensor, WINDOW: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr
+    ) -> tuple[tl.tensor, tl.tensor]:
+        """The first old slot that a row with its new tokens from `first` on attends to, and the slots of one split."""
+        begin = 0 if WINDOW == 0 else tl.maximum(first - WINDOW + 1, 0)
+        return begin, tl.cdiv(tl.cdiv(first - begin, SPLITS), STEP) * STEP
+
+    @triton.jit
+    def _old(lane: tl.tensor, slot: tl.tensor, real: tl.tensor, begin: tl.tensor, end: tl.tensor,
+             WORDS: tl.constexpr) -> tl.tensor:  # fmt: skip
+        """One step of K or V: the int32 words of slots begin + slot before `end`."""
+        return tl.load(lane + begin * WORDS, real & (slot < end - begin), 0)
 
     @triton.jit
     def _attend(
@@ -569,13 +735,24 @@ if triton is not None:
         """One step of the online softmax: every warp adds its own 16 slots to its own sums."""
         WARPS: tl.constexpr = q.shape[0]
         WIDTH: tl.constexpr = q.shape[2]
-        k = k.reshape(4, 8, WARPS, WIDTH // 32, 2, 4, 2).permute(2, 3, 5, 0, 6, 4, 1).reshape(WARPS, WIDTH, 16)
+        k = k.reshape(4, 8, WARPS, 2, WIDTH // 64, 2, 2, 4).permute(2, 3, 4, 6, 0, 7, 5, 1).reshape(WARPS, WIDTH, 16)
         s = tl.where(seen, _dot(q, k, tl.zeros([WARPS, 16, 16], tl.float32), ASM), -1e30)
         top = tl.maximum(m, tl.max(s, 2))
         p = tl.where(seen, tl.exp2(s - top[:, :, None]), 0.0)
         fade = tl.exp2(m - top)
-        v = v.permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, 16, WIDTH)  # d in the order c, e, g
-        return top, total * fade + tl.sum(p, 2), _dot(p.to(q.dtype), v, acc * fade[:, :, None], ASM)
+        total = total * fade + tl.sum(p, 2)
+        p = p.to(q.dtype).reshape(WARPS, 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(WARPS, 16, 16)  # slots: t, h, i
+        v = v.permute(2, 0, 3, 4, 5, 6, 7, 1).reshape(WARPS, 16, WIDTH)  # d in the order c, e, g
+        return top, total, _dot(p, v, acc * fade[:, :, None], ASM)
+
+    @triton.jit
+    def _halved(x: tl.tensor, AXIS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+        """The two halves of [n, rows, columns] along axis 0 or 1."""
+        if AXIS == 0:
+            x = x.reshape(2, x.shape[0] // 2, x.shape[1], x.shape[2]).permute(1, 2, 3, 0)
+        else:
+            x = x.reshape(x.shape[0], 2, x.shape[1] // 2, x.shape[2]).permute(0, 2, 3, 1)
+        return tl.split(x)
 
     @triton.jit
     def _attention_kernel(
@@ -583,97 +760,156 @@ if triton is not None:
         v_ptr: tl.tensor, q_norm_ptr: tl.tensor, k_norm_ptr: tl.tensor, out_ptr: tl.tensor, part_ptr: tl.tensor,
         eps: tl.tensor, scale: tl.tensor, slots: tl.tensor, T: tl.constexpr, HEADS: tl.constexpr,
         KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-        ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+        ROWS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
         """One split of the prefix for 16 rows (query heads x tokens) of one KV head; every warp walks its own slots."""
         dtype: tl.constexpr = qkv_ptr.dtype.element_ty
         GROUP: tl.constexpr = HEADS // KV_HEADS
         STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
         STEP: tl.constexpr = 16 * WARPS  # slots per iteration
+        HALF: tl.constexpr = DIM // 2
+        C: tl.constexpr = WIDTH // 64
+        EARLY: tl.constexpr = WIDTH <= 128  # the next step is loaded into registers in advance
         bh = tl.program_id(0)
-        split = tl.program_id(1)
+        split = tl.program_id(1) if SPLITS > 1 else 0
         b = bh // KV_HEADS
         head = bh % KV_HEADS
-        if PDL:
-            gdc_launch_dependents()
-            gdc_wait()
-        first = tl.load(pos_ptr + b * T).to(tl.int32)
-        k_ptr += bh.to(tl.int64) * slots * DIM
-        v_ptr += bh.to(tl.int64) * slots * DIM
-        begin = 0 if WINDOW == 0 else tl.maximum(first - WINDOW + 1, 0)
-        share = tl.cdiv(tl.cdiv(first - begin, SPLITS), STEP) * STEP
+        first = tl.load(pos_ptr + b * T).to(tl.int32)  # written two kernels back, like the old slots: no need to wait
+        begin, share = _share(first, WINDOW, SPLITS, STEP)
         begin += split * share
         end = tl.minimum(begin + share, first)
+        if (split > 0) & (begin >= end):
+            return
 
-        # columns in the order of the tensor cores' operand: j = (c, s 4, t 4, e 2) -> d = 32 c + 8 t + 2 s + e
-        j = tl.arange(0, WIDTH)
-        d = j // 32 * 32 + j // 2 % 4 * 8 + j // 8 % 4 * 2 + j % 2
-        r = tl.program_id(2) * 16 + tl.arange(0, 16)
-        token = b * T + r // GROUP
-        at = qkv_ptr + token * STRIDE + (head * GROUP + r % GROUP) * DIM
-        valid = r < T * GROUP
-        q = _rotated(at[:, None], valid[:, None] & (d < DIM), q_norm_ptr, cos_ptr, sin_ptr, token[:, None], d, DIM)
-        q *= _head_rms(at, valid, q_norm_ptr, eps, DIM, WIDTH)[:, None] * scale
-        q = tl.broadcast_to(q.to(dtype)[None], [WARPS, 16, WIDTH])
+        # K as [4 t, 8 g, warp, 2 halves, c, 2 h, 4 words]: slot 8 h + g of the warp's 16, d = 32 c + 8 t + e of a half
+        # V as [4 t, 8 g, warp, 2 h, 2 i, c, 4 words]: slot 8 h + 2 t + i, d = 64 c + 8 g + e
+        t = tl.arange(0, 4)[:, None, None, None, None, None, None]
+        g = tl.arange(0, 8)[:, None, None, None, None, None]
+        w = tl.arange(0, WARPS)[:, None, None, None, None]
+        two = tl.arange(0, 2)[:, None, None, None]
+        c = tl.arange(0, C)[:, None, None]
+        words = tl.arange(0, 4)
+        k_slot = w * 16 + g + tl.arange(0, 2)[:, None] * 8
+        k_word = c * 16 + t * 4 + words
+        k_real = k_word < HALF // 2
+        k_word += two * (HALF // 2)
+        v_slot = w * 16 + t * 2 + two * 8 + tl.arange(0, 2)[:, None, None]
+        v_word = tl.arange(0, C)[:, None] * 32 + g * 4 + words
+        v_real = v_word < HALF
+        k_ptr += bh.to(tl.int64) * slots * DIM
+        v_ptr += bh.to(tl.int64) * slots * DIM
+        k_lane = k_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (k_slot * HALF + k_word)
+        v_lane = v_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (v_slot * HALF + v_word)
+        if EARLY:
+            k = _old(k_lane, k_slot, k_real, begin, end, HALF)
+            v = _old(v_lane, v_slot, v_real, begin, end, HALF)
+        for i in tl.static_range(1, AHEAD):
+            _prefetch_lines(k_ptr, begin + i * STEP, end, DIM, STEP * WIDTH // 64, ASM)
+            _prefetch_lines(v_ptr, begin + i * STEP, end, DIM, STEP * WIDTH // 64, ASM)
 
-        # K as [4 t, 8 g, warp, c, 2 h, 8 e]: slot 8 h + g of the warp's 16, d = 32 c + 8 t + e
-        # V as [4 t, 8 g, warp, 2 h, 2 i, c, 8 e]: slot 8 h + 2 t + i, d = 64 c + 8 g + e
-        e = tl.arange(0, 8)
-        w = tl.arange(0, WARPS)[:, None, None, None] * 16
-        k_slot = w + tl.arange(0, 2)[:, None] * 8 + tl.arange(0, 8)[:, None, None, None, None]
-        k_d = tl.arange(0, WIDTH // 32)[:, None, None] * 32 + tl.arange(0, 4)[:, None, None, None, None, None] * 8
-        v_slot = tl.arange(0, 2)[:, None, None, None] * 8 + tl.arange(0, 2)[:, None, None]
-        v_slot += w[:, None] + tl.arange(0, 4)[:, None, None, None, None, None, None] * 2
-        v_d = tl.arange(0, WIDTH // 64)[:, None] * 64 + tl.arange(0, 8)[:, None, None, None, None, None] * 8
+        # rows of q, and new tokens, as [4 t, 8 g, warp, c, 2 h, 2, 4 e] of both halves of a head
+        n = tl.arange(0, 2)[:, None, None] * 8 + g + w * 0
+        r = n if ROWS <= 16 else tl.program_id(2) * 16 + n
+        column = tl.arange(0, C)[:, None, None, None] * 32 + t * 8 + tl.arange(0, 2)[:, None] * 4 + words
+        real = column < HALF
+        lane = column + (g + w) * 0
+        token = r // GROUP
+        angle = b * T * HALF + lane + (0 if T == 1 else token * HALF)
+        there = real if T == 1 else real & (r < T * GROUP)
+        cos, sin = tl.load(cos_ptr + angle, there, 0), tl.load(sin_ptr + angle, there, 0)
+        q_norm = None
+        if q_norm_ptr is not None:
+            q_norm = (tl.load(q_norm_ptr + lane, real, 0), tl.load(q_norm_ptr + HALF + lane, real, 0))
+        new = real & (n < T) & (w == 0) & (split == 0)
+        k_norm = None
+        if k_norm_ptr is not None:
+            k_norm = (tl.load(k_norm_ptr + lane, real, 0), tl.load(k_norm_ptr + HALF + lane, real, 0))
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        qkv_ptr += b * T * STRIDE
+        at = (qkv_ptr + (HEADS + KV_HEADS + head) * DIM).to(tl.pointer_type(tl.int32), bitcast=True)
+        fresh = v_real & (v_slot < T) & (split == 0)
+        value = tl.load(at + v_slot * (STRIDE // 2) + v_word, fresh, 0)
+        if PDL:  # returns at once, and is a fence: the loads above are not moved down to their uses
+            gdc_wait()
+        at = qkv_ptr + (HEADS + head) * DIM + n * STRIDE + column
+        low, high = tl.load(at, new, 0), tl.load(at + HALF, new, 0)
+        at = qkv_ptr + token * STRIDE + (head * GROUP + r % GROUP) * DIM + column
+        valid = real & (r < T * GROUP)
+        x, y = tl.load(at, valid, 0), tl.load(at + HALF, valid, 0)
+        if PDL:  # a fence again
+            gdc_wait()
+        x, y = _rotated(x, y, q_norm, cos, sin, eps, DIM)
+        q = (tl.join(x, y) * scale).to(dtype).permute(2, 4, 1, 7, 3, 5, 0, 6).reshape(WARPS, 16, WIDTH)
+
         slot = tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)
+        r = tl.arange(0, 16) if ROWS <= 16 else tl.program_id(2) * 16 + tl.arange(0, 16)
         row_token = (r // GROUP)[:, None]
         m = tl.full([WARPS, 16], -1e30, tl.float32)
         total = tl.zeros([WARPS, 16], tl.float32)
         acc = tl.zeros([WARPS, 16, WIDTH], tl.float32)
-        if split == 0:  # the new tokens: into the cache, and attended to from there (by every block of rows alike)
-            source = qkv_ptr + b * T * STRIDE + (HEADS + head) * DIM
-            n = tl.arange(0, 16)
-            rms = _head_rms(source + n * STRIDE, n < T, k_norm_ptr, eps, DIM, WIDTH)
-            new = (n < T)[:, None] & (j < DIM)
-            key = _rotated(source + n[:, None] * STRIDE, new, k_norm_ptr, cos_ptr, sin_ptr, b * T + n[:, None], j, DIM)
-            key = (key * rms[:, None]).to(dtype)
-            value = tl.load(source + n[:, None] * STRIDE + KV_HEADS * DIM + j, new, 0)
-            into = tl.load(pos_ptr + b * T + n, n < T, 0)[:, None] * DIM + j
-            tl.store(k_ptr + into, key.to(k_ptr.dtype.element_ty), new)
-            tl.store(v_ptr + into, value.to(v_ptr.dtype.element_ty), new)
-            tl.debug_barrier()
-            k = tl.load(k_ptr + (first + k_slot) * DIM + k_d + e, (k_slot < T) & (k_d < DIM), 0).to(dtype)
-            v = tl.load(v_ptr + (first + v_slot) * DIM + v_d + e, (v_slot < T) & (v_d < DIM), 0).to(dtype)
+        if split == 0:  # the new tokens: into the cache, and attended to
+            if T > 1 and GROUP > 1:  # other rows than those of q
+                angle = b * T * HALF + n * HALF + lane
+                cos, sin = tl.load(cos_ptr + angle, new, 0), tl.load(sin_ptr + angle, new, 0)
+            first_half, second_half = _rotated(low, high, k_norm, cos, sin, eps, DIM)
+            first_half, second_half = first_half.to(dtype), second_half.to(dtype)
+            if ROWS <= 16 or tl.program_id(2) == 0:
+                into = k_ptr + (first + n) * DIM + column
+                tl.store(into, first_half, new)
+                tl.store(into + HALF, second_half, new)
+                tl.store(v_lane + first * HALF, value, fresh)
+            key = tl.join(first_half, second_half).permute(0, 1, 2, 7, 3, 4, 5, 6)
             seen = (slot <= row_token) & ((WINDOW == 0) | (slot > row_token - WINDOW))
-            m, total, acc = _attend(q, k, v, seen, m, total, acc, ASM)
+            m, total, acc = _attend(q, key, _pair(value, dtype), seen, m, total, acc, ASM)
         while begin < end:  # not range(): the interpreter cannot on a loaded bound
-            s = begin + k_slot
-            k = tl.load(k_ptr + s * DIM + k_d + e, (s < end) & (k_d < DIM), 0).to(dtype)
-            s = begin + v_slot
-            v = tl.load(v_ptr + s * DIM + v_d + e, (s < end) & (v_d < DIM), 0).to(dtype)
+            if not EARLY:
+                k = _old(k_lane, k_slot, k_real, begin, end, HALF)
+                v = _old(v_lane, v_slot, v_real, begin, end, HALF)
+            old_k, old_v = k, v
             s = begin + slot
             seen = (s < end) & ((WINDOW == 0) | (s > first + row_token - WINDOW))
-            m, total, acc = _attend(q, k, v, seen, m, total, acc, ASM)
             begin += STEP
-        top = tl.max(m, 0)
-        fade = tl.exp2(m - top[None])
-        total = tl.sum(total * fade, 0)
-        out = tl.sum(acc * fade[:, :, None], 0)
+            if EARLY:
+                k = _old(k_lane, k_slot, k_real, begin, end, HALF)
+                v = _old(v_lane, v_slot, v_real, begin, end, HALF)
+            _prefetch_lines(k_ptr, begin + (AHEAD - 1) * STEP, end, DIM, STEP * WIDTH // 64, ASM)
+            _prefetch_lines(v_ptr, begin + (AHEAD - 1) * STEP, end, DIM, STEP * WIDTH // 64, ASM)
+            old_k, old_v = _pair(old_k, dtype), _pair(old_v, dtype)
+            m, total, acc = _attend(q, old_k, old_v, seen, m, total, acc, ASM)
+        # the sums of all warps into one, two by two: in registers, after one change of layout
+        R: tl.constexpr = min(ROWS, 16)
+        m, total = tl.broadcast_to(m[:, :, None], acc.shape), tl.broadcast_to(total[:, :, None], acc.shape)
+        if R == 8:
+            m, total, acc = _halved(m, 1)[0], _halved(total, 1)[0], _halved(acc, 1)[0]
+        for _ in tl.static_range(5):
+            if m.shape[0] > 1:
+                m, m1 = _halved(m, 0)
+                total, total1 = _halved(total, 0)
+                acc, acc1 = _halved(acc, 0)
+                top = tl.maximum(m, m1)
+                m, m1 = tl.exp2(m - top), tl.exp2(m1 - top)
+                total, acc, m = total * m + total1 * m1, acc * m + acc1 * m1, top
+        top, total = tl.trans(m.reshape(R, WIDTH)), tl.trans(total.reshape(R, WIDTH))
+        out = tl.trans(acc.reshape(R, WIDTH))
+        j = tl.arange(0, WIDTH)[:, None]
         d = j // 64 * 64 + j % 8 * 8 + j // 8 % 8
+        r = tl.arange(0, R) + (0 if ROWS <= 16 else tl.program_id(2) * 16)
+        valid = r < T * GROUP
         if SPLITS == 1:
             where = (b * T + r // GROUP) * (HEADS * DIM) + (head * GROUP + r % GROUP) * DIM
-            tl.store(out_ptr + where[:, None] + d, (out / total[:, None]).to(dtype), valid[:, None] & (d < DIM))
+            tl.store(out_ptr + where + d, (out / total).to(dtype), valid & (d < DIM))
         else:
             where = ((bh * SPLITS + split) * ROWS + r) * (WIDTH + 2)
-            tl.store(part_ptr + where[:, None] + 2 + d, out, valid[:, None])
-            tl.store(part_ptr + where, top, valid)
-            tl.store(part_ptr + where + 1, total, valid)
+            tl.store(part_ptr + where + 2 + d, out, valid)
+            tl.store(part_ptr + where + d, tl.where(d == 0, top, total), valid & (d < 2))
 
     @triton.jit
     def _combine_kernel(
-        part_ptr: tl.tensor, out_ptr: tl.tensor, T: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-        DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
-        ASM: tl.constexpr,
+        part_ptr: tl.tensor, pos_ptr: tl.tensor, out_ptr: tl.tensor, T: tl.constexpr, HEADS: tl.constexpr,
+        KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+        ROWS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
         """Joins the splits of one token and head (Dao et al. 2023, flash-decoding)."""
         GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -683,15 +919,24 @@ if triton is not None:
         split = tl.arange(0, triton.next_power_of_2(SPLITS))
         where = (((token // T) * KV_HEADS + head // GROUP) * SPLITS + split) * ROWS + row
         d = tl.arange(0, WIDTH)
+        first = tl.load(pos_ptr + token // T * T).to(tl.int32)
+        begin, share = _share(first, WINDOW, SPLITS, STEP)
+        used = (split == 0) | (begin + split * share < first)
         if PDL:
-            gdc_launch_dependents()
             gdc_wait()
-        top = tl.load(part_ptr + where * (WIDTH + 2), split < SPLITS, -1e30)
+            gdc_launch_dependents()
+        part_ptr += where * (WIDTH + 2)
+        top, total = tl.load(part_ptr, used, -1e30), tl.load(part_ptr + 1, used, 0)
+        x = tl.load(part_ptr[:, None] + 2 + d, used[:, None], 0)
+        if PDL:  # a fence: the three are on their way together
+            gdc_wait()
         weight = tl.exp2(top - tl.max(top, 0))
-        total = tl.sum(tl.load(part_ptr + where * (WIDTH + 2) + 1, split < SPLITS, 0) * weight, 0)
-        x = tl.load(part_ptr + where[:, None] * (WIDTH + 2) + 2 + d, (split < SPLITS)[:, None], 0)
+        total = tl.sum(total * weight, 0)
         out = tl.sum(x * weight[:, None], 0) / total
         tl.store(out_ptr + (token * HEADS + head) * DIM + d, out.to(out_ptr.dtype.element_ty), d < DIM)
+
+
+ATTENTION_AHEAD = 4  # steps of the loop over the prefix that the L2 cache is asked for in advance, this one included
 
 
 def _splits(heads: int, slots: int) -> int:
@@ -718,20 +963,24 @@ def _attention(
     qkv = qkv.contiguous()
     heads = qkv.shape[1] // dim - 2 * kv_heads
     width = max(64, triton.next_power_of_2(dim))
-    rows = triton.cdiv(t * heads // kv_heads, 16) * 16
-    warps, splits = 4, _splits(b * kv_heads, slots)
+    rows = t * heads // kv_heads
+    rows = 8 if rows <= 8 else triton.cdiv(rows, 16) * 16
+    splits = _splits(b * kv_heads, slots)
+    warps = 8 if splits == 1 and width <= 128 else 4
     out = torch.empty(b * t, heads * dim, dtype=qkv.dtype, device=qkv.device)
     part = None
     if splits > 1:
         part = torch.empty(b * kv_heads * splits * rows * (width + 2), dtype=torch.float32, device=qkv.device)
     launch = _launch(qkv.device, warps)
     scale = dim**-0.5 * 1.4426950408889634  # exp(x) = exp2(x log2(e))
-    _attention_kernel[(b * kv_heads, splits, rows // 16)](
+    _attention_kernel[(b * kv_heads, splits, triton.cdiv(rows, 16))](
         qkv, cos, sin, positions, k_cache, v_cache, q_norm, k_norm, out, part, eps, scale, slots, t, heads, kv_heads,
-        dim, width, window, splits, rows, warps, **launch,
+        dim, width, window, splits, rows, warps, ATTENTION_AHEAD, ASM=not interpreted(), **launch,
     )  # fmt: skip
     if splits > 1:
-        _combine_kernel[(b * t, heads)](part, out, t, heads, kv_heads, dim, width, splits, rows, **launch)
+        _combine_kernel[(b * t, heads)](
+            part, positions, out, t, heads, kv_heads, dim, width, window, splits, rows, 16 * warps, **launch
+        )
     return out
 
 
@@ -765,6 +1014,7 @@ def decode_attention(
     """
     t, dim = positions.shape[1], k_cache.shape[3]
     fits = t <= 16 and dim % 8 == 0 and dim <= 256 and qkv.dtype in (torch.bfloat16, torch.float16)
+    fits = fits and k_cache.dtype == v_cache.dtype == qkv.dtype
     if not supported(qkv.device) or not fits:
         return decode_attention_reference(qkv, cos, sin, positions, k_cache, v_cache, q_norm, k_norm, eps, window)
     qkv, cos, sin, positions = (x.contiguous() for x in (qkv, cos, sin, positions))

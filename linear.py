@@ -122,25 +122,22 @@ class Linear(nn.Module):
 
 
 class Int8Linear(Linear):
-    """W8A16: weight int8 [N, K], one scale per output row: w = q * weight_scale[n]."""
+    """W8A16: int8 weights in `kernels.pack_int8`'s layout, one scale per output row: w = q * weight_scale[n]."""
 
     def _allocate(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        n, k = self.out_features, self.in_features
-        self.register_buffer("weight", torch.empty(self._shape(n, k), device=device, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty(self._shape(n), device=device, dtype=dtype))
+        self.register_buffer("weight_packed", torch.empty(0, device=device, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty(0, device=device, dtype=dtype))
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        return self.weight, self.weight_scale, None
+        return self.weight_packed, self.weight_scale, None
 
     def set_(
         self, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, permutation: torch.Tensor | None = None
     ) -> None:
-        """Take logical values: q int8 [N, K], scale [N, 1]; on this module's device from here on. ValueError with a
-        zero point.
-        """
+        """Take logical values, packed here: q int8 [N, K], scale [N, 1]. ValueError with a zero point."""
         if zero is not None:
             raise ValueError("int8 weights with zero points are not supported; symmetric ones are")
-        self.weight, self.weight_scale = q.contiguous(), scale.squeeze(-1).contiguous()
+        self.weight_packed, self.weight_scale = kernels.pack_int8(q), scale.squeeze(-1).contiguous()
 
 
 class Int4Linear(Linear):

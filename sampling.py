@@ -9,6 +9,7 @@ has to be captured or advanced.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 _MIX1, _MIX2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # splitmix64's constants as int64
 Structure = tuple[bool, int, bool, bool]  # what changes the program: greedy, top_k, top-p on, min-p on
@@ -45,14 +46,12 @@ class SamplingParams:
         greedy = self.temperature == 0
         return greedy, 0 if greedy else self.top_k, not greedy and self.top_p < 1, not greedy and self.min_p > 0
 
-    def knobs(self, device: torch.device) -> torch.Tensor:
+    def knobs(self, device: torch.device) -> Tensor:
         """float32 [3] on the device: 1 / temperature, top_p, min_p; changing them recompiles nothing."""
         return torch.tensor([1 / (self.temperature or 1.0), self.top_p, self.min_p], device=device)
 
 
-def distribution(
-    logits: torch.Tensor, structure: Structure, knobs: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def distribution(logits: Tensor, structure: Structure, knobs: Tensor) -> tuple[Tensor, Tensor | None]:
     """logits [..., V] float32 -> (probs [..., C] float32 summing to 1, their token ids [..., C] or None when C is the
     vocabulary).
 
@@ -65,7 +64,7 @@ def distribution(
         return torch.ones_like(ids, dtype=torch.float32), ids
     ids = None
     if 0 < top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k)
+        logits, ids = logits.topk(top_k, sorted=use_top_p)
     elif use_top_p:
         logits, ids = logits.sort(descending=True, stable=True)
     probs = torch.softmax(logits * knobs[0], -1)
@@ -78,15 +77,16 @@ def distribution(
     return probs, ids
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def _mix(x: Tensor) -> Tensor:
     """splitmix64's finaliser (Steele et al. 2014) on int64, whose products wrap and whose right shifts need a mask."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX1
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX2
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def uniform(seeds: torch.Tensor, positions: torch.Tensor, lanes: int, stream: int = 0) -> torch.Tensor:
-    """float32 [..., lanes] in (0, 1), a pure function of (seed, position, lane, stream). seeds, positions: int64 [...].
+def uniform(seeds: Tensor, positions: Tensor, lanes: int | Tensor, stream: int = 0) -> Tensor:
+    """float32 [..., L] in (0, 1), a pure function of (seed, position, lane, stream). seeds, positions: int64 [...];
+    lanes: L, for 0..L-1, or int64 [..., L].
 
     Small values keep their relative precision (63 random bits, rounded once), which the race below needs for rare
     tokens.
@@ -96,24 +96,23 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, lanes: int, stream: in
     # and compiling the decode step's sampling took 23 s instead of 5 s (2 CPU cores)
     key = key.as_strided(key.shape, key.stride())
     # splitmix64 multiplies the lane by a constant; compilers hold an index in 32 bits, so mix twice instead
-    bits = _mix(_mix(key.unsqueeze(-1) + torch.arange(lanes, device=seeds.device)))
+    lanes = torch.arange(lanes, device=seeds.device) if isinstance(lanes, int) else lanes
+    bits = _mix(_mix(key.unsqueeze(-1) + lanes))
     return ((bits & 0x7FFFFFFFFFFFFFFF).float() * 2.0**-63).clamp(2.0**-63, 1 - 2.0**-24)
 
 
-def draw(probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, stream: int = 0) -> torch.Tensor:
+def draw(probs: Tensor, seeds: Tensor, positions: Tensor, stream: int = 0, ids: Tensor | None = None) -> Tensor:
     """Index [...] int64 drawn from probs [..., C] by an exponential race: argmax p / E with E ~ Exp(1), no sort, no
-    host sync.
+    host sync. The noise belongs to the token ids [..., C] (None: 0..C-1), so their order does not matter.
     """
-    e = -torch.log1p(-uniform(seeds, positions, probs.shape[-1], stream))
+    e = -torch.log1p(-uniform(seeds, positions, probs.shape[-1] if ids is None else ids, stream))
     return torch.argmax(probs / e, -1)
 
 
-def sample(
-    logits: torch.Tensor, structure: Structure, knobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def sample(logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """Next token [B] int64 for logits [B, V] float32; -1 in a row whose logits are not finite (the host raises)."""
     probs, ids = distribution(logits, structure, knobs)
-    token = probs.argmax(-1) if structure[0] else draw(probs, seeds, positions)
+    token = probs.argmax(-1) if structure[0] else draw(probs, seeds, positions, ids=ids)
     if ids is not None:
         token = ids.gather(-1, token.unsqueeze(-1)).squeeze(-1)
     return torch.where(logits.abs().amax(-1) < float("inf"), token, -1)

@@ -207,7 +207,7 @@ class Speculation:
 
         def pick(logits: torch.Tensor, position: torch.Tensor) -> None:
             probs, ids = distribution(logits[:, -1, :V], structure, state.knobs)
-            token = draw(probs, state.seeds, position[:, 0], DRAFT)[:, None]
+            token = draw(probs, state.seeds, position[:, 0], DRAFT, ids)[:, None]
             history.scatter_(1, position, token if ids is None else ids.gather(1, token))
             proposed.index_copy_(1, state.step, spread(probs, ids, V)[:, None])
             state.step.add_(1)

@@ -32,20 +32,25 @@ def relative_error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.mark.parametrize("shape", [(16, 128), (3, 7, 256), (2, 2, 16, 384)])
-def test_int4_packing_round_trip(shape):
-    q = torch.randint(-8, 8, shape, dtype=torch.int8)
-    packed = kernels.pack_int4(q)
-    assert packed.dtype == torch.int32 and packed.numel() * 8 == q.numel()
-    assert torch.equal(kernels.unpack_int4(packed), q)
+PACK = {8: kernels.pack_int8, 4: kernels.pack_int4}
 
 
-def test_int4_packing_pads_with_zeros():
+@pytest.mark.parametrize("bits", PACK)
+@pytest.mark.parametrize("shape", [(16, 128), (3, 32, 256), (2, 2, 16, 384)])
+def test_packing_round_trip(shape, bits):
+    q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8)
+    packed = PACK[bits](q)
+    assert packed.dtype == {8: torch.int8, 4: torch.uint8}[bits] and packed.numel() * 8 == q.numel() * bits
+    assert torch.equal(kernels.unpack(packed), q)
+
+
+@pytest.mark.parametrize("bits", PACK)
+def test_packing_pads_with_zeros(bits):
     q = torch.randint(-8, 8, (40, 96), dtype=torch.int8)
-    wide = kernels.unpack_int4(kernels.pack_int4(q))
-    assert wide.shape == (40, 128)
-    assert torch.equal(wide[:, :96], q)
-    assert not wide[:, 96:].any()
+    wide = kernels.unpack(PACK[bits](q))
+    assert wide.shape == (48, 128)
+    assert torch.equal(wide[:40, :96], q)
+    assert not wide[40:].any() and not wide[:, 96:].any()
 
 
 def make_linear(fmt, m, n, k, dtype, experts=0, seed=0):
@@ -59,7 +64,7 @@ def make_linear(fmt, m, n, k, dtype, experts=0, seed=0):
     if fmt == "int8":
         w = torch.randint(-128, 128, (*lead, n, k), generator=gen, dtype=torch.int8)
         scale = ((torch.rand(*lead, n, generator=gen) + 0.5) / 80 / k**0.5).to(dtype)
-        return x, w, scale, None, w.double() * scale.double()[..., None]
+        return x, kernels.pack_int8(w), scale, None, w.double() * scale.double()[..., None]
     group = int(fmt.strip("gz") or k)
     q = torch.randint(-8, 8, (*lead, n, k), generator=gen, dtype=torch.int8)
     scale = ((torch.rand(*lead, n, k // group, generator=gen) + 0.5) / 5 / k**0.5).to(dtype)
@@ -106,7 +111,7 @@ def test_linear_twin_is_the_formula(fmt, extra):
     check_linear(kernels.linear_reference, fmt, 5, 64, 256, torch.float32, "cpu", 1e-5, **extra)
 
 
-SHAPES = [(1, 64, 256), (3, 48, 1152), (9, 32, 640), (16, 16, 2176), (8, 40, 384), (2, 16, 4352)]
+SHAPES = [(1, 64, 256), (3, 96, 1152), (9, 32, 640), (16, 64, 2176), (8, 40, 384), (2, 32, 4352)]
 CASES = [(fmt, i) for i in range(len(SHAPES)) for fmt in FORMATS]
 if kernels.interpreted():  # slow: half of them, a checkerboard
     CASES = [(fmt, i) for fmt, i in CASES if (FORMATS.index(fmt) + i) % 2]
