@@ -92,14 +92,16 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, k: int, dtype: torch.dtype) -> Tensor:
-    """The [..., N, K] matrix in `dtype` that a weight in any of `linear`'s formats stands for."""
+def dequantize_reference(
+    weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    """Twin of `dequantize`."""
+    q = unpack(weight)[..., :n, :k]
     if scale is None:
-        return weight.to(dtype)
+        return q.to(dtype)
     if weight.dtype == torch.int8:
-        return (unpack(weight)[..., : scale.shape[-1], :k].float() * scale.float()[..., None]).to(dtype)
-    groups = scale.shape[-1]
-    q = unpack(weight)[..., : scale.shape[-2], :k].float().unflatten(-1, (groups, k // groups))
+        return (q.float() * scale.float()[..., None]).to(dtype)
+    q = q.float().unflatten(-1, (scale.shape[-1], -1))
     q = q if zero is None else q - zero.float()[..., None]
     return (q * scale.float()[..., None]).flatten(-2).to(dtype)
 
@@ -122,11 +124,12 @@ def linear_reference(
         x = rms_norm_reference(x, norm_weight, eps)
     if experts is not None:
         weight, scale, zero = (t if t is None else t[experts] for t in (weight, scale, zero))
-    late = scale if weight.dtype == torch.int8 else None  # a per-channel scale is cheaper on the result
-    if late is None:
-        w = dequantize(weight, scale, zero, x.shape[-1], x.dtype)
+    late = scale if weight.dtype == torch.int8 else None  # a per-channel scale is cheaper, and exact, on the result
+    if scale is None:
+        w = weight.to(x.dtype)
     else:
-        w = unpack(weight)[..., : late.shape[-1], : x.shape[-1]].to(x.dtype)
+        n = scale.shape[-2 if late is None else -1]
+        w = dequantize(weight, scale if late is None else None, zero, n, x.shape[-1], x.dtype)
     y = F.linear(x, w) if experts is None else torch.einsum("mk,mnk->mn", x, w)
     if late is not None:
         y = (y.float() * late.float()).to(x.dtype)
@@ -526,6 +529,65 @@ if triton is not None:
         """x [4 t (all equal), 8 g, WARPS, rows/8, PARTS] in the place of products, no register moved."""
         x = x.to(tl.float32).permute(4, 2, 3, 1, 0)
         return x.reshape(x.shape[0], x.shape[1], x.shape[2], 8, 1, 4, 1)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _dequantize_kernel(
+        w_ptr: tl.tensor, scale_ptr: tl.tensor, zero_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.constexpr,
+        K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """16 rows of a chunk of 128 k: every element from its place in `_blocks`."""
+        tile = tl.program_id(0)
+        chunk = tl.program_id(1)
+        r = tl.arange(0, 16)[:, None]
+        k = tl.arange(0, 128)
+        e = k // 32 % 2
+        block = k // 64 if BITS == 4 else e * 2 + k // 64
+        at = ((block * 8 + r % 8) * 4 + k // 8 % 4) * 16 + (k // 4 % 2 * 2 + r // 8) * 4 + k % 4
+        w_ptr += (tile.to(tl.int64) * ((K + 127) // 128) + chunk) * (BITS * 256)
+        q = tl.load(w_ptr + at).to(tl.int32)
+        if BITS == 4:
+            q = q << (24 + 4 * e) >> 28
+        n, k = tile * 16 + r, chunk * 128 + k
+        valid = (n < N) & (k < K)
+        w = q.to(tl.float32)
+        if scale_ptr is not None:
+            at = n * (K // GROUP) + k // GROUP
+            if zero_ptr is not None:
+                w -= tl.load(zero_ptr + at, valid, 0).to(tl.float32)
+            w *= tl.load(scale_ptr + at, valid, 0).to(tl.float32)
+        tl.store(out_ptr + n.to(tl.int64) * K + k, w.to(out_ptr.dtype.element_ty), valid)
+
+
+@torch.library.custom_op("decode::dequantize", mutates_args=())
+def _dequantize(
+    weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(n, k, dtype=dtype, device=weight.device)
+    group = _group_size(weight, scale, k)
+    _dequantize_kernel[weight.shape[0], weight.shape[1]](
+        weight, scale, zero, out, n, k, group, 8 if weight.dtype == torch.int8 else 4
+    )
+    return out
+
+
+@_dequantize.register_fake
+def _dequantize_shape(
+    weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    return weight.new_empty(n, k, dtype=dtype)
+
+
+def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """The [..., N, K] matrix in `dtype` that a packed weight of `linear` stands for; scale None: its integers.
+
+    What prefill multiplies by: one pass over the weights, little beside a product with many rows.
+    """
+    if supported(weight.device) and weight.dim() == 3:
+        return _dequantize(weight, scale, zero, n, k, dtype)
+    return dequantize_reference(weight, scale, zero, n, k, dtype)
 
 
 # Tiles: what was fastest for Llama shapes on one H200 (NOTES.md has the sweeps); elsewhere they are right, if not best.

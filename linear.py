@@ -70,8 +70,9 @@ class Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The logical weight [N, K] or [E, N, K] in `dtype` (default: the activations')."""
         weight, scale, zero = self.operands()
-        dtype = dtype or (weight.dtype if scale is None else scale.dtype)
-        return kernels.dequantize(weight, scale, zero, self.in_features, dtype)
+        if scale is None:
+            return weight.to(dtype or weight.dtype)
+        return kernels.dequantize(weight, scale, zero, self.out_features, self.in_features, dtype or scale.dtype)
 
     def forward(
         self,

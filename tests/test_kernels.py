@@ -126,6 +126,19 @@ def test_linear_equals_twin(dtype, fmt, shape):
     check_linear(kernels.linear, fmt, m, n, k, dtype, DEVICE, bound, **extra)
 
 
+@needs_kernels
+@pytest.mark.parametrize("fmt", FORMATS[1:])
+def test_dequantize_equals_its_twin_and_the_formula(fmt):
+    for n, k in ((64, 256), (40, 384), (24, 1152)):
+        _, weight, scale, zero, w = make_linear(fmt, 1, n, k, torch.float16)
+        operands = [t if t is None else t.to(DEVICE) for t in (weight, scale, zero)]
+        y = kernels.dequantize(*operands, n, k, torch.float32).cpu()
+        assert torch.equal(y, kernels.dequantize_reference(weight, scale, zero, n, k, torch.float32))
+        assert relative_error(y, w) < 1e-6
+        integers = kernels.dequantize(operands[0], None, None, n, k, torch.float16).cpu()
+        assert torch.equal(integers, kernels.unpack(weight)[:n, :k].half())
+
+
 # batch, T, H, Hkv, Dh, slots, first positions, window, q and k norm
 ATTENTIONS = [
     (1, 1, 4, 4, 64, 128, [5], 0, False),
