@@ -92,11 +92,20 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
+def _plain(weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether these are int8 weights that are not packed."""
+    return scale is not None and weight.dtype == torch.int8 and weight.dim() == scale.dim() + 1
+
+
+def _out_features(weight: Tensor, scale: Tensor | None) -> int:
+    return weight.shape[-2] if scale is None else scale.shape[-1 if weight.dtype == torch.int8 else -2]
+
+
 def dequantize_reference(
     weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype
 ) -> Tensor:
-    """Twin of `dequantize`."""
-    q = unpack(weight)[..., :n, :k]
+    """Twin of `dequantize`; int8 may also lie as it is, [..., N, K]."""
+    q = weight if _plain(weight, scale) else unpack(weight)[..., :n, :k]
     if scale is None:
         return q.to(dtype)
     if weight.dtype == torch.int8:
@@ -125,11 +134,11 @@ def linear_reference(
     if experts is not None:
         weight, scale, zero = (t if t is None else t[experts] for t in (weight, scale, zero))
     late = scale if weight.dtype == torch.int8 else None  # a per-channel scale is cheaper, and exact, on the result
-    if scale is None:
+    if scale is None or _plain(weight, scale):
         w = weight.to(x.dtype)
     else:
-        n = scale.shape[-2 if late is None else -1]
-        w = dequantize(weight, scale if late is None else None, zero, n, x.shape[-1], x.dtype)
+        n, factor = _out_features(weight, scale), None if late is not None else scale
+        w = dequantize_reference(weight, factor, zero, n, x.shape[-1], x.dtype)
     y = F.linear(x, w) if experts is None else torch.einsum("mk,mnk->mn", x, w)
     if late is not None:
         y = (y.float() * late.float()).to(x.dtype)
@@ -585,7 +594,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int
 
     What prefill multiplies by: one pass over the weights, little beside a product with many rows.
     """
-    if supported(weight.device) and weight.dim() == 3:
+    if supported(weight.device) and weight.dim() == 3 and not _plain(weight, scale):
         return _dequantize(weight, scale, zero, n, k, dtype)
     return dequantize_reference(weight, scale, zero, n, k, dtype)
 
@@ -593,16 +602,14 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int
 # Tiles: what was fastest for Llama shapes on one H200 (NOTES.md has the sweeps); elsewhere they are right, if not best.
 
 
+ROWS_TILE = 32, 256, 2, 4  # rows of the matrix, k at a time, warps and stages of `_rows_kernel`
+
+
 def _row_tile(k: int, n: int) -> tuple[int, int, int]:
     """(results, k at a time, warps) of `_row_kernel`."""
     if k % 4096 or n <= 8192:
         return (4, 1024, 2) if k % 1024 == 0 and k <= 8192 else (1, 2048, 4)
     return 4, 4096, 8
-
-
-def _rows_tile(k: int, n: int, rows: int) -> tuple[int, int, int, int]:
-    """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`."""
-    return 32, 256, 2, 4
 
 
 def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int]:
@@ -632,8 +639,8 @@ def _fits(x: Tensor, weight: Tensor, scale: Tensor | None, silu_mul: bool, bias:
     if scale is None:
         return k % 8 == 0 and weight.dtype == x.dtype
     group = _group_size(weight, scale, k)
-    n = scale.shape[-1] if weight.dtype == torch.int8 else scale.shape[-2]
-    return group >= 32 and (group == k or group & (group - 1) == 0) and (not silu_mul or n % 32 == 0)
+    fits = group >= 32 and (group == k or group & (group - 1) == 0) and not _plain(weight, scale)
+    return fits and (not silu_mul or _out_features(weight, scale) % 32 == 0)
 
 
 @torch.library.custom_op("decode::linear", mutates_args=())
@@ -651,7 +658,7 @@ def _linear(
 ) -> Tensor:
     rows, k = x.shape
     x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
-    n = weight.shape[-2] if scale is None else scale.shape[-1 if weight.dtype == torch.int8 else -2]
+    n = _out_features(weight, scale)
     n_out = n // 2 if silu_mul else n
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
     if scale is None and (rows == 1 or experts is not None):
@@ -666,7 +673,7 @@ def _linear(
             width, normed = triton.next_power_of_2(k), torch.empty_like(x)
             _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(x.device, 8))
             x = normed
-        block, span, warps, stages = _rows_tile(k, n, rows)
+        block, span, warps, stages = ROWS_TILE
         _rows_kernel[(triton.cdiv(n_out, block // 2 if silu_mul else block),)](
             x, weight, bias, residual, out, rows, n, k, silu_mul, 8 if rows <= 8 else 16, block, span, stages,
             ASM=not interpreted(), **_launch(x.device, warps, stages),
@@ -698,8 +705,7 @@ def _linear_shape(
     x: Tensor, weight: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None,
     norm_weight: Tensor | None, eps: float, residual: Tensor | None, silu_mul: bool, experts: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    n = weight.shape[-2] if scale is None else scale.shape[-1 if weight.dtype == torch.int8 else -2]
-    return x.new_empty(x.shape[0], n // (2 if silu_mul else 1))
+    return x.new_empty(x.shape[0], _out_features(weight, scale) // (2 if silu_mul else 1))
 
 
 def _launch(device: torch.device, warps: int, stages: int = 1) -> dict[str, bool | int | None]:

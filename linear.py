@@ -91,6 +91,9 @@ class Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         added = None if residual is None else residual.reshape(-1, residual.shape[-1])
         fused = self.use_kernels and (rows.shape[0] <= kernels.MAX_ROWS or experts is not None)
+        if self.use_kernels and not fused and scale is not None:
+            weight = kernels.dequantize(weight, scale, zero, self.out_features, self.in_features, x.dtype)
+            scale = zero = None
         parts = [slice(None)]
         if fused and experts is not None:  # kept apart: a range over the rows would tie a compiled prefill to one T
             parts = [slice(i, i + kernels.MAX_ROWS) for i in range(0, rows.shape[0], kernels.MAX_ROWS)]
@@ -123,7 +126,7 @@ class Linear(nn.Module):
 
 
 class Int8Linear(Linear):
-    """W8A16: int8 weights in `kernels.pack_int8`'s layout, one scale per output row: w = q * weight_scale[n]."""
+    """W8A16: w = q * weight_scale[n]; weight_packed is `kernels.pack_int8` of q where kernels serve, else q itself."""
 
     def _allocate(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.register_buffer("weight_packed", torch.empty(0, device=device, dtype=torch.int8))
@@ -138,7 +141,8 @@ class Int8Linear(Linear):
         """Take logical values, packed here: q int8 [N, K], scale [N, 1]. ValueError with a zero point."""
         if zero is not None:
             raise ValueError("int8 weights with zero points are not supported; symmetric ones are")
-        self.weight_packed, self.weight_scale = kernels.pack_int8(q), scale.squeeze(-1).contiguous()
+        self.weight_packed = kernels.pack_int8(q) if self.use_kernels else q.contiguous()
+        self.weight_scale = scale.squeeze(-1).contiguous()
 
 
 class Int4Linear(Linear):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import kernels
 from linear import Int4Linear, Int8Linear, Linear, RMSNorm, from_linear, quantize_rtn
 
-FORMATS = ["plain", "int8", "int4-g32", "int4-g128", "int4-row", "int4-zero", "int4-permuted"]
+FORMATS = ["plain", "int8", "int8-packed", "int4-g32", "int4-g128", "int4-row", "int4-zero", "int4-permuted"]
 SHAPES = [(128, 64), (256, 48), (384, 130), (640, 16)]  # in, out
 
 
@@ -24,8 +24,10 @@ def make(kind: str, k: int, n: int, *, bias: bool = False, experts: int = 0) -> 
         plain.bias.copy_(rand(n, seed=1))
     if kind == "plain":
         return plain, plain.weight
-    if kind == "int8":
+    if kind.startswith("int8"):
+        plain.use_kernels = kind == "int8-packed"
         out = from_linear(plain, 8)
+        out.use_kernels = False
         assert isinstance(out, Int8Linear)
         q, scale = quantize_rtn(plain.weight, 8, -1, torch.float32)
         return out, q.float() * scale
