@@ -620,8 +620,10 @@ def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tup
         if bits == 8 and k > 8192 and rows == 1:
             return 1, 3, 8
         if rows > 1 or k > 16384:
-            return 1, 4, 8 if k > 8192 else 4
+            return 1, 4, 8 if k > 8192 or rows > 8 else 4
         return 1, 8 if bits == 4 or k <= 4096 else 4, 4
+    if rows > 8:
+        return 2, 2, 8  # else the registers do not suffice
     if bits == 8:
         return 2, 4 if silu_mul and rows == 1 else 2, 4
     return 2, 4, 2 if rows == 1 and k <= 4096 else 4
