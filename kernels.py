@@ -351,8 +351,9 @@ if triton is not None:
         x_ptr: tl.tensor, norm_ptr: tl.tensor, digits_ptr: tl.tensor, step_ptr: tl.tensor, squares_ptr: tl.tensor,
         K: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
-        """A row of activations (normed, if there is a norm) as pairs of int8: 128 in a row share a step, and each is
-        step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own rounding at most.
+        """A row of activations (times the norm's weight, if there is a norm) as pairs of int8: 128 in a row share a step,
+        and each is step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own rounding at
+        most. The norm's factor comes later, on the results: here only the sums of squares, one of every program.
 
         They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8] and `step`
         [columns/8, K/128, 8], in `_blocks`' terms.
@@ -539,9 +540,6 @@ if triton is not None:
         x = x.to(tl.float32).permute(4, 2, 3, 1, 0)
         return x.reshape(x.shape[0], x.shape[1], x.shape[2], 8, 1, 4, 1)
 
-
-if triton is not None:
-
     @triton.jit
     def _dequantize_kernel(
         w_ptr: tl.tensor, scale_ptr: tl.tensor, zero_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.constexpr,
@@ -600,8 +598,6 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int
 
 
 # Tiles: what was fastest for Llama shapes on one H200 (NOTES.md has the sweeps); elsewhere they are right, if not best.
-
-
 ROWS_TILE = 32, 256, 2, 4  # rows of the matrix, k at a time, warps and stages of `_rows_kernel`
 
 
@@ -711,7 +707,7 @@ def _linear_shape(
 
 
 def _launch(device: torch.device, warps: int, stages: int = 1) -> dict[str, bool | int | None]:
-    """Launch options: programmatic dependent launch from sm90 on, inline assembly wherever there is a GPU."""
+    """Launch options: programmatic dependent launch (PDL) from sm90 on."""
     if interpreted():
         return {"PDL": False, "num_warps": warps}
     pdl = torch.cuda.get_device_capability(device) >= (9, 0)
@@ -847,7 +843,9 @@ if triton is not None:
         split = tl.program_id(1) if SPLITS > 1 else 0
         b = bh // KV_HEADS
         head = bh % KV_HEADS
-        first = tl.load(pos_ptr + b * T).to(tl.int32)  # written two kernels back, like the old slots: no need to wait
+        first = tl.load(pos_ptr + b * T).to(
+            tl.int32
+        )  # PyTorch's kernels wrote it before this pass began: no need to wait
         begin, share = _share(first, WINDOW, SPLITS, STEP)
         begin += split * share
         end = tl.minimum(begin + share, first)

@@ -290,3 +290,12 @@ def test_other_numbers_recompile_nothing():
         params = SamplingParams(temperature, 20, top_p, min_p)
         compiled(logits, params.structure, params.knobs(CPU), torch.arange(2), torch.arange(2))
     assert len(compilations) == 1
+
+
+def test_the_order_of_the_candidates_does_not_matter():
+    gen = torch.Generator().manual_seed(0)
+    probs, ids = torch.rand(64, 50, generator=gen), torch.randperm(1000, generator=gen)[:50].expand(64, -1)
+    order, seeds, positions = torch.randperm(50, generator=gen), torch.arange(64), torch.arange(64) * 3
+    token = ids.gather(1, draw(probs, seeds, positions, ids=ids)[:, None])
+    again = ids[:, order].gather(1, draw(probs[:, order], seeds, positions, ids=ids[:, order])[:, None])
+    assert torch.equal(token, again) and len(token.unique()) > 10
