@@ -351,9 +351,9 @@ if triton is not None:
         x_ptr: tl.tensor, norm_ptr: tl.tensor, digits_ptr: tl.tensor, step_ptr: tl.tensor, squares_ptr: tl.tensor,
         K: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
-        """A row of activations (times the norm's weight, if there is a norm) as pairs of int8: 128 in a row share a step,
-        and each is step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own rounding at
-        most. The norm's factor comes later, on the results: here only the sums of squares, one of every program.
+        """A row of activations (times the norm's weight, if there is a norm) as pairs of int8: 128 in a row share a
+        step, and each is step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own
+        rounding at most. The norm's factor comes later, on the results: here only sums of squares, one a program.
 
         They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8] and `step`
         [columns/8, K/128, 8], in `_blocks`' terms.
@@ -843,9 +843,7 @@ if triton is not None:
         split = tl.program_id(1) if SPLITS > 1 else 0
         b = bh // KV_HEADS
         head = bh % KV_HEADS
-        first = tl.load(pos_ptr + b * T).to(
-            tl.int32
-        )  # PyTorch's kernels wrote it before this pass began: no need to wait
+        first = tl.load(pos_ptr + b * T).to(tl.int32)  # written before this pass began: no need to wait
         begin, share = _share(first, WINDOW, SPLITS, STEP)
         begin += split * share
         end = tl.minimum(begin + share, first)
