@@ -215,7 +215,13 @@ if triton is not None:
         here = (n < OUT)[:, None]
         w_ptr += n[:, None].to(tl.int64) * K + k
         gate, up = _weights(w_ptr, 0, K, OUT, here, k, SILU, EVEN)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + n, n < OUT, 0)
         if PDL:
+            gdc_wait()
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + m * OUT + n, n < OUT, 0)
+        if PDL:  # returns at once, but keeps the compiler from moving the load down to its use
             gdc_wait()
         y = tl.zeros([BLOCK, SPAN], tl.float32)
         z = tl.zeros([BLOCK, SPAN], tl.float32)
@@ -235,7 +241,7 @@ if triton is not None:
             norm = tl.rsqrt(tl.sum(squares) / K + eps)
             result *= norm
         if bias_ptr is not None:
-            result += tl.load(bias_ptr + n, n < OUT, 0).to(tl.float32)
+            result += bias.to(tl.float32)
         if SILU:
             other = tl.sum(z, 1)
             if norm_ptr is not None:
@@ -244,7 +250,7 @@ if triton is not None:
                 other += tl.load(bias_ptr + OUT + n, n < OUT, 0).to(tl.float32)
             result = result / (1 + tl.exp(-result)) * other
         if residual_ptr is not None:
-            result += tl.load(residual_ptr + m * OUT + n, n < OUT, 0).to(tl.float32)
+            result += residual.to(tl.float32)
         tl.store(out_ptr + m * OUT + n, result.to(out_ptr.dtype.element_ty), n < OUT)
 
     @triton.jit
@@ -296,22 +302,33 @@ if triton is not None:
         start = tl.program_id(0) * (BLOCK // 2 if SILU else BLOCK)
         n = start + _row(tl.arange(0, BLOCK), OUT, SILU)
         m = tl.arange(0, M)
+        w_ptr += n[:, None].to(tl.int64) * K
         if PDL:
             gdc_launch_dependents()
+        k = tl.arange(0, SPAN)
+        w0 = tl.load(w_ptr + k, (n < N)[:, None] & (k < K), 0)
+        if PDL:
             gdc_wait()
+        x0 = tl.load(x_ptr + m[:, None] * K + k, (m < rows)[:, None] & (k < K), 0)
+        bias, residual = _added(start, rows, bias_ptr, residual_ptr, out_ptr, N, BLOCK, M, SILU)
         acc = tl.zeros([BLOCK, M], tl.float32)
-        w_ptr += n[:, None].to(tl.int64) * K
-        for first in tl.range(0, K, SPAN, num_stages=STAGES):
+        for first in tl.range(SPAN, K, SPAN, num_stages=STAGES):
             k = first + tl.arange(0, SPAN)
             if K % SPAN == 0 and N % BLOCK == 0:
                 w = tl.load(w_ptr + k)
             else:
                 w = tl.load(w_ptr + k, (n < N)[:, None] & (k < K), 0)
             x = tl.load(x_ptr + m[:, None] * K + k, (m < rows)[:, None] & (k < K), 0)
-            if not ASM:  # the interpreter knows no product of bf16
-                w, x = w.to(tl.float32), x.to(tl.float32)
-            acc = tl.dot(w, x.T, acc)
-        _finish(acc, start, rows, bias_ptr, residual_ptr, out_ptr, N, SILU)
+            acc = _dot(w, x.T, acc, ASM)
+        acc = _dot(w0, x0.T, acc, ASM)
+        _finish(acc, bias, residual, start, rows, out_ptr, N, SILU)
+
+    @triton.jit
+    def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
+        """acc + a @ b, batched or not. The interpreter (not ASM) knows no bf16 product."""
+        if not ASM:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, acc)
 
     @triton.jit
     def _row(i: tl.tensor, OUT: tl.constexpr, SILU: tl.constexpr) -> tl.tensor:
@@ -319,27 +336,42 @@ if triton is not None:
         return i // 32 * 16 + i // 16 % 2 * OUT + i % 16 if SILU else i
 
     @triton.jit
+    def _added(
+        start: tl.tensor, rows: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, out_ptr: tl.tensor,
+        N: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, SILU: tl.constexpr,
+    ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+        """(bias [BLOCK], residual [results, M]), or zeros: asked for long before `_finish` needs them."""
+        OUT: tl.constexpr = N // 2 if SILU else N
+        RESULTS: tl.constexpr = BLOCK // 2 if SILU else BLOCK
+        bias = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+        residual = tl.zeros([RESULTS, M], out_ptr.dtype.element_ty)
+        if bias_ptr is not None:
+            n = start + _row(tl.arange(0, BLOCK), OUT, SILU)
+            bias = tl.load(bias_ptr + n, n < N, 0)
+        if residual_ptr is not None:
+            n = start + tl.arange(0, RESULTS)[:, None]
+            m = tl.arange(0, M)
+            residual = tl.load(residual_ptr + m * OUT + n, (n < OUT) & (m < rows), 0)
+        return bias, residual
+
+    @triton.jit
     def _finish(
-        y: tl.tensor, start: tl.tensor, rows: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor,
-        out_ptr: tl.tensor, N: tl.constexpr, SILU: tl.constexpr,
+        y: tl.tensor, bias: tl.tensor, residual: tl.tensor, start: tl.tensor, rows: tl.tensor, out_ptr: tl.tensor,
+        N: tl.constexpr, SILU: tl.constexpr,
     ) -> None:  # fmt: skip
         """Bias, silu(gate) * up, residual and store of y [rows of the matrix in the order of `_row`, tokens]."""
         BLOCK: tl.constexpr = y.shape[0]
         M: tl.constexpr = y.shape[1]
         OUT: tl.constexpr = N // 2 if SILU else N
         RESULTS: tl.constexpr = BLOCK // 2 if SILU else BLOCK
-        if bias_ptr is not None:
-            n = start + _row(tl.arange(0, BLOCK), OUT, SILU)
-            y += tl.load(bias_ptr + n, n < N, 0).to(tl.float32)[:, None]
+        y += bias.to(tl.float32)[:, None]
         if SILU:
             gate, up = tl.split(y.reshape(BLOCK // 32, 2, 16, M).permute(0, 2, 3, 1))
             y = (gate / (1 + tl.exp(-gate)) * up).reshape(RESULTS, M)
+        y += residual.to(tl.float32)
         n = start + tl.arange(0, RESULTS)[:, None]
         m = tl.arange(0, M)
-        valid = (n < OUT) & (m < rows)
-        if residual_ptr is not None:
-            y += tl.load(residual_ptr + m * OUT + n, valid, 0).to(tl.float32)
-        tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), valid)
+        tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), (n < OUT) & (m < rows))
 
 
 # ---------------------------------------------------------------- linear: quantized weights
@@ -355,8 +387,8 @@ if triton is not None:
         step, and each is step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own
         rounding at most. The norm's factor comes later, on the results: here only sums of squares, one a program.
 
-        They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8] and `step`
-        [columns/8, K/128, 8], in `_blocks`' terms.
+        They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8] (letters as
+        in `_blocks`). `step` is [columns/8, K/128, 8]: every second one, so that no lane has to load its neighbour's.
         """
         ALL: tl.constexpr = (K + 127) // 128
         row = tl.program_id(0)
@@ -385,9 +417,7 @@ if triton is not None:
         at += r // 4 % 2 * 512 + r % 4 * 16 + r // 8 * 8 + j
         tl.store(at, high.to(tl.int8), k < ALL * 128)
         tl.store(at + 64, (x - (high << 8)).to(tl.int8), k < ALL * 128)
-        at = step_ptr + (column // 8 * ALL + group) * 8 + column % 8
-        tl.store(at, step * 256, group < ALL)
-        tl.store(at + 1, step, group < ALL)
+        tl.store(step_ptr + (column // 8 * ALL + group) * 8 + column % 8, step, group < ALL)
 
     @triton.jit
     def _nibble(w: tl.tensor, LOW: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
@@ -407,19 +437,20 @@ if triton is not None:
         digits_ptr: tl.tensor, step_ptr: tl.tensor, squares_ptr: tl.tensor, w_ptr: tl.tensor, scale_ptr: tl.tensor,
         zero_ptr: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor,
         rows: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-        SILU: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
-        BLOCKS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+        SILU: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+        NEAR: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
-        """TILES * 16 rows of the matrix times COLUMNS / 2 rows of activations; the warps share them in pieces of K."""
-        ALL: tl.constexpr = (K + 127) // 128  # chunks of 128 k in a row
-        SPAN: tl.constexpr = WARPS * CHUNKS  # in a piece
-        PIECES: tl.constexpr = (ALL + SPAN - 1) // SPAN
+        """TILES * 16 rows of the matrix times COLUMNS / 2 rows of activations: every warp takes each WARPS-th chunk of
+        128 k, asks for its weights AHEAD steps before it multiplies them and for its digits NEAR steps before.
+        """
+        ALL: tl.constexpr = (K + 127) // 128
+        STEPS: tl.constexpr = (ALL + WARPS - 1) // WARPS
         PARTS: tl.constexpr = 2 if BITS == 4 and GROUP < 128 else 1  # u: of a chunk, with scales of their own
         SPLIT: tl.constexpr = 2 if BITS == 4 and GROUP < 64 else 1  # e: likewise
         BYTES: tl.constexpr = 256 * BITS  # of 16 rows of a chunk
         OUT: tl.constexpr = N // 2 if SILU else N
         BLOCK: tl.constexpr = TILES * (8 if SILU else 16)
-        EVEN: tl.constexpr = ALL % SPAN == 0 and OUT % BLOCK == 0
+        FULL: tl.constexpr = STEPS - (ALL % WARPS != 0)  # steps that have a chunk for every warp
         LOADS: tl.constexpr = BITS // 4  # a lane's 16 bytes are 8 k of two rows in int8, 16 k in int4
         start = tl.program_id(0) * BLOCK
         m = tl.program_id(1)
@@ -442,7 +473,7 @@ if triton is not None:
         # what it needs; lanes, then warps, are dealt to the axes in order, the others are offsets of one address
         t = tl.arange(0, 4)[:, None, None, None, None, None]
         g = tl.arange(0, 8)[:, None, None, None, None]
-        chunk = tl.arange(0, WARPS)[:, None, None, None] * CHUNKS
+        chunk = tl.arange(0, WARPS)[:, None, None, None]
         lane = (g * 4 + t) * 16
         w_ptr += (start // 16).to(tl.int64) * (ALL * BYTES) + chunk * BYTES + lane
         tile = tl.arange(0, TILES)[:, None, None]
@@ -452,81 +483,90 @@ if triton is not None:
         digits_ptr += chunk * 1024 + lane
         column = tl.arange(0, COLUMNS // 8)[:, None] * 8 + g
         block = (tl.arange(0, COLUMNS // 8)[:, None] * (ALL * 1024) + tl.arange(0, 16))[None, None, None]
-        # factors of the products in the places of these: [4 t, 8 g, WARPS, columns/8 or rows/8, 2 or PARTS]
+        # factors of the products in the places of these: [4 t, 8 g, WARPS, columns/8 or rows/8, 1 or PARTS]
         t = tl.arange(0, 4)[:, None, None, None, None]
         g = tl.arange(0, 8)[:, None, None, None]
-        w = tl.arange(0, WARPS)[:, None, None] * CHUNKS
-        step_ptr += tl.arange(0, COLUMNS // 8)[:, None] * (ALL * 8) + tl.arange(0, 2) + w * 8 + t * 2 + g * 0
+        w = tl.arange(0, WARPS)[:, None, None]
+        step_ptr += tl.arange(0, COLUMNS // 8)[:, None] * (ALL * 8) + w * 8 + t * 2 + g * 0
         row = tl.arange(0, TILES * 2)[:, None] * 8
         row = start + _row(row, OUT, SILU) + g + t * 0 + w * 0
         part = w * 128 + tl.arange(0, PARTS) * 64
-        acc = tl.zeros([WARPS, TILES * 2, 8, COLUMNS // 8, 4, 2], tl.float32)
-        next_weights, next_scales = tl.tuple([]), tl.tuple([])
-        for it in tl.static_range(PIECES + 1):  # piece `it` is asked for before the one ahead of it is multiplied
-            weights, scales, digits, steps = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
-            now, now_scales = next_weights, next_scales
-            for j in tl.static_range(CHUNKS if it < PIECES else 0):
-                first = it * SPAN + j
-                for e in tl.static_range(LOADS):
-                    at = w_ptr + (first * BYTES + e * 1024) + inner
-                    if EVEN:
-                        weights = weights + (tl.load(at, eviction_policy="evict_first"),)
-                    else:
-                        here = there & (chunk + first < ALL)
-                        weights = weights + (tl.load(at, here, 0, eviction_policy="evict_first"),)
-                for e in tl.static_range(SPLIT if BITS == 4 else 0):
-                    scales = scales + (_of_group(scale_ptr, row, part + first * 128 + e * 32, N, K, GROUP),)
-            next_weights, next_scales = weights, scales
-            if PDL and it == 0:
+        acc = tl.zeros([WARPS, TILES * 2, 8, COLUMNS // 8, 4], tl.float32)
+        weights, scales, digits, steps = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
+        if BITS == 8:
+            channel = start + _row(tl.arange(0, TILES * 16), OUT, SILU)
+            channel = tl.load(scale_ptr + channel, channel < N, 0)
+        for i in tl.static_range(STEPS + AHEAD):
+            for e in tl.static_range(LOADS if i < STEPS else 0):
+                at = w_ptr + (i * WARPS * BYTES + e * 1024) + inner
+                if i < FULL and OUT % BLOCK == 0:
+                    weights = weights + (tl.load(at, eviction_policy="evict_first"),)
+                else:
+                    here = there & (chunk + i * WARPS < ALL)
+                    weights = weights + (tl.load(at, here, 0, eviction_policy="evict_first"),)
+            for e in tl.static_range(SPLIT if BITS == 4 and i < STEPS else 0):
+                scales = scales + (_of_group(scale_ptr, row, part + i * WARPS * 128 + e * 32, N, K, GROUP),)
+            if i == AHEAD - 1:
+                if PDL:
+                    gdc_wait()
+                bias, residual = _added(start, rows, bias_ptr, residual_ptr, out_ptr, N, TILES * 16, COLUMNS // 2, SILU)
+                if squares_ptr is not None:
+                    m = tl.arange(0, COLUMNS // 2)[:, None]
+                    b = tl.arange(0, triton.next_power_of_2(BLOCKS))
+                    squares = tl.load(squares_ptr + m * BLOCKS + b, (m < rows) & (b < BLOCKS), 0)
+            # at first the digits of NEAR steps, then those of one step more each time
+            for j in tl.static_range(
+                0 if i < AHEAD else i - AHEAD + NEAR, 0 if i < AHEAD - 1 else i - AHEAD + 1 + NEAR
+            ):
+                if j < STEPS:
+                    for e in tl.static_range(2):
+                        at = digits_ptr + (j * WARPS * 1024 + e * 512) + block
+                        if COLUMNS > 8 and j < FULL:  # the columns of no row may hold anything
+                            digits = digits + (tl.load(at),)
+                        else:
+                            known = (column < 2 * rows) & (chunk + j * WARPS < ALL)
+                            digits = digits + (tl.load(at, known, 0),)
+                    steps = steps + (tl.load(step_ptr + j * WARPS * 8, w + j * WARPS < ALL, 0),)
+            if PDL and i >= AHEAD:  # returns at once, but keeps the compiler from moving the loads down to their uses
                 gdc_wait()
-            for j in tl.static_range(CHUNKS if it > 0 else 0):
-                first = (it - 1) * SPAN + j
-                known = column < 2 * rows if EVEN else (column < 2 * rows) & (chunk + first < ALL)
-                for e in tl.static_range(2):
-                    digits = digits + (tl.load(digits_ptr + (first * 1024 + e * 512) + block, known, 0),)
-                steps = steps + (tl.load(step_ptr + first * 8, w + first < ALL, 0),)
-            if PDL and it > 0:  # returns at once, but keeps the compiler from moving the loads down to their uses
-                gdc_wait()
-            for j in tl.static_range(CHUNKS if it > 0 else 0):
-                first = (it - 1) * SPAN + j
-                step = steps[j].permute(2, 1, 3, 0, 4).reshape(1, WARPS, 1, 8, COLUMNS // 8, 4, 2)
-                y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-                total = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-                for e in tl.static_range(2):
-                    a = now[2 * j + e] if BITS == 8 else _nibble(now[j], e == 1, ASM)
-                    a = a.reshape(4, 8, WARPS, TILES, 2, 2, 2, 4)  # t, g, warp, tile, u, b, h, i
-                    d = digits[2 * j + e].reshape(4, 8, WARPS, COLUMNS // 8, 2, 2, 4)  # t, n, warp, 8 columns, u, b, i
-                    if PARTS == 1:
-                        a, d = a.permute(2, 3, 6, 1, 4, 5, 0, 7), d.permute(2, 4, 5, 0, 6, 3, 1)
-                    else:
-                        a, d = a.permute(4, 2, 3, 6, 1, 5, 0, 7), d.permute(4, 2, 5, 0, 6, 3, 1)
-                    a = a.reshape(PARTS * WARPS, TILES * 16, 64 // PARTS)
-                    d = d.reshape(PARTS * WARPS, 64 // PARTS, COLUMNS)
-                    y = tl.dot(a, d, y, out_dtype=tl.int32)
-                    if zero_ptr is not None:
-                        total = tl.dot(tl.full(a.shape, 16, tl.int8), d, total, out_dtype=tl.int32)
-                    if e == 1 or SPLIT == 2:
-                        product = y.to(tl.float32).reshape(PARTS, WARPS, TILES * 2, 8, COLUMNS // 8, 4, 2)
-                        if zero_ptr is not None:  # (q - zero) x = q x - zero x
-                            zero = _of_group(zero_ptr, row, part + first * 128 + e * 32, N, K, GROUP)
-                            product -= total.to(tl.float32).reshape(product.shape) * _factor(zero)
-                            total = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-                        if BITS == 4:
-                            product *= _factor(now_scales[j * SPLIT + e * (SPLIT - 1)])
-                        acc += tl.sum(product * step, 0)
-                        y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-        y = tl.sum(tl.sum(acc, 5), 0).reshape(TILES * 16, COLUMNS // 2)  # digits, then warps
+            if i >= AHEAD:  # noqa: SIM102
+                if eps != i + 2:  # always: but the compiler moves no product up across a branch, in front of a load
+                    step = steps[i - AHEAD].permute(2, 1, 3, 0, 4).reshape(1, WARPS, 1, 8, COLUMNS // 8, 4)
+                    y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+                    total = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+                    for e in tl.static_range(2):
+                        a = weights[2 * (i - AHEAD) + e] if BITS == 8 else _nibble(weights[i - AHEAD], e == 1, ASM)
+                        a = a.reshape(4, 8, WARPS, TILES, 2, 2, 2, 4)  # t, g, warp, tile, u, b, h, i
+                        d = digits[2 * (i - AHEAD) + e]
+                        d = d.reshape(4, 8, WARPS, COLUMNS // 8, 2, 2, 4)  # t, n, warp, 8 columns, u, b, i
+                        if PARTS == 1:
+                            a, d = a.permute(2, 3, 6, 1, 4, 5, 0, 7), d.permute(2, 4, 5, 0, 6, 3, 1)
+                        else:
+                            a, d = a.permute(4, 2, 3, 6, 1, 5, 0, 7), d.permute(4, 2, 5, 0, 6, 3, 1)
+                        a = a.reshape(PARTS * WARPS, TILES * 16, 64 // PARTS)
+                        d = d.reshape(PARTS * WARPS, 64 // PARTS, COLUMNS)
+                        y = tl.dot(a, d, y, out_dtype=tl.int32)
+                        if zero_ptr is not None:
+                            total = tl.dot(tl.full(a.shape, 16, tl.int8), d, total, out_dtype=tl.int32)
+                        if e == 1 or SPLIT == 2:
+                            product = _whole(y).reshape(PARTS, WARPS, TILES * 2, 8, COLUMNS // 8, 4)
+                            if zero_ptr is not None:  # (q - zero) x = q x - zero x
+                                k = part + (i - AHEAD) * WARPS * 128 + e * 32
+                                zero = _of_group(zero_ptr, row, k, N, K, GROUP)
+                                product -= _whole(total).reshape(product.shape) * _factor(zero)
+                                total = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+                            if BITS == 4:
+                                product *= _factor(scales[(i - AHEAD) * SPLIT + e * (SPLIT - 1)])
+                            acc += tl.sum(product * step, 0)
+                            y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+        y = tl.sum(acc, 0).reshape(TILES * 16, COLUMNS // 2)
         if squares_ptr is not None:
-            m = tl.arange(0, COLUMNS // 2)[:, None]
-            i = tl.arange(0, triton.next_power_of_2(BLOCKS))
-            squares = tl.load(squares_ptr + m * BLOCKS + i, (m < rows) & (i < BLOCKS), 0)
             y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None]
         if BITS == 4:
             y *= 0.0625  # `_nibble`
         else:
-            n = start + _row(tl.arange(0, TILES * 16), OUT, SILU)
-            y *= tl.load(scale_ptr + n, n < N, 0).to(tl.float32)[:, None]
-        _finish(y, start, rows, bias_ptr, residual_ptr, out_ptr, N, SILU)
+            y *= channel.to(tl.float32)[:, None]
+        _finish(y, bias, residual, start, rows, out_ptr, N, SILU)
 
     @triton.jit
     def _of_group(ptr: tl.tensor, row: tl.tensor, k: tl.tensor, N: tl.constexpr, K: tl.constexpr,
@@ -535,10 +575,16 @@ if triton is not None:
         return tl.load(ptr + row * (K // GROUP) + k // GROUP, (row < N) & (k < K), 0)
 
     @triton.jit
+    def _whole(y: tl.tensor) -> tl.tensor:
+        """Sums of both digits as one: |q x| <= 2^7 2^7 2^8 for each of 128 k fits 32 bits. The pair is in one lane."""
+        y = y.reshape(y.shape[0], y.shape[1], y.shape[2] // 2, 2) * tl.where(tl.arange(0, 2) == 0, 256, 1)
+        return tl.sum(y, 3).to(tl.float32)
+
+    @triton.jit
     def _factor(x: tl.tensor) -> tl.tensor:
         """x [4 t (all equal), 8 g, WARPS, rows/8, PARTS] in the place of products, no register moved."""
         x = x.to(tl.float32).permute(4, 2, 3, 1, 0)
-        return x.reshape(x.shape[0], x.shape[1], x.shape[2], 8, 1, 4, 1)
+        return x.reshape(x.shape[0], x.shape[1], x.shape[2], 8, 1, 4)
 
     @triton.jit
     def _dequantize_kernel(
@@ -598,31 +644,36 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int
 
 
 # Tiles: what was fastest for Llama shapes on one H200 (NOTES.md has the sweeps); elsewhere they are right, if not best.
-ROWS_TILE = 32, 256, 2, 4  # rows of the matrix, k at a time, warps and stages of `_rows_kernel`
 
 
 def _row_tile(k: int, n: int) -> tuple[int, int, int]:
     """(results, k at a time, warps) of `_row_kernel`."""
+    if k <= 2048:
+        return (2, 2048, 2) if n <= 8192 else (2, 1024, 1)
     if k % 4096 or n <= 8192:
-        return (4, 1024, 2) if k % 1024 == 0 and k <= 8192 else (1, 2048, 4)
+        return (4, 1024, 2) if k % 1024 == 0 and k <= 8192 and n > 2048 else (4, 2048, 4) if n <= 2048 else (1, 2048, 4)
     return 4, 4096, 8
 
 
-def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int]:
-    """(16-row tiles, chunks of 128 k, warps) of `_quantized_kernel`: with few rows in the matrix, as many programs as
-    there can be, with all of their weights asked for at once.
-    """
-    if n <= 8192 and not silu_mul:
-        if bits == 8 and k > 8192 and rows == 1:
-            return 1, 3, 8
-        if rows > 1 or k > 16384:
-            return 1, 4, 8 if k > 8192 or rows > 8 else 4
-        return 1, 8 if bits == 4 or k <= 4096 else 4, 4
+def _rows_tile(n: int, silu_mul: bool) -> tuple[int, int, int, int]:
+    """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`."""
+    return (16, 512, 2, 4) if n <= 8192 and not silu_mul else (64, 128, 4, 4)
+
+
+def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:
+    """(16-row tiles, warps, and how many steps ahead weights and digits are asked for) of `_quantized_kernel`."""
+    narrow = n <= 8192 and not silu_mul
     if rows > 8:
-        return 2, 2, 8  # else the registers do not suffice
+        return (1, 4, 4, 1) if narrow else (2, 2, 2, 1)
+    if rows > 4:
+        if narrow:
+            return 1, 4, 6, 3
+        return (2, 2, 4, 2) if bits == 8 or k > 4096 else (2, 2, 3, 1) if silu_mul else (1, 2, 4, 2)
     if bits == 8:
-        return 2, 4 if silu_mul and rows == 1 else 2, 4
-    return 2, 4, 2 if rows == 1 and k <= 4096 else 4
+        return ((1, 8, 4, 4) if k <= 8192 else (1, 4, 6, 6)) if narrow else (2, 4, 2, 4) if silu_mul else (1, 4, 4, 4)
+    if narrow:
+        return 1, 4, 8, 4 if k <= 8192 else 8
+    return 2 if silu_mul else 1, 4, 4 if k <= 4096 else 6, 4
 
 
 def _group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:
@@ -671,7 +722,7 @@ def _linear(
             width, normed = triton.next_power_of_2(k), torch.empty_like(x)
             _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(x.device, 8))
             x = normed
-        block, span, warps, stages = ROWS_TILE
+        block, span, warps, stages = _rows_tile(n, silu_mul)
         _rows_kernel[(triton.cdiv(n_out, block // 2 if silu_mul else block),)](
             x, weight, bias, residual, out, rows, n, k, silu_mul, 8 if rows <= 8 else 16, block, span, stages,
             ASM=not interpreted(), **_launch(x.device, warps, stages),
@@ -688,12 +739,13 @@ def _linear(
         squares = torch.empty(rows, programs, dtype=torch.float32, device=x.device)
     _digits_kernel[(rows, programs)](x, norm_weight, digits, step, squares, k, spacing, 4, **_launch(x.device, 1))
     bits = 8 if weight.dtype == torch.int8 else 4
-    tiles, parts, warps = _quantized_tile(bits, k, n, rows, silu_mul)
+    tiles, warps, ahead, near = _quantized_tile(bits, k, n, rows, silu_mul)
+    most = triton.cdiv(chunks, warps)
     grid = (triton.cdiv(n_out, tiles * (8 if silu_mul else 16)), 1 if experts is None else rows)
     _quantized_kernel[grid](
         digits, step, squares, weight, scale, zero, bias, residual, experts, out, rows, eps, n, k,
-        _group_size(weight, scale, k), bits, silu_mul, columns, tiles, parts, warps, programs, ASM=not interpreted(),
-        **_launch(x.device, warps),
+        _group_size(weight, scale, k), bits, silu_mul, columns, tiles, warps, min(ahead, most), min(near, most),
+        programs, ASM=not interpreted(), **_launch(x.device, warps),
     )  # fmt: skip
     return out
 
@@ -745,13 +797,6 @@ def linear(
 # ---------------------------------------------------------------- attention
 
 if triton is not None:
-
-    @triton.jit
-    def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
-        """acc + a @ b, batched. The interpreter (not ASM) knows no bf16 product."""
-        if not ASM:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        return tl.dot(a, b, acc)
 
     @triton.jit
     def _pair(words: tl.tensor, dtype: tl.constexpr) -> tl.tensor:

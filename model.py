@@ -137,12 +137,6 @@ class KVCache(nn.Module):
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Half-split RoPE of x [B, T, heads, Dh] with cos, sin float32 [B, T, 1, Dh / 2]; computed in float32."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
     """Causal attention of q [B, T, H, Dh] over slots k, v [B, Hkv, S, Dh]; query t of row b sees slots <= positions[b,
     t].
@@ -214,7 +208,7 @@ class Attention(nn.Module):
             q, k, v = qkv.view(B, T, -1, self.head_dim).split(heads, 2)
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
             rows = torch.arange(B, device=x.device)[:, None]
             cache.k[rows, :, positions] = k
             cache.v[rows, :, positions] = v

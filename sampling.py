@@ -27,12 +27,9 @@ class SamplingParams:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        t = self.temperature
         for name, ok, want in (
-            (
-                "temperature",
-                self.temperature == 0 or 1e-3 <= self.temperature < float("inf"),
-                "0 (greedy) or at least 0.001",
-            ),
+            ("temperature", t == 0 or 1e-3 <= t < float("inf"), "0 (greedy) or at least 0.001"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 (off) and below 1"),
@@ -64,7 +61,7 @@ def distribution(logits: Tensor, structure: Structure, knobs: Tensor) -> tuple[T
         return torch.ones_like(ids, dtype=torch.float32), ids
     ids = None
     if 0 < top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k, sorted=use_top_p)
+        logits, ids = top(logits, top_k, sorted=use_top_p)
     elif use_top_p:
         logits, ids = logits.sort(descending=True, stable=True)
     probs = torch.softmax(logits * knobs[0], -1)
@@ -75,6 +72,19 @@ def distribution(logits: Tensor, structure: Structure, knobs: Tensor) -> tuple[T
     if use_top_p or use_min_p:
         probs = probs / probs.sum(-1, keepdim=True)
     return probs, ids
+
+
+def top(logits: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
+    """`logits.topk(k)` in two small selections, which are faster than a large one: the k largest lie in those k blocks
+    of 16 whose maxima are largest.
+    """
+    V = logits.shape[-1]
+    if V % 16 or 64 * k > V:
+        return torch.topk(logits, k, sorted=sorted)
+    best = logits.unflatten(-1, (-1, 16)).amax(-1).topk(k, sorted=False).indices
+    ids = (best.unsqueeze(-1) * 16 + torch.arange(16, device=logits.device)).flatten(-2)
+    values, at = logits.gather(-1, ids).topk(k, sorted=sorted)
+    return values, ids.gather(-1, at)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--compile-prefill", action="store_true")
     p.add_argument("--compile-twice", action="store_true", help="build again, from the caches, for compile_s_warm")
     p.add_argument("--prefill", type=numbers, default=[], metavar="T,T", help="also time prefills of these lengths")
+    p.add_argument("--transformers", action="store_true", help="time transformers' prefills of the --shape beside")
     p.add_argument("--rows-table", type=numbers, nargs="?", const=[1, 2, 4, 8, 16], default=[], help="time M-row steps")
     p.add_argument(
         "--draft", metavar="DRAFT", help="also speculate: ngram, self-int4, self-int8, a folder, or a shape[:mode]"
@@ -87,6 +88,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         p.error("--mode goes with --shape: a checkpoint brings its own weight format")
     if args.draft is None and (args.simulated_acceptance or args.num_draft_tokens):
         p.error("--simulated-acceptance and --num-draft-tokens need --draft")
+    if args.transformers and not (args.shape and args.prefill):
+        p.error("--transformers needs --shape and --prefill")
     if args.checkpoint and args.simulated_acceptance:
         p.error("--simulated-acceptance is for random weights (--shape); a checkpoint shows its own")
     if args.rows_table and (args.rows_table[0] != 1 or max(args.rows_table) > kernels.MAX_ROWS):
@@ -291,9 +294,28 @@ def prefill_flops(engine: Engine, T: int) -> float:
     return total + 4.0 * pairs * c.head_dim * c.num_attention_heads / model.tp.size
 
 
+def transformers_prefill(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[int], None]:
+    """The prefill of T ids by transformers (SDPA attention, eager) of a llama-like --shape with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, hidden, mlp, layers, heads, kv_heads, head_dim, vocab, context, *_ = checkpoint.SHAPES[args.shape]
+    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "vocab_size": vocab, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    config = AutoConfig.for_model(kind, **sizes, max_position_embeddings=context)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+    @torch.inference_mode()
+    def run(T: int) -> None:
+        model(torch.ones((args.batch, T), dtype=torch.int64, device=device), use_cache=True, logits_to_keep=1)
+
+    return run
+
+
 def measure_prefill(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens per second of whole prompts, and MFU against a matrix product measured here."""
     rate, out = matmul_rate(engine.device, engine.dtype), []
+    other = transformers_prefill(args, engine.device, engine.dtype) if args.transformers else None
     for T in args.prefill:
         engine.reserve(args.batch, T)
         run = functools.partial(engine.prefill, random_prompts(engine, args.batch, T, seed=T))
@@ -301,6 +323,11 @@ def measure_prefill(engine: Engine, args: argparse.Namespace) -> list[dict[str, 
         s = statistics.median(seconds(run, engine.device, 1) for _ in range(args.repeats))
         out.append({"batch": args.batch, "prompt_len": T, "ms": 1e3 * s, "prefill_tok_s": args.batch * T / s})
         out[-1] |= {"matmul_tflop_s": rate / 1e12, "mfu": args.batch * prefill_flops(engine, T) / s / rate}
+        out[-1] |= {"compiled_prefill": engine.compile_prefill, "transformers_ms": None}
+        if other:
+            other(T)
+            times = [seconds(functools.partial(other, T), engine.device, 1) for _ in range(args.repeats)]
+            out[-1]["transformers_ms"] = 1e3 * statistics.median(times)
     return out
 
 

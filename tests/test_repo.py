@@ -14,17 +14,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # code lines; raising one is a reviewed change of a number, with its reason
     "model": 330,
-    "kernels": 1160,  # 16-bit rows, one and several; integers for both quantized formats; attention; register layouts
+    "kernels": 1220,  # 16-bit rows, one and several; integers for both quantized formats; attention; register layouts
     "linear": 260,
     "formats": 300,  # three file formats, act-order, dynamic rules and per-group overrides of their writers
     "tp": 120,
     "checkpoint": 570,  # reading config.json and refusing unknown keys, Hub errors, memory checks, named shapes
     "tokenizer": 150,
-    "sampling": 80,  # noise without random state
+    "sampling": 95,  # noise without random state, top-k in two selections
     "speculative": 360,  # ragged rows, automatic length under a bound, catching up, what a round costs
     "generate": 625,  # the command alone has thirty flags
     "quantize": 500,  # a report, streaming, and a folder that is whole or absent, beside the algorithms
-    "scripts": 1100,  # six programs
+    "scripts": 1125,  # six programs
 }
 TOKENS_PER_LINE = 11  # density does not buy room
 MAY_IMPORT = {
