@@ -657,11 +657,13 @@ def _row_tile(k: int, n: int) -> tuple[int, int, int]:
 
 def _rows_tile(n: int, silu_mul: bool) -> tuple[int, int, int, int]:
     """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`."""
-    return (16, 512, 2, 4) if n <= 8192 and not silu_mul else (64, 128, 4, 4)
+    return (16, 512, 2, 4) if n <= 8192 and not silu_mul else (32, 256, 2, 4)
 
 
 def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:
-    """(16-row tiles, warps, and how many steps ahead weights and digits are asked for) of `_quantized_kernel`."""
+    """(16-row tiles, warps, and how many steps ahead weights and digits are asked for) of `_quantized_kernel`: best is
+    what lets all programs be resident at once.
+    """
     narrow = n <= 8192 and not silu_mul
     if rows > 8:
         return (1, 4, 4, 1) if narrow else (2, 2, 2, 1)
@@ -670,10 +672,12 @@ def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tup
             return 1, 4, 6, 3
         return (2, 2, 4, 2) if bits == 8 or k > 4096 else (2, 2, 3, 1) if silu_mul else (1, 2, 4, 2)
     if bits == 8:
-        return ((1, 8, 4, 4) if k <= 8192 else (1, 4, 6, 6)) if narrow else (2, 4, 2, 4) if silu_mul else (1, 4, 4, 4)
+        return (2, 4, 2, 2) if not narrow else (1, 8, 4, 4) if k <= 8192 else (1, 4, 6, 6)
     if narrow:
-        return 1, 4, 8, 4 if k <= 8192 else 8
-    return 2 if silu_mul else 1, 4, 4 if k <= 4096 else 6, 4
+        return (1, 4, 8, 4) if k <= 4096 else (1, 4, 8, 8) if 8192 < k <= 16384 else (1, 8, 4, 4)
+    if k <= 4096:
+        return (2, 2, 3, 3) if silu_mul else (1, 2, 6, 4)
+    return (2, 2, 6, 6) if silu_mul else (1, 4, 6, 6)
 
 
 def _group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:
