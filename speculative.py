@@ -39,7 +39,7 @@ def accept(
     p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    rate: float | None = None,
+    rate: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The accept/resample rule (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, theorem 1): what comes out is
     distributed as p.
@@ -126,7 +126,7 @@ class Speculation:
 
     def __init__(self, target: Any, draft: Any | None, num_draft_tokens: int | None) -> None:  # noqa: ANN401
         self.target, self.draft, self.vocab = target, draft, target.model.config.vocab_size
-        self.simulated: float | None = None
+        self.simulated: torch.Tensor | None = None  # float32 scalar on the device
         self.choices = CHOICES if num_draft_tokens is None else (num_draft_tokens,)
         self.margin = max(self.choices) + 2  # slots behind the last token kept that rounds may write to
         self.owner: tuple[Any, ...] = ()  # what the programs were built for

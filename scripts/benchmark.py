@@ -250,10 +250,14 @@ def measure_speculation(engine: Engine, args: argparse.Namespace, plain: dict[st
         decode(draft, args, seed=1)
         runs = [decode(draft, args, seed)[1] for seed in range(2, 2 + args.repeats)]
         draft_ms = 1e3 * statistics.median(runs) / draft.stats.decode_steps
+    engine.speculate(draft, args.num_draft_tokens)
+    assert (speculation := engine.speculation) is not None
+    if args.simulated_acceptance:
+        speculation.simulated = torch.zeros((), device=engine.device)
     for rate in args.simulated_acceptance or [None]:
-        engine.speculate(draft, args.num_draft_tokens)
-        assert (speculation := engine.speculation) is not None
-        speculation.simulated, times, rounds = rate, [], []
+        times, rounds = [], []
+        if speculation.simulated is not None:
+            speculation.simulated.fill_(rate)
         for seed in range(1, 2 + args.repeats):  # the first one warms up
             times.append(decode(engine, args, seed)[1] / engine.stats.decode_steps)
             rounds += speculation.book if seed > 1 else []

@@ -41,6 +41,18 @@ def run(engine: Engine, prompts, n: int, sampling: SamplingParams = GREEDY) -> l
     return ids
 
 
+def same_but_for_rounding(engine: Engine, prompts, a, b) -> None:
+    """Rows part, if at all, where the logits of their two tokens are closer than a few roundings of bf16."""
+    for prompt, x, y in zip(prompts, a, b):
+        assert len(x) == len(y)
+        at = next((i for i, (s, t) in enumerate(zip(x, y)) if s != t), None)
+        if at is not None:
+            ids = engine.encode([prompt])[0] + x[:at]
+            engine.reserve(1, len(ids))
+            logits = engine.prefill([ids])[0]
+            assert abs(logits[x[at]] - logits[y[at]]) < 2**-6 * logits.abs().max(), (prompt, at)
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_in_the_whole_model(kind, bits):
@@ -72,14 +84,15 @@ def test_a_captured_step_is_the_eager_step():
     prompts = ["Once upon a time", "The old king"]
     eager, captured = (Engine.load(device="cuda", compile=c) for c in (False, True))
     for batch in ([prompts[0]], prompts):
-        assert run(captured, batch, 60) == run(eager, batch, 60)
+        same_but_for_rounding(eager, batch, run(captured, batch, 60), run(eager, batch, 60))
 
 
 @tales
 def test_a_long_cache_changes_nothing():
     engines = [Engine.load(device="cuda") for _ in range(2)]
     engines[1].reserve(1, 1024, 130_048)
-    assert run(engines[0], ["Once upon a time"], 60) == run(engines[1], ["Once upon a time"], 60)
+    prompts = ["Once upon a time"]
+    same_but_for_rounding(engines[0], prompts, *(run(engine, prompts, 60) for engine in engines))
 
 
 @tales
@@ -93,6 +106,17 @@ def test_greedy_speculation_on_the_gpu(draft, k):
     for batch in ([prompts[0]], prompts):
         assert run(fast, batch, 120) == run(plain, batch, 120)
     assert fast.speculation.acceptance()[0], str(fast.speculation.costs)
+
+
+@tales
+@pytest.mark.parametrize("draft", ["model", "self-int4"])
+def test_speculation_in_bfloat16_parts_only_where_rounding_decides(draft):
+    name = str(DEFAULT_CHECKPOINT) + "-draft" if draft == "model" else draft
+    plain, fast = Engine.load(device="cuda"), Engine.load(device="cuda", draft=name, num_draft_tokens=4)
+    prompts = ["Once upon a time", "The old king"]
+    ids = run(fast, prompts, 120)
+    assert 0 < fast.speculation.acceptance()[1] < 4
+    same_but_for_rounding(plain, prompts, ids, run(plain, prompts, 120))
 
 
 def test_quantized_random_model_decodes_through_the_engine():

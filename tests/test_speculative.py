@@ -155,7 +155,7 @@ def test_rule_survives_a_draft_that_is_not_finite():
 def test_simulated_acceptance_is_the_rate_that_was_asked_for():
     p = torch.softmax(torch.randn(20_000, 4, 5), -1)
     drafted = torch.zeros(20_000, 3, dtype=torch.int64)
-    _, count = accept(drafted, p[:, :3], p, torch.arange(20_000), torch.arange(4).repeat(20_000, 1), 0.7)
+    _, count = accept(drafted, p[:, :3], p, torch.arange(20_000), torch.arange(4).repeat(20_000, 1), torch.tensor(0.7))
     expected = torch.tensor([0.3, 0.3 * 0.7, 0.3 * 0.49, 0.7**3])
     assert p_value(torch.bincount(count.flatten() - 1, minlength=4), expected) > 1e-4
 
