@@ -88,8 +88,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x * rsqrt(mean(x^2) + eps) * weight in float32 (Zhang & Sennrich 2019), returned in x's dtype."""
-    y = x.float()
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def _plain(weight: Tensor, scale: Tensor | None) -> bool:
@@ -530,7 +529,7 @@ if triton is not None:
             if PDL and i >= AHEAD:  # returns at once, but keeps the compiler from moving the loads down to their uses
                 gdc_wait()
             if i >= AHEAD:  # noqa: SIM102
-                if eps != i + 2:  # always: but the compiler moves no product up across a branch, in front of a load
+                if eps != -1 - i:  # always: but the compiler moves no product up across a branch, in front of a load
                     step = steps[i - AHEAD].permute(2, 1, 3, 0, 4).reshape(1, WARPS, 1, 8, COLUMNS // 8, 4)
                     y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
                     total = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
@@ -743,7 +742,7 @@ def _linear(
         squares = torch.empty(rows, programs, dtype=torch.float32, device=x.device)
     _digits_kernel[(rows, programs)](x, norm_weight, digits, step, squares, k, spacing, 4, **_launch(x.device, 1))
     bits = 8 if weight.dtype == torch.int8 else 4
-    tiles, warps, ahead, near = _quantized_tile(bits, k, n, rows, silu_mul)
+    tiles, warps, ahead, near = _quantized_tile(bits, k, n, rows if experts is None else 1, silu_mul)
     most = triton.cdiv(chunks, warps)
     grid = (triton.cdiv(n_out, tiles * (8 if silu_mul else 16)), 1 if experts is None else rows)
     _quantized_kernel[grid](
