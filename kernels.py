@@ -13,6 +13,11 @@ How they come near the memory's speed (measurements in benchmarks/NOTES.md):
   digits of a block floating-point number that is finer than bf16 (`_digits_kernel`), and the tensor cores multiply
   integers exactly. One row uses two of their eight columns, four rows use all: rows are nearly free.
 - Registers are operands: weights are packed so that the 16 bytes which a lane loads are what m16n8k32 wants there.
+  Lanes are dealt to axis 0 of such pointers, then 1, warps to axis 2, and the last axis is a lane's own. It takes
+  `max_contiguous` to say so: of axes without contiguous addresses Triton 3.6 takes the first, later versions the last.
+  Only the order of its numbers counts, for the last axis, which a lane loads in one piece, is contiguous or one long.
+- The compiler must not move a load down to its use, nor a product up before a load. Nothing says so to it, but a second
+  `gdc_wait`, which returns at once, stops the one, and a branch that is always taken the other.
 - A kernel is launched while the one before it runs (programmatic dependent launch), asks for what no kernel writes, its
   weights above all, and then waits. A forward pass begins with PyTorch's own kernels, which end before the next starts.
 """
@@ -486,9 +491,9 @@ if triton is not None:
         t = tl.arange(0, 4)[:, None, None, None, None]
         g = tl.arange(0, 8)[:, None, None, None]
         w = tl.arange(0, WARPS)[:, None, None]
-        step_ptr += tl.arange(0, COLUMNS // 8)[:, None] * (ALL * 8) + w * 8 + t * 2 + g * 0
+        factor = tl.arange(0, COLUMNS // 8)[:, None] * (ALL * 8) + w * 8 + t * 2
         row = tl.arange(0, TILES * 2)[:, None] * 8
-        row = start + _row(row, OUT, SILU) + g + t * 0 + w * 0
+        row = start + _row(row, OUT, SILU) + g
         part = w * 128 + tl.arange(0, PARTS) * 64
         acc = tl.zeros([WARPS, TILES * 2, 8, COLUMNS // 8, 4], tl.float32)
         weights, scales, digits, steps = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
@@ -497,7 +502,7 @@ if triton is not None:
             channel = tl.load(scale_ptr + channel, channel < N, 0)
         for i in tl.static_range(STEPS + AHEAD):
             for e in tl.static_range(LOADS if i < STEPS else 0):
-                at = w_ptr + (i * WARPS * BYTES + e * 1024) + inner
+                at = tl.max_contiguous(w_ptr + (i * WARPS * BYTES + e * 1024) + inner, [64, 32, 16, 1, 1, 128])
                 if i < FULL and OUT % BLOCK == 0:
                     weights = weights + (tl.load(at, eviction_policy="evict_first"),)
                 else:
@@ -519,13 +524,17 @@ if triton is not None:
             ):
                 if j < STEPS:
                     for e in tl.static_range(2):
-                        at = digits_ptr + (j * WARPS * 1024 + e * 512) + block
+                        at = tl.max_contiguous(
+                            digits_ptr + (j * WARPS * 1024 + e * 512) + block, [64, 32, 16, 1, 1, 128]
+                        )
                         if COLUMNS > 8 and j < FULL:  # the columns of no row may hold anything
                             digits = digits + (tl.load(at),)
                         else:
                             known = (column < 2 * rows) & (chunk + j * WARPS < ALL)
                             digits = digits + (tl.load(at, known, 0),)
-                    steps = steps + (tl.load(step_ptr + j * WARPS * 8, w + j * WARPS < ALL, 0),)
+                    at = tl.broadcast_to(step_ptr + (factor + j * WARPS * 8), [4, 8, WARPS, COLUMNS // 8, 1])
+                    at = tl.max_contiguous(at, [64, 32, 16, 1, 128])
+                    steps = steps + (tl.load(at, w + j * WARPS < ALL, 0),)
             if PDL and i >= AHEAD:  # returns at once, but keeps the compiler from moving the loads down to their uses
                 gdc_wait()
             if i >= AHEAD:  # noqa: SIM102
@@ -571,7 +580,10 @@ if triton is not None:
     def _of_group(ptr: tl.tensor, row: tl.tensor, k: tl.tensor, N: tl.constexpr, K: tl.constexpr,
                   GROUP: tl.constexpr) -> tl.tensor:  # fmt: skip
         """The scales or zeros of rows at k."""
-        return tl.load(ptr + row * (K // GROUP) + k // GROUP, (row < N) & (k < K), 0)
+        at = (ptr + (row * (K // GROUP) + k // GROUP))[None, :, :, :, :, None]
+        at = tl.broadcast_to(at, [4, at.shape[1], at.shape[2], at.shape[3], at.shape[4], 1])
+        here = ((row < N) & (k < K))[None, :, :, :, :, None]
+        return tl.load(tl.max_contiguous(at, [64, 32, 16, 1, 1, 128]), here, 0)
 
     @triton.jit
     def _whole(y: tl.tensor) -> tl.tensor:
@@ -581,8 +593,8 @@ if triton is not None:
 
     @triton.jit
     def _factor(x: tl.tensor) -> tl.tensor:
-        """x [4 t (all equal), 8 g, WARPS, rows/8, PARTS] in the place of products, no register moved."""
-        x = x.to(tl.float32).permute(4, 2, 3, 1, 0)
+        """x [4 t (all equal), 8 g, WARPS, rows/8, PARTS, 1] in the place of products, no register moved."""
+        x = x.to(tl.float32).permute(4, 2, 3, 1, 0, 5)
         return x.reshape(x.shape[0], x.shape[1], x.shape[2], 8, 1, 4)
 
     @triton.jit
@@ -842,7 +854,19 @@ if triton is not None:
     def _old(lane: tl.tensor, slot: tl.tensor, real: tl.tensor, begin: tl.tensor, end: tl.tensor,
              WORDS: tl.constexpr) -> tl.tensor:  # fmt: skip
         """One step of K or V: the int32 words of slots begin + slot before `end`."""
-        return tl.load(lane + begin * WORDS, real & (slot < end - begin), 0)
+        return tl.load(
+            tl.max_contiguous(lane + begin * WORDS, [64, 32, 16, 1, 1, 1, 128]), real & (slot < end - begin), 0
+        )
+
+    @triton.jit
+    def _everywhere(ptr: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
+        """Pointers to halves of heads for all lanes and warps: [4 t, 8 g, WARPS, c, 2 h, 2, 4 e], dealt to the axes."""
+        ptr = tl.broadcast_to(ptr, [4, 8, WARPS, ptr.shape[3], 2, 2, 4])
+        return tl.max_contiguous(ptr, [64, 32, 16, 1, 1, 1, 128])
+
+    @triton.jit
+    def _load(ptr: tl.tensor, mask: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
+        return tl.load(_everywhere(ptr, WARPS), mask, 0)
 
     @triton.jit
     def _attend(
@@ -917,6 +941,10 @@ if triton is not None:
         v_ptr += bh.to(tl.int64) * slots * DIM
         k_lane = k_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (k_slot * HALF + k_word)
         v_lane = v_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (v_slot * HALF + v_word)
+        k_lane, v_lane = (
+            tl.max_contiguous(k_lane, [64, 32, 16, 1, 1, 1, 128]),
+            tl.max_contiguous(v_lane, [64, 32, 16, 1, 1, 1, 128]),
+        )
         if EARLY:
             k = _old(k_lane, k_slot, k_real, begin, end, HALF)
             v = _old(v_lane, v_slot, v_real, begin, end, HALF)
@@ -925,36 +953,35 @@ if triton is not None:
             _prefetch_lines(v_ptr, begin + i * STEP, end, DIM, STEP * WIDTH // 64, ASM)
 
         # rows of q, and new tokens, as [4 t, 8 g, warp, c, 2 h, 2, 4 e] of both halves of a head
-        n = tl.arange(0, 2)[:, None, None] * 8 + g + w * 0
+        n = tl.arange(0, 2)[:, None, None] * 8 + g
         r = n if ROWS <= 16 else tl.program_id(2) * 16 + n
         column = tl.arange(0, C)[:, None, None, None] * 32 + t * 8 + tl.arange(0, 2)[:, None] * 4 + words
         real = column < HALF
-        lane = column + (g + w) * 0
         token = r // GROUP
-        angle = b * T * HALF + lane + (0 if T == 1 else token * HALF)
+        angle = b * T * HALF + column + (0 if T == 1 else token * HALF)
         there = real if T == 1 else real & (r < T * GROUP)
-        cos, sin = tl.load(cos_ptr + angle, there, 0), tl.load(sin_ptr + angle, there, 0)
+        cos, sin = _load(cos_ptr + angle, there, WARPS), _load(sin_ptr + angle, there, WARPS)
         q_norm = None
         if q_norm_ptr is not None:
-            q_norm = (tl.load(q_norm_ptr + lane, real, 0), tl.load(q_norm_ptr + HALF + lane, real, 0))
+            q_norm = (_load(q_norm_ptr + column, real, WARPS), _load(q_norm_ptr + HALF + column, real, WARPS))
         new = real & (n < T) & (w == 0) & (split == 0)
         k_norm = None
         if k_norm_ptr is not None:
-            k_norm = (tl.load(k_norm_ptr + lane, real, 0), tl.load(k_norm_ptr + HALF + lane, real, 0))
+            k_norm = (_load(k_norm_ptr + column, real, WARPS), _load(k_norm_ptr + HALF + column, real, WARPS))
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
         qkv_ptr += b * T * STRIDE
         at = (qkv_ptr + (HEADS + KV_HEADS + head) * DIM).to(tl.pointer_type(tl.int32), bitcast=True)
         fresh = v_real & (v_slot < T) & (split == 0)
-        value = tl.load(at + v_slot * (STRIDE // 2) + v_word, fresh, 0)
+        value = tl.load(tl.max_contiguous(at + v_slot * (STRIDE // 2) + v_word, [64, 32, 16, 1, 1, 1, 128]), fresh, 0)
         if PDL:  # returns at once, and is a fence: the loads above are not moved down to their uses
             gdc_wait()
         at = qkv_ptr + (HEADS + head) * DIM + n * STRIDE + column
-        low, high = tl.load(at, new, 0), tl.load(at + HALF, new, 0)
+        low, high = _load(at, new, WARPS), _load(at + HALF, new, WARPS)
         at = qkv_ptr + token * STRIDE + (head * GROUP + r % GROUP) * DIM + column
         valid = real & (r < T * GROUP)
-        x, y = tl.load(at, valid, 0), tl.load(at + HALF, valid, 0)
+        x, y = _load(at, valid, WARPS), _load(at + HALF, valid, WARPS)
         if PDL:  # a fence again
             gdc_wait()
         x, y = _rotated(x, y, q_norm, cos, sin, eps, DIM)
@@ -968,15 +995,15 @@ if triton is not None:
         acc = tl.zeros([WARPS, 16, WIDTH], tl.float32)
         if split == 0:  # the new tokens: into the cache, and attended to
             if T > 1 and GROUP > 1:  # other rows than those of q
-                angle = b * T * HALF + n * HALF + lane
-                cos, sin = tl.load(cos_ptr + angle, new, 0), tl.load(sin_ptr + angle, new, 0)
+                angle = b * T * HALF + n * HALF + column
+                cos, sin = _load(cos_ptr + angle, new, WARPS), _load(sin_ptr + angle, new, WARPS)
             first_half, second_half = _rotated(low, high, k_norm, cos, sin, eps, DIM)
             first_half, second_half = first_half.to(dtype), second_half.to(dtype)
             if ROWS <= 16 or tl.program_id(2) == 0:
                 into = k_ptr + (first + n) * DIM + column
-                tl.store(into, first_half, new)
-                tl.store(into + HALF, second_half, new)
-                tl.store(v_lane + first * HALF, value, fresh)
+                tl.store(_everywhere(into, WARPS), first_half, new)
+                tl.store(_everywhere(into + HALF, WARPS), second_half, new)
+                tl.store(tl.max_contiguous(v_lane + first * HALF, [64, 32, 16, 1, 1, 1, 128]), value, fresh)
             key = tl.join(first_half, second_half).permute(0, 1, 2, 7, 3, 4, 5, 6)
             seen = (slot <= row_token) & ((WINDOW == 0) | (slot > row_token - WINDOW))
             m, total, acc = _attend(q, key, _pair(value, dtype), seen, m, total, acc, ASM)
