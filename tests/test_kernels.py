@@ -240,3 +240,25 @@ def test_operators_survive_compilation_and_equals_twin():
     )
     args = (qkv, cos, sin, positions, k_cache, v_cache, None, None, 0.0, 0)
     torch.library.opcheck(torch.ops.decode.attention.default, args, test_utils=utils)
+
+
+@pytest.mark.skipif(kernels.triton is None or kernels.interpreted(), reason="needs Triton's compiler")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_go_straight_to_the_tensor_cores(bits):
+    """Compiled for sm90, with or without a GPU: only the sums over warps are exchanged through shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel, types = kernels._quantized_kernel, {"rows": "i32", "eps": "fp32", "step_ptr": "*fp32", "digits_ptr": "*i8"}
+    types |= {"w_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
+    values = dict.fromkeys(("squares_ptr", "zero_ptr", "bias_ptr", "residual_ptr", "experts_ptr"))
+    values |= {"N": 4096, "K": 2048, "GROUP": 128 if bits == 4 else 2048, "BITS": bits, "SILU": False, "COLUMNS": 8}
+    values |= {"TILES": 1, "WARPS": 4, "AHEAD": 4, "NEAR": 4, "BLOCKS": 4, "PDL": True, "ASM": True}
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in values.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name.endswith("ptr")}
+    source = ASTSource(kernel, signature, constants, aligned)
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    assert ptx.count("mma.sync") == 16 * 4 / 4  # 16 chunks, four products each, shared by four warps
+    assert ptx.count("ld.global") >= 16 and ptx.count("bar.sync") < 8
