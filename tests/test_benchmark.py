@@ -35,7 +35,8 @@ def last_line(capsys):
 
 def test_json_and_rows(tmp_path, capsys):
     path = tmp_path / "new" / "d.csv"
-    argv = [*QUICK, "--mode", "int8", "--prefill", "8,24", "--rows-table", "1,3", "--csv", str(path), "--commit", "abc"]
+    argv = [*QUICK, "--mode", "int8", "--prefill", "8,24", "--transformers", "--rows-table", "1,3"]
+    argv += ["--csv", str(path), "--commit", "abc"]
     assert benchmark.main(argv) == 0
     result = last_line(capsys)
     assert not [name for name in FIELDS.split() if name not in result]
@@ -46,6 +47,7 @@ def test_json_and_rows(tmp_path, capsys):
     assert result["mbu"] == pytest.approx(result["read_gb_s"] / 10, rel=1e-3)
     assert [row["prompt_len"] for row in result["prefill"]] == [8, 24]
     assert result["mfu"] == result["prefill"][-1]["mfu"] > 0
+    assert all(row["transformers_ms"] > 0 for row in result["prefill"])
     assert [row["rows"] for row in result["rows"]] == [1, 3]
     assert result["rows"][0]["ratio"] == 1.0
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sampling import SamplingParams, distribution, draw, sample, uniform
+from sampling import SamplingParams, distribution, draw, sample, top, uniform
 
 CPU = torch.device("cpu")
 V = 97
@@ -299,3 +299,15 @@ def test_the_order_of_the_candidates_does_not_matter():
     token = ids.gather(1, draw(probs, seeds, positions, ids=ids)[:, None])
     again = ids[:, order].gather(1, draw(probs[:, order], seeds, positions, ids=ids[:, order])[:, None])
     assert torch.equal(token, again) and len(token.unique()) > 10
+
+
+@pytest.mark.parametrize(("size", "k"), [(32_000, 200), (32_000, 1), (32_003, 7), (4096, 64), (4096, 65)])
+def test_top_in_two_selections_is_topk(size, k):
+    x = torch.randn(3, size)
+    x[1, :k] = 9.0  # all of the largest in a few blocks
+    x[2] = x[2].round()  # ties
+    values, ids = top(x, k, sorted=True)
+    assert torch.equal(values, x.topk(k).values)
+    assert torch.equal(x.gather(-1, ids), values)
+    assert all(row.unique().numel() == k for row in ids)
+    assert torch.equal(top(x[:2], k, sorted=False)[1].sort().values[0], x[0].topk(k).indices.sort().values)
