@@ -619,8 +619,8 @@ SHAPES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def shape_config(name: str) -> ModelConfig:
-    """The config of a named public shape. ValueError lists the names."""
+def shape_json(name: str) -> dict[str, Any]:
+    """What config.json says of a named public shape. ValueError lists the names."""
     if name not in SHAPES:
         raise ValueError(f"shape {name!r} is not known; known are {', '.join(SHAPES)}")
     kind, hidden, mlp, layers, heads, kv_heads, head_dim, vocab, context, theta, tied, *moe = SHAPES[name]
@@ -636,7 +636,12 @@ def shape_config(name: str) -> ModelConfig:
         hf |= {"num_local_experts": moe[0], "num_experts_per_tok": moe[1]}
     if kind == "qwen3_moe":
         hf |= {"moe_intermediate_size": mlp, "norm_topk_prob": True}
-    return config_from_hf(hf)
+    return hf
+
+
+def shape_config(name: str) -> ModelConfig:
+    """The config of a named public shape. ValueError lists the names."""
+    return config_from_hf(shape_json(name))
 
 
 def random_model(

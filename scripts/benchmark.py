@@ -302,10 +302,7 @@ def transformers_prefill(args: argparse.Namespace, device: torch.device, dtype: 
     """The prefill of T ids by transformers (SDPA attention, eager) of a llama-like --shape with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind, hidden, mlp, layers, heads, kv_heads, head_dim, vocab, context, *_ = checkpoint.SHAPES[args.shape]
-    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "vocab_size": vocab, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    config = AutoConfig.for_model(kind, **sizes, max_position_embeddings=context)
+    config = AutoConfig.for_model(**checkpoint.shape_json(args.shape))
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
@@ -461,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         measure(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"benchmark.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

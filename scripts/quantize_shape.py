@@ -25,16 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
 import quantize  # noqa: E402
-from checkpoint import SHAPES, config_from_hf  # noqa: E402
+from checkpoint import SHAPES, config_from_hf, shape_json  # noqa: E402
 from generate import Parser  # noqa: E402
 
 
 def write_checkpoint(shape: str, folder: Path) -> None:
     """A dense llama-like shape as a Hugging Face folder, one tensor a shard, so that memory stays small."""
-    kind, hidden, mlp, count, heads, kv_heads, head_dim, vocab, context, theta, *_ = SHAPES[shape]
-    config = {"model_type": kind, "hidden_size": hidden, "intermediate_size": mlp, "vocab_size": vocab}
-    config |= {"num_hidden_layers": count, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    config |= {"head_dim": head_dim, "max_position_embeddings": context, "rope_theta": theta, "dtype": "bfloat16"}
+    config = shape_json(shape) | {"tie_word_embeddings": False, "dtype": "bfloat16"}
     model = quantize.empty(config_from_hf(config))
     targets, _ = quantize.plan(model, quantize.Settings("int8", quantize_head=True))
     sizes = {f"model.{n}": p.shape for n, p in model.named_parameters() if p.ndim == 1 or n.startswith("embed")}
@@ -52,7 +49,7 @@ def write_checkpoint(shape: str, folder: Path) -> None:
 
 
 def measure(source: Path, mode: str, flags: Sequence[str]) -> dict[str, Any]:
-    """Run quantize.py; its seconds and the peak of its anonymous memory. RuntimeError when it fails."""
+    """Run quantize.py; its seconds and the peak of its anonymous memory. Ends with its exit status when it fails."""
     output = source.with_name(f"{source.name}-{mode}")
     argv = [sys.executable, str(ROOT / "quantize.py"), "--checkpoint", str(source), "--mode", mode, "--force"]
     started, peak = time.perf_counter(), 0
@@ -63,7 +60,7 @@ def measure(source: Path, mode: str, flags: Sequence[str]) -> dict[str, Any]:
                 peak = max(peak, int(line.split()[1]) << 10)
         time.sleep(0.05)
     if process.returncode:
-        raise RuntimeError(f"quantize.py ended with exit status {process.returncode}")
+        raise SystemExit(process.returncode)  # it has said why
     seconds = time.perf_counter() - started
     report = json.loads((output / "quantization_report.json").read_text())
     row = {key: report[key] for key in ("mode", "device", "dtype", "torch", "calibration_tokens", "heldout_tokens")}

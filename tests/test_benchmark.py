@@ -159,6 +159,12 @@ def test_speculation_on_held_out_text(capsys):
     assert all(len(row) == 20 for batch in prompts for row in batch)
 
 
+def test_missing_transformers_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert benchmark.main([*QUICK, "--prefill", "8", "--transformers", "--no-csv"]) == 2
+    assert "transformers" in capsys.readouterr().err
+
+
 def test_another_header_is_not_overwritten(tmp_path, capsys):
     path = tmp_path / "decode.csv"
     path.write_text("a,b\n1,2\n")
