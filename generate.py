@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,12 +25,13 @@ import checkpoint
 import kernels
 import tp as tensor_parallel
 from linear import Linear
-from model import KVCache, Transformer
+from model import DecoderLayer, KVCache, Transformer
 from sampling import SamplingParams, Structure, sample
 from speculative import Speculation
-from tokenizer import Tokenizer
+from tokenizer import Decoder, Tokenizer
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tales"
+Function = Callable[..., Any]
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,11 +64,6 @@ class Stats:
         return self.decode_steps / self.decode_s if self.decode_s else 0.0
 
 
-class Decoder(Protocol):
-    def add(self, ids: list[int]) -> str: ...
-    def flush(self) -> str: ...
-
-
 class Ids:
     """Stands in for a tokenizer where a model has none (`--shape`): UTF-8 bytes in, numbers out."""
 
@@ -95,7 +91,7 @@ class Ids:
 class Answer:
     """One row's answer as it grows: ids, certain text, stop ids and stop strings (also across token boundaries)."""
 
-    def __init__(self, decoder: Decoder, stop_ids: frozenset[int], stop: Sequence[str], limit: int) -> None:
+    def __init__(self, decoder: Decoder | Ids, stop_ids: frozenset[int], stop: Sequence[str], limit: int) -> None:
         self.decoder, self.stop_ids, self.stop, self.limit = decoder, stop_ids, tuple(stop), limit
         self.ids: list[int] = []
         self.held = ""  # text that may be the beginning of a stop string
@@ -141,7 +137,7 @@ class State:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
 
 
-def private_copy(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+def private_copy(fn: Function, name: str) -> Function:
     """fn with a code object of its own: Dynamo counts recompilations per code object, so two engines must not share
     one.
     """
@@ -173,7 +169,7 @@ class Engine:
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
         self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
         self.compile = self.device.type == "cuda" if compile is None else compile
-        self.use_kernels, self.stats = use_kernels, Stats()
+        self.use_kernels, self.compile_prefill, self.stats = use_kernels, compile_prefill, Stats()
         windows = [w for w in model.config.windows if w]  # bounds the mask of a long prompt
         self.prefill_chunk = prefill_chunk or (max(min(windows), 512) if windows else 0)
         self.sync_every = 8 if self.device.type == "cuda" else 1
@@ -183,8 +179,7 @@ class Engine:
         self._programs: dict[tuple[Any, ...], Callable[[], None]] = {}
         self._cached: list[int] = []
         self.speculation: Speculation | None = None
-        self._forward: Callable[..., torch.Tensor] = model.__call__
-        self.compile_prefill = compile_prefill
+        self._prefill_layer: Function = DecoderLayer.__call__
         if compile_prefill and any(model.config.sparse):
             raise ValueError("--compile-prefill: a mixture-of-experts prefill needs the host; leave the flag out")
 
@@ -310,8 +305,8 @@ class Engine:
         self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
         self.state = State(batch_size, slots, self.device)
         if self.compile_prefill:  # anew: it is tied to the cache, and Dynamo allows a code object few variants
-            own = types.MethodType(private_copy(Transformer.forward, "prefill"), self.model)
-            self._forward = torch.compile(own, fullgraph=True, dynamic=True)
+            own = private_copy(DecoderLayer.forward, "prefill")
+            self._prefill_layer = torch.compile(own, fullgraph=True, dynamic=True)
 
     # -- the two programs ----------------
 
@@ -336,7 +331,9 @@ class Engine:
             b = min(a + chunk, longest)
             positions = torch.arange(a, b, device=self.device).repeat(len(prompts), 1)
             select = (last - a).clamp(0, b - a - 1)
-            new = self._forward(tokens[:, a:b].clone(), positions, self.cache, end=b, select=select)[:, 0]
+            new = self.model(tokens[:, a:b].clone(), positions, self.cache, self._prefill_layer, end=b, select=select)[
+                :, 0
+            ]
             logits = new if logits is None else torch.where((last >= a)[:, None], new, logits)
         assert logits is not None
         return logits
@@ -355,25 +352,38 @@ class Engine:
         if (program := self._programs.get((end, structure))) is not None:
             return program
 
-        def step() -> None:
-            logits = model(state.token, state.position, cache, end=end)[:, 0]
+        def settle(logits: torch.Tensor) -> None:
             state.position.add_(1)
             token = model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, state.position[:, 0]))
             state.out.index_copy_(1, state.step, token[:, None])
             state.token.copy_(token.clamp(min=0)[:, None])
             state.step.add_(1)
 
-        program = self.compiled(step, f"decode_{end}")
+        settle, layer = self.compiled(settle, f"settle_{end}", whole=False), self.layer(end)
+
+        def decode() -> None:
+            settle(model(state.token, state.position, cache, layer, end=end)[:, 0])
+
+        program = self.compiled(decode, f"decode_{end}")
         program = self.captured(program, [state.token, state.position, state.out, state.step])
         self._programs[end, structure] = program
         return program
 
-    def compiled(self, fn: Callable[..., Any], name: str, dynamic: bool | None = None) -> Callable[..., Any]:
-        """fn through torch.compile where this engine compiles, else fn."""
-        if not self.compile:
+    def compiled(self, fn: Function, name: str, whole: bool | None = True, dynamic: bool | None = None) -> Function:
+        """fn through torch.compile where this engine compiles, else fn. whole: it runs the model, or (False) is a part
+        of what does; on a GPU only parts are compiled, identical layers once: a captured graph needs no compiler around
+        them.
+        """
+        if not self.compile or whole == (self.use_kernels or self.device.type == "cuda"):
             return fn
         options = {"coordinate_descent_tuning": self.device.type == "cuda" and not self.use_kernels}
         return torch.compile(private_copy(fn, name), fullgraph=True, dynamic=dynamic, options=options)
+
+    def layer(self, end: int) -> Function:
+        """What calls a layer in one program, over `end` slots; between kernels nothing is left to fuse."""
+        if self.use_kernels and not any(self.model.config.sparse):
+            return DecoderLayer.__call__
+        return self.compiled(DecoderLayer.forward, f"layer_{end}", whole=False, dynamic=False)
 
     def captured(
         self, program: Callable[[], None], restored: list[torch.Tensor], margin: int = 1
@@ -387,30 +397,19 @@ class Engine:
         if not self.compile:
             return program
         began, state, saved = time.perf_counter(), self.state, [t.clone() for t in restored]
-
-        def trial() -> None:
+        for _ in range(2):  # a GPU's libraries allocate on the first run, which a capture may not
             state.step.zero_()
             state.position.fill_(state.out.shape[1] - margin)
             program()
-
-        captured = program
-        if self.device.type != "cuda":
-            trial()
-        else:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    trial()
-            torch.cuda.current_stream().wait_stream(side)
+        if self.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 program()
-            captured = graph.replay
+            program = graph.replay
         for tensor, value in zip(restored, saved):
             tensor.copy_(value)
         self.stats.compile_s += time.perf_counter() - began
-        return captured
+        return program
 
     def _steps(self, count: int, position: int, structure: Structure) -> Iterator[list[list[int]]]:
         """Run `count` decode steps; yields ids [B][n] a few columns at a time.
@@ -558,9 +557,8 @@ def pick_device(name: str | None) -> torch.device:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = name or ("cuda" if available["cuda"] else "cpu")
     if not available.get(name):
-        raise ValueError(
-            f"device {name!r} is not available here; available: {', '.join(d for d, ok in available.items() if ok)}"
-        )
+        able = ", ".join(d for d, ok in available.items() if ok)
+        raise ValueError(f"device {name!r} is not available here; available: {able}")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cuda", torch.cuda.current_device())
@@ -578,10 +576,12 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def at_least(low: int, high: int = 1 << 40) -> Callable[[str], int]:
-    """An argparse type: an integer from `low` up to an absurd one."""
+def at_least(low: int, high: int = 1 << 40, auto: bool = False) -> Callable[[str], Any]:
+    """An argparse type: an integer from `low` up to an absurd one; or auto, which is None."""
 
-    def integer(text: str) -> int:
+    def integer(text: str) -> int | None:
+        if auto and text == "auto":
+            return None
         value = int(text)
         if not low <= value < high:
             raise argparse.ArgumentTypeError(f"{value} is not sensible; {low} to {high - 1} is")
@@ -590,13 +590,7 @@ def at_least(low: int, high: int = 1 << 40) -> Callable[[str], int]:
     return integer
 
 
-def draft_tokens(text: str) -> int | None:
-    """An argparse type: auto (None), or a number of draft tokens that one verification takes."""
-    if text == "auto":
-        return None
-    if not 1 <= (value := int(text)) < kernels.MAX_ROWS:
-        raise argparse.ArgumentTypeError(f"{value} is not sensible; 1 to {kernels.MAX_ROWS - 1} or auto is")
-    return value
+draft_tokens = at_least(1, kernels.MAX_ROWS, auto=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -622,9 +616,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--compile-prefill", action="store_true")
     p.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto", help="inductor: plain PyTorch")
     p.add_argument("--draft", metavar="DRAFT", help="speculate: folder or Hub id, ngram, self-int4 or self-int8")
-    p.add_argument(
-        "--num-draft-tokens", type=draft_tokens, metavar="K", help="1..15, or auto: as many as pays (default)"
-    )
+    p.add_argument("--num-draft-tokens", type=draft_tokens, metavar="K", help="1..15, or auto: what pays (default)")
     p.add_argument("--compare", action="store_true", help="with --draft: decode plainly too, and report the speed-up")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"))
     p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="auto: the checkpoint's; float32 on a CPU")
@@ -661,9 +653,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def summary(engine: Engine) -> str:
     """The last generation in one line, and its speculation in another."""
-    s, gb = engine.stats, engine.stats.bytes_per_step / 1e9
+    s, gb, rate = engine.stats, engine.stats.bytes_per_step / 1e9, engine.stats.decode_tok_s
     memory = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else peak_host_bytes()
-    rate = s.decode_tok_s
     return (
         f"load {s.load_s:.1f} s | compile {s.compile_s:.1f} s | "
         f"TTFT {s.ttft_s * 1e3:.0f} ms ({s.prefill_tokens} tokens) | decode {rate * s.batch_size:.1f} tok/s | "

@@ -7,7 +7,7 @@ without Triton: then `supported` is False everywhere and the twins serve.
 
 How they come near the memory's speed (measurements in benchmarks/NOTES.md):
 
-- 16-bit weights and one row: small programs that ask for all their weights at once and multiply-add. Several rows: the
+- 16-bit weights and one row or two: small programs that ask for all their weights at once and multiply-add. More: the
   tensor cores, the loads of the next steps passing through shared memory meanwhile.
 - int8 and int4 weights: a GPU has no time to make floats of them. The activations become integers instead, two int8
   digits of a block floating-point number that is finer than bf16 (`_digits_kernel`), and the tensor cores multiply
@@ -202,11 +202,12 @@ if triton is not None:
     def _row_kernel(
         x_ptr: tl.tensor, w_ptr: tl.tensor, bias_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor,
         experts_ptr: tl.tensor, out_ptr: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr,
-        SILU: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
+        SILU: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
-        """One row of activations: BLOCK results by plain multiply-adds."""
+        """One row of activations or two: BLOCK results of each by plain multiply-adds."""
         OUT: tl.constexpr = N // 2 if SILU else N
         EVEN: tl.constexpr = K % SPAN == 0 and OUT % BLOCK == 0
+        SUMS: tl.constexpr = SPAN if M == 1 else SPAN // 8
         if PDL:
             gdc_launch_dependents()
         m = tl.program_id(1)
@@ -221,41 +222,56 @@ if triton is not None:
         gate, up = _weights(w_ptr, 0, K, OUT, here, k, SILU, EVEN)
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + n, n < OUT, 0)
+        at = (m + tl.arange(0, M)) * OUT + n[:, None]
         if PDL:
             gdc_wait()
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + m * OUT + n, n < OUT, 0)
+            residual = tl.load(residual_ptr + at, here, 0)
         if PDL:  # returns at once, but keeps the compiler from moving the load down to its use
             gdc_wait()
-        y = tl.zeros([BLOCK, SPAN], tl.float32)
-        z = tl.zeros([BLOCK, SPAN], tl.float32)
-        squares = tl.zeros([SPAN], tl.float32)
+        y, squares = (tl.zeros([BLOCK, SUMS], tl.float32),) * M, (tl.zeros([SUMS], tl.float32),) * M
+        z = y
         for first in tl.static_range(0, K, SPAN):
-            x = tl.load(x_ptr + m * K + first + k, first + k < K, 0).to(tl.float32)
-            if norm_ptr is not None:
-                squares += x * x
-                x *= tl.load(norm_ptr + first + k, first + k < K, 0).to(tl.float32)
-            y += gate.to(tl.float32) * x[None]
-            if SILU:
-                z += up.to(tl.float32) * x[None]
+            for i in tl.static_range(M):
+                x = tl.load(x_ptr + (m + i) * K + first + k, first + k < K, 0).to(tl.float32)
+                if norm_ptr is not None:
+                    squares = squares[1:] + (squares[0] + _fewer(x * x, SUMS),)
+                    x *= tl.load(norm_ptr + first + k, first + k < K, 0).to(tl.float32)
+                y = y[1:] + (y[0] + _fewer(gate.to(tl.float32) * x, SUMS),)
+                if SILU:
+                    z = z[1:] + (z[0] + _fewer(up.to(tl.float32) * x, SUMS),)
             if first + SPAN < K:
                 gate, up = _weights(w_ptr, first + SPAN, K, OUT, here, k, SILU, EVEN)
-        result = tl.sum(y, 1)
+        result = _sums(y, M)
         if norm_ptr is not None:
-            norm = tl.rsqrt(tl.sum(squares) / K + eps)
+            norm = tl.rsqrt(_sums(squares, M) / K + eps)
             result *= norm
         if bias_ptr is not None:
-            result += bias.to(tl.float32)
+            result += bias.to(tl.float32)[:, None]
         if SILU:
-            other = tl.sum(z, 1)
+            other = _sums(z, M)
             if norm_ptr is not None:
                 other *= norm
             if bias_ptr is not None:
-                other += tl.load(bias_ptr + OUT + n, n < OUT, 0).to(tl.float32)
+                other += tl.load(bias_ptr + OUT + n, n < OUT, 0).to(tl.float32)[:, None]
             result = result / (1 + tl.exp(-result)) * other
         if residual_ptr is not None:
             result += residual.to(tl.float32)
-        tl.store(out_ptr + m * OUT + n, result.to(out_ptr.dtype.element_ty), n < OUT)
+        tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), here)
+
+    @triton.jit
+    def _fewer(x: tl.tensor, SUMS: tl.constexpr) -> tl.tensor:
+        """The last axis summed to SUMS numbers, each within a lane."""
+        last: tl.constexpr = len(x.shape) - 1
+        each: tl.constexpr = x.shape[last] // SUMS
+        return x if each == 1 else tl.sum(x.reshape(x.shape[:-1] + [SUMS, each]), last + 1)
+
+    @triton.jit
+    def _sums(x: tl.tuple, M: tl.constexpr) -> tl.tensor:
+        """Over the last axis of each of M tensors, side by side."""
+        last: tl.constexpr = len(x[0].shape) - 1
+        y = tl.sum(x[0], last) if M == 1 else tl.sum(tl.join(x[0], x[1]), last)
+        return tl.expand_dims(y, -1) if M == 1 and last == 1 else y
 
     @triton.jit
     def _weights(
@@ -657,8 +673,10 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int
 # Tiles: what was fastest for Llama shapes on one H200 (NOTES.md has the sweeps); elsewhere they are right, if not best.
 
 
-def _row_tile(k: int, n: int) -> tuple[int, int, int]:
+def _row_tile(k: int, n: int, rows: int) -> tuple[int, int, int]:
     """(results, k at a time, warps) of `_row_kernel`."""
+    if rows == 2 and k > 8192:
+        return 4, 2048, 4
     if k <= 2048:
         return (2, 2048, 2) if n <= 8192 else (2, 1024, 1)
     if k % 4096 or n <= 8192:
@@ -668,7 +686,7 @@ def _row_tile(k: int, n: int) -> tuple[int, int, int]:
 
 def _rows_tile(n: int, silu_mul: bool) -> tuple[int, int, int, int]:
     """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`."""
-    return (16, 512, 2, 4) if n <= 8192 and not silu_mul else (32, 256, 2, 4)
+    return (16, 512, 2, 4) if n <= 8192 and not silu_mul else (32, 128, 1, 6)
 
 
 def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:
@@ -677,11 +695,13 @@ def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tup
     """
     narrow = n <= 8192 and not silu_mul
     if rows > 8:
-        return (1, 4, 4, 1) if narrow else (2, 2, 2, 1)
+        return (1, 4, 2, 2) if narrow else (2, 2, 2, 2)
     if rows > 4:
         if narrow:
-            return 1, 4, 6, 3
-        return (2, 2, 4, 2) if bits == 8 or k > 4096 else (2, 2, 3, 1) if silu_mul else (1, 2, 4, 2)
+            return (2, 8, 4, 2) if k > 16384 else (1, 4, 6, 3)
+        if bits == 8 and k <= 4096:
+            return 2, 2, 2, 1
+        return (2, 2, 4, 2) if k > 4096 else (2, 2, 3, 1) if silu_mul else (1, 2, 4, 2)
     if bits == 8:
         return (2, 4, 2, 2) if not narrow else (1, 8, 4, 4) if k <= 8192 else (1, 4, 6, 6)
     if narrow:
@@ -725,10 +745,11 @@ def _linear(
     n = _out_features(weight, scale)
     n_out = n // 2 if silu_mul else n
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
-    if scale is None and (rows == 1 or experts is not None):
-        block, span, warps = _row_tile(k, n)
-        _row_kernel[(triton.cdiv(n_out, block), rows)](
-            x, weight, bias, norm_weight, residual, experts, out, eps, n, k, silu_mul, block, span,
+    if scale is None and (rows <= 2 or experts is not None):
+        together = rows if experts is None else 1
+        block, span, warps = _row_tile(k, n, together)
+        _row_kernel[(triton.cdiv(n_out, block), rows // together)](
+            x, weight, bias, norm_weight, residual, experts, out, eps, n, k, silu_mul, together, block, span,
             **_launch(x.device, warps),
         )  # fmt: skip
         return out

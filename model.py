@@ -9,6 +9,7 @@ a module says `local`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -338,14 +339,16 @@ class Transformer(nn.Module):
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin float32 [B, T, 1, Dh / 2]: a few hundred numbers a step, cheaper than a table."""
-        angles = positions[:, :, None, None].float() * self.inv_freq
-        return angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+        angles = positions[:, :, None, None] * self.inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.rope_factor == 1 else (cos * self.rope_factor, sin * self.rope_factor)
 
     def forward(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
         cache: KVCache,
+        run: Callable[..., torch.Tensor] = DecoderLayer.__call__,
         *,
         end: int,
         select: torch.Tensor | None = None,
@@ -354,12 +357,12 @@ class Transformer(nn.Module):
 
         Keys and values of the new tokens are written to `cache` at `positions`. end: how many cache slots attention may
         look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
-        first prefill).
+        first prefill). run: what calls a layer; one compiled function serves all.
         """
         x = self.embed(tokens)
         cos, sin = self.rope(positions)
         for layer, layer_cache in zip(self.layers, cache.layers):
-            x = layer(x, cos, sin, positions, layer_cache, end)
+            x = run(layer, x, cos, sin, positions, layer_cache, end)
         if select is not None:
             x = x[torch.arange(x.shape[0], device=x.device), select][:, None]
         return self.tp.all_gather(self.lm_head(x, norm=self.norm)).float()

@@ -188,12 +188,6 @@ class Speculation:
             self.programs[end, structure] = done[: len(drafts)], dict(zip(self.choices, done[len(drafts) :]))
         return self.programs[end, structure]
 
-    def _compiled(self, fn: Callable[..., None], end: int, whole: bool) -> Callable[..., None]:
-        """Compile a whole step where there are no fused kernels; else only what follows the model: its kernels need no
-        compiler in a captured graph.
-        """
-        return fn if whole == self.target.use_kernels else self.target.compiled(fn, f"{fn.__name__}_{end}")
-
     def _propose(self, end: int, structure: Structure) -> Callable[[torch.Tensor], None]:
         draft, state, history, proposed = self.draft, self.target.state, self.history, self.q
         V, offsets = self.vocab, self.offsets
@@ -203,7 +197,7 @@ class Speculation:
             history.scatter_(1, state.position + offsets[2:], found)
 
         if draft is None:
-            return self.target.compiled(guess, f"guess_{end}")
+            return self.target.compiled(guess, f"guess_{end}", None)
 
         def pick(logits: torch.Tensor, position: torch.Tensor) -> None:
             probs, ids = distribution(logits[:, -1, :V], structure, state.knobs)
@@ -212,15 +206,16 @@ class Speculation:
             proposed.index_copy_(1, state.step, spread(probs, ids, V)[:, None])
             state.step.add_(1)
 
-        pick = self._compiled(pick, end, whole=False)
+        pick, layer = self.target.compiled(pick, f"pick_{end}", whole=False), draft.layer(end)
 
         def propose(offsets: torch.Tensor) -> None:
             """Tokens at `offsets` [1 or 2] from the newest -> the next one into history, its distribution into q."""
             positions = state.position + state.step + offsets
             tokens = history.gather(1, positions).clamp(max=draft.model.config.vocab_size - 1)
-            pick(draft.model(tokens, positions, draft.cache, end=end), positions[:, -1:] + 1)
+            logits = draft.model(tokens, positions, draft.cache, layer, end=end)
+            pick(logits, positions[:, -1:] + 1)
 
-        return self._compiled(propose, end, whole=True)
+        return self.target.compiled(propose, f"propose_{end}")
 
     def _verify(self, end: int, structure: Structure) -> Callable[[torch.Tensor], None]:
         target, state, history, log = self.target, self.target.state, self.history, self.log
@@ -246,16 +241,17 @@ class Speculation:
             state.position.copy_((state.position + count).clamp(max=last))  # rows that have ended stay there
             state.step.zero_()
 
-        settle = self._compiled(settle, end, whole=False)
+        settle, layer = target.compiled(settle, f"settle_{end}", whole=False), target.layer(end)
 
         def verify(offsets: torch.Tensor) -> None:
             """offsets 0..K: one step of K + 1 rows; everything stays on the device."""
             positions = state.position + offsets
             drafted = model.tp.broadcast(history.gather(1, positions[:, 1:]))
             tokens = torch.cat((state.token, drafted), 1)
-            settle(model(tokens, positions, target.cache, end=end), drafted, positions + 1)
+            logits = model(tokens, positions, target.cache, layer, end=end)
+            settle(logits, drafted, positions + 1)
 
-        return self._compiled(verify, end, whole=True)
+        return target.compiled(verify, f"verify_{end}")
 
     def begin(self, rows: Sequence[Sequence[int]], first: torch.Tensor) -> None:
         """The target has prefilled `rows` and sampled `first` int64 [B]."""

@@ -354,10 +354,14 @@ def rows_program(engine: Engine, rows: int, end: int, sampling: SamplingParams) 
     tokens = torch.randint(model.config.vocab_size, (1, rows), device=engine.device)
     later, chosen = torch.arange(rows, device=engine.device), torch.zeros_like(tokens[0])
 
+    def settle(logits: torch.Tensor, positions: torch.Tensor) -> None:
+        chosen.copy_(model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, positions)))
+
+    settle, layer = engine.compiled(settle, f"settle_{rows}", whole=False), engine.layer(end)
+
     def step() -> None:
         positions = state.position + later
-        logits = model(tokens, positions, cache, end=end)[0]
-        chosen.copy_(model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, positions[0])))
+        settle(model(tokens, positions, cache, layer, end=end)[0], positions[0])
 
     program = engine.captured(engine.compiled(step, f"rows_{rows}"), [state.position, state.step], margin=rows)
     program()

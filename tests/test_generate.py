@@ -139,6 +139,20 @@ def test_golden_of_the_embedded_model():
 # -- the cache ----------------
 
 
+def test_the_layers_of_a_mixture_are_compiled_once(tiny):
+    """The way a GPU takes, here on the kernels' twins: the layer and what follows the model, one graph each."""
+    folder, _ = tiny("mixtral", num_local_experts=4, num_hidden_layers=3)
+    model, prompts = checkpoint.load(str(folder), use_kernels=True), [[5, 6, 7]]
+    outs = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        engine = Engine(model, Ids(model.config.vocab_size), use_kernels=True, compile=compile)
+        outs.append([p.ids for p in engine.generate(prompts, SamplingParams(0.0), max_new_tokens=20, ignore_eos=True)])
+    assert outs[0] == outs[1]
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.mark.parametrize("chunk", [0, 7, 64])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mixtral"])
 def test_cached_decode_scores_what_one_pass_scores(noise, kind, chunk):

@@ -127,6 +127,13 @@ def test_linear_equals_twin(dtype, fmt, shape):
 
 
 @needs_kernels
+@pytest.mark.parametrize("extra", EXTRAS[:3], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_multiply_adds_equal_the_twin(rows, extra):
+    check_linear(kernels.linear, "dense", rows, 64, 4352, torch.bfloat16, DEVICE, 8e-3, **extra)
+
+
+@needs_kernels
 @pytest.mark.parametrize("fmt", FORMATS[1:])
 def test_dequantize_equals_its_twin_and_the_formula(fmt):
     for n, k in ((64, 256), (40, 384), (24, 1152)):

@@ -408,19 +408,21 @@ def test_a_chat_prefills_only_the_rest_in_both_caches():
 
 def test_with_kernels_only_what_follows_the_models_is_compiled(monkeypatch):
     """The way a GPU takes, here on the kernels' twins."""
-    names, real = [], Engine.compiled
-    monkeypatch.setattr(Engine, "compiled", lambda self, fn, *a: names.append(fn.__name__) or real(self, fn, *a))
+    names, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **kw: names.append(fn.__name__.split("_")[0]) or real(fn, **kw))
     torch.manual_seed(4)
     model = peaked(4, 40)
     for module in model.modules():
         if hasattr(module, "use_kernels"):
             module.use_kernels = True
     wanted = run(Engine(model, Ids(40), use_kernels=True), [[1, 2, 3, 1], [2]], n=60)
-    names.clear()
+    assert not names
+    assert run(Engine(model, Ids(40), use_kernels=True, compile=True), [[1, 2, 3, 1], [2]], n=60) == wanted
+    assert names == ["settle"]
     engine = engine_of(model, "model", 3, use_kernels=True, compile=True)
     assert run(engine, [[1, 2, 3, 1], [2]], n=60) == wanted
     assert both(engine)
-    assert sorted(names) == ["pick", "settle"]
+    assert sorted(names) == ["pick", "settle", "settle"]
 
 
 GROUP = [("self-int8", 3), ("self-int8", None), ("ngram", 2), ("ngram", None)]
