@@ -497,10 +497,12 @@ class Engine:
         state.step.zero_()
         stop_ids = frozenset() if ignore_eos else self.tokenizer.stop_ids
         answers = [Answer(self.tokenizer.decoder(row), stop_ids, stop, limit) for row in rows]
+        if speculation:
+            speculation.begin(rows, first)
         block = first[:, None].tolist()
         self.stats.ttft_s, self.stats.prefill_tokens = time.perf_counter() - began, sum(map(len, rows)) - known
         began, compile_s = time.perf_counter(), self.stats.compile_s
-        steps = speculation.steps(rows, first, structure) if speculation else self._steps(limit - 1, longest, structure)
+        steps = speculation.steps(structure) if speculation else self._steps(limit - 1, longest, structure)
         try:
             while block:
                 yield from self._increments(answers, block)

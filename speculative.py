@@ -9,6 +9,7 @@ the longest accepted run and one more token of the target's own come out. Legend
 num_draft_tokens, V vocabulary.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from sampling import Structure, distribution, draw, sample, uniform
 Program = Callable[[], None]
 Programs = tuple[list[Program], dict[int, Program]]  # drafts, and a verification for each K
 ACCEPT, RESAMPLE, DRAFT = 1, 2, 3  # streams of randomness; 0 is plain decoding's
+REST = 512  # plain steps at most before another choice
 CHOICES = (0, 1, 2, 3, 4, 6, 8, 12)  # what `auto` chooses from: one captured verification each
 
 
@@ -85,16 +87,17 @@ class Chooser:
 
     costs[K]: milliseconds of a round of K drafts; catch_up: of resuming after rounds without. Acceptance is a moving
     average over about the last 24 proposals. Drafting spends a credit, counted in plain steps: a round costs what it
-    takes and earns what it emits, and every token adds a hundredth. So whatever the text, decoding takes at most 1% and
-    2 steps longer than without drafts, and while drafting does not pay, what the credit allows is spent on finding out
-    whether it does again.
+    takes and earns what it emits, and every token adds a hundredth. So whatever the text, decoding takes at most
+    1% and one step longer than without drafts, and while drafting does not pay, what the credit allows is spent on
+    finding out whether it does again.
     """
 
     def __init__(self, costs: dict[int, float], catch_up: float = 0.0) -> None:
         self.least = min(costs)
         self.catch_up = catch_up / costs[self.least]
         self.ratio = {K: cost / costs[self.least] for K, cost in costs.items()}
-        self.accepted, self.tested, self.credit, self.last = 3.0, 4.0, 2.0, max(costs)
+        self.accepted, self.tested, self.credit, self.last = 3.0, 4.0, 1.0, max(costs)
+        self.rest = 1  # after a choice of 0: plain steps until the credit allows another one
 
     def choose(self) -> int:
         a = min(self.accepted / self.tested, 0.99)
@@ -105,13 +108,16 @@ class Chooser:
         if not best and len(able) > 1:
             best = min(K for K in able if K)
         self.credit -= resume if best else 0.0
+        if not best and len(self.ratio) > 1:
+            missing = min(r for K, r in self.ratio.items() if K) - 1 + self.catch_up - self.credit
+            self.rest = min(max(math.ceil(100 * missing), 1), REST)
         self.last = best
         return best
 
     def observe(self, K: int, emitted: Sequence[int]) -> None:
         """A round of K proposals emitted this many tokens in each row."""
         mean = sum(emitted) / len(emitted)
-        self.credit = min(self.credit + mean - self.ratio[K] + 0.01 * mean, 4.0)
+        self.credit = min(self.credit + mean - self.ratio[K] + 0.01 * mean, 4.0 + self.catch_up)
         if K:
             self.accepted += sum(emitted) - len(emitted)
             self.tested += sum(min(n, K) for n in emitted)
@@ -132,6 +138,7 @@ class Speculation:
         self.owner: tuple[Any, ...] = ()  # what the programs were built for
         self.programs: dict[tuple[int, Structure], Programs] = {}
         self.costs: dict[Structure, dict[int, tuple[float, float]]] = {}  # K -> milliseconds of draft and of verify
+        self.resume_ms = 0.0  # of the draft reading what plain steps have emitted
         self.ids: list[list[int]] = []  # per row: prompt and everything emitted
         self.draft_knows = 0  # slots of the draft's cache that are right in every row
         self.book: list[tuple[int, list[int]]] = []  # every round of the last generation: K, tokens emitted by row
@@ -155,19 +162,29 @@ class Speculation:
         already = stats.compile_s
         for end in sorted({target.attended(p) for p in range(longest, longest + limit)}):
             self._programs(end, structure)
+        plain = [target._decode(p, structure) for p in range(longest, longest + limit) if 0 in self.choices]
         if structure not in self.costs:
             drafts, verify = self._programs(target.attended(longest), structure)
-            first, *later = [self._milliseconds(program, longest + 1) for program in drafts]
-            ms = [[first * (K > 0) + sum(later) * max(K - 1, 0) for K in verify]]
-            ms.append([self._milliseconds(program, longest + 1) for program in verify.values()])
-            agreed = target.model.tp.broadcast(torch.tensor(ms, device=target.device)).tolist()
-            self.costs[structure] = dict(zip(verify, zip(*agreed)))
+            programs = [*drafts, *verify.values()]
+            if plain:
+                programs[len(drafts)] = plain[0]
+            times = self._milliseconds(programs, longest + 1)
+            first, later = times[0], sum(times[1 : len(drafts)])
+            ms = [[first * (K > 0) + later * max(K - 1, 0) for K in verify], times[len(drafts) :]]
+            ms.append([0.0] * len(verify))
+            if draft is not None and plain:
+                ids, self.draft_knows = [[0] * min(128, context - 1)] * B, 0
+                ms[2] = self._milliseconds([lambda: draft.prefill(ids)], longest + 1) * len(verify)
+            *agreed, resume = target.model.tp.broadcast(torch.tensor(ms, device=target.device)).tolist()
+            self.costs[structure], self.resume_ms = dict(zip(verify, zip(*agreed))), resume[0]
         stats.compile_s = already + time.perf_counter() - began
 
-    def _milliseconds(self, program: Program, position: int) -> float:
-        """Of one run at `position`, behind every slot that is kept: the best of four, the first being a warm-up."""
+    def _milliseconds(self, programs: Sequence[Program], position: int) -> list[float]:
+        """Of a run of each at `position`, behind every slot that is kept: the best of four, one after the other as in
+        use, the first being a warm-up.
+        """
         times, wait = [], getattr(torch, self.target.device.type).synchronize  # a device's name is its module's
-        for _ in range(4):
+        for program in (*programs, *programs, *programs, *programs):
             self.target.state.position.fill_(position)
             self.target.state.step.zero_()
             wait()
@@ -175,7 +192,7 @@ class Speculation:
             program()
             wait()
             times.append(1e3 * (time.perf_counter() - began))
-        return min(times)
+        return [min(times[i :: len(programs)]) for i in range(len(programs))]
 
     def _programs(self, end: int, structure: Structure) -> Programs:
         """Over `end` slots. Drafts: a model's first token, and each later one; of lookup: all tokens at once."""
@@ -254,31 +271,35 @@ class Speculation:
         return target.compiled(verify, f"verify_{end}")
 
     def begin(self, rows: Sequence[Sequence[int]], first: torch.Tensor) -> None:
-        """The target has prefilled `rows` and sampled `first` int64 [B]."""
+        """The target has prefilled `rows` and sampled `first` int64 [B]: the draft reads them too."""
         self.book, known, before = [], 0, self.ids
         self.ids = [[*ids, token] for ids, token in zip(rows, first.tolist())]
-        for row, ids in zip(self.history, self.ids):
-            row[: len(ids)] = torch.tensor(ids, device=row.device)
         if len(rows) == len(before) == 1:  # a chat: the draft keeps the common prefix too
             same = [a == b for a, b in zip(rows[0], before[0][: self.draft_knows])]
             known = [*same, False].index(False)
         self.draft_knows = known
+        self.catch_up()
 
     def catch_up(self) -> None:
-        """Bring the draft's cache up to the last token but one, in one chunk; what it knows already stays."""
+        """Bring the history up to the last token and the draft's cache up to the last but one, in one chunk; what it
+        knows already stays.
+        """
+        shortest = min(map(len, self.ids))
+        start = min(self.draft_knows, shortest - 2)
+        for row, ids in zip(self.history, self.ids):
+            row[start : len(ids)] = torch.tensor(ids[start:], device=row.device)
         if self.draft is not None:
-            top, shortest = self.draft.model.config.vocab_size - 1, min(map(len, self.ids))
-            rows = [[min(i, top) for i in row[:-1]] for row in self.ids]
-            self.draft.prefill(rows, min(self.draft_knows, shortest - 2))
+            top = self.draft.model.config.vocab_size - 1
+            self.draft.prefill([[min(i, top) for i in row[:-1]] for row in self.ids], start)
+        self.draft_knows = shortest - 1
 
-    def steps(
-        self, rows: Sequence[Sequence[int]], first: torch.Tensor, structure: Structure
-    ) -> Iterator[list[list[int]]]:
-        """Rounds without end: yields the ids [B][1..K + 1] of each. On a GPU the host reads one behind the queue."""
-        self.begin(rows, first)
-        target, cuda, drafting = self.target, self.target.device.type == "cuda", False
+    def steps(self, structure: Structure) -> Iterator[list[list[int]]]:
+        """Rounds without end: yields the ids [B][1..K + 1] of each. On a GPU the host reads one behind the queue. While
+        drafting is off, the target's own plain steps, several at a time.
+        """
+        target, cuda, drafting = self.target, self.target.device.type == "cuda", True
         costs = self.costs[structure]
-        chooser = Chooser({K: sum(ms) for K, ms in costs.items()}, costs[1][0] if self.draft and 1 in costs else 0.0)
+        chooser = Chooser({K: sum(ms) for K, ms in costs.items()}, self.resume_ms)
         pending: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
 
         def take() -> list[list[int]]:
@@ -298,11 +319,24 @@ class Speculation:
 
         while True:
             K = chooser.choose()
+            while pending and drafting != (K > 0):
+                yield take()
             if K and not drafting:
-                while pending:
-                    yield take()
                 self.catch_up()
             drafting = K > 0
+            if not K and not pending:
+                position = max(map(len, self.ids)) - 1
+                target.state.step.zero_()
+                for block in target._steps(min(chooser.rest, self.last - position), position, structure):
+                    for ids, new in zip(self.ids, block):
+                        ids.extend(new)
+                    for _ in block[0]:
+                        self.book.append((0, [1] * len(block)))
+                        chooser.observe(*self.book[-1])
+                    yield block
+                target.state.step.zero_()
+                if position < self.last:
+                    continue
             position = max(map(len, self.ids)) - 1 + K + sum(k + 1 for k, _, _ in pending)
             drafts, verify = self._programs(target.attended(min(position, self.last)), structure)
             for i in range(K if self.draft else min(K, 1)):

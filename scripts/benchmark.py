@@ -339,25 +339,27 @@ def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any
     position, times = args.prompt_len, 50 if engine.device.type == "cuda" else 3
     engine.reserve(1, max(position + 2 * kernels.MAX_ROWS, args.cache_len or 1))
     sampling, out = SamplingParams(temperature=args.temperature, top_k=args.top_k), []
+    state, chosen = engine.state, torch.zeros(kernels.MAX_ROWS, dtype=torch.int64, device=engine.device)
+    state.knobs.copy_(sampling.knobs(engine.device))
+
+    def settle(logits: torch.Tensor, positions: torch.Tensor) -> None:
+        tokens = sample(logits, sampling.structure, state.knobs, state.seeds, positions)
+        chosen[: len(tokens)].copy_(engine.model.tp.broadcast(tokens))
+
+    settle = engine.compiled(settle, "settle", whole=False)
     for rows in args.rows_table:
-        program = rows_program(engine, rows, engine.attended(position + rows), sampling)
-        engine.state.position.fill_(position)
+        program = rows_program(engine, rows, engine.attended(position + rows), settle)
+        state.position.fill_(position)
         s = statistics.median(seconds(program, engine.device, times) for _ in range(args.repeats + 1))
         out.append({"position": position, "rows": rows, "ms": 1e3 * s})
         out[-1]["ratio"] = out[-1]["ms"] / out[0]["ms"]
     return out
 
 
-def rows_program(engine: Engine, rows: int, end: int, sampling: SamplingParams) -> Callable[[], None]:
-    model, cache, state, structure = engine.model, engine.cache, engine.state, sampling.structure
-    state.knobs.copy_(sampling.knobs(engine.device))
+def rows_program(engine: Engine, rows: int, end: int, settle: Callable[..., None]) -> Callable[[], None]:
+    model, cache, state, layer = engine.model, engine.cache, engine.state, engine.layer(end)
     tokens = torch.randint(model.config.vocab_size, (1, rows), device=engine.device)
-    later, chosen = torch.arange(rows, device=engine.device), torch.zeros_like(tokens[0])
-
-    def settle(logits: torch.Tensor, positions: torch.Tensor) -> None:
-        chosen.copy_(model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, positions)))
-
-    settle, layer = engine.compiled(settle, f"settle_{rows}", whole=False), engine.layer(end)
+    later = torch.arange(rows, device=engine.device)
 
     def step() -> None:
         positions = state.position + later

@@ -79,10 +79,23 @@ def decode_table():
 
 
 def prefill_table():
-    head = ["device", "shape", "weights", "prompt", "tok/s", "MFU", "commit"]
+    head = [
+        "device",
+        "shape",
+        "weights",
+        "prompt",
+        "compiled",
+        "ms",
+        "tok/s",
+        "MFU",
+        "transformers, bf16, ms",
+        "commit",
+    ]
     body = [
-        [*start(r), r["prompt_len"], f"{float(r['prefill_tok_s']):,.0f}", f"{float(r['mfu']):.0%}", r["commit"]]
-        for r in latest(records("prefill.csv"), "batch", "prompt_len")
+        [*start(r), r["prompt_len"], "yes" if r["compiled_prefill"] == "True" else "no", f"{float(r['ms']):.1f}"]
+        + [f"{float(r['prefill_tok_s']):,.0f}", f"{float(r['mfu']):.0%}"]
+        + [f"{float(r['transformers_ms']):.1f}" if r["transformers_ms"] else "", r["commit"]]
+        for r in latest(records("prefill.csv"), "batch", "prompt_len", "compiled_prefill")
     ]
     return table(head, body, 3)
 
@@ -100,6 +113,20 @@ def rows_table():
         for setting, found in steps.items()
     ]
     return table(head, body, 4)
+
+
+def speculation_table():
+    """Simulated acceptance on random weights, real acceptance on the embedded pair."""
+    names = ("draft", "num_draft_tokens", "acceptance", "temperature")
+    head = ["device", "target", "weights", "draft", "K", "P", "accepted", "tok/s", "speed-up", "ideal", "of ideal"]
+    body = [
+        [*start(r), r["draft"], r["num_draft_tokens"], r["acceptance"], f"{float(r['mean_accepted']):.2f}"]
+        + [f"{float(r['tok_s']):,.1f}", f"{float(r['speedup']):.2f}"]
+        + [f"{float(r['ideal']):.2f}" if r["ideal"] else "", f"{float(r['efficiency']):.0%}" if r["ideal"] else ""]
+        + [f"{float(r['ideal_bytes']):.2f}" if r["ideal"] else "", r["commit"]]
+        for r in latest(records("speculative.csv"), *names)
+    ]
+    return table([*head, "ideal by bytes", "commit"], body, 6)
 
 
 def quantization_table():
@@ -123,6 +150,7 @@ def rendered(text):
     assert found == 1
     text = SOURCE_LINE.sub(lambda m: f"{m[1]}{code_lines(ROOT / m[1]):>{len(m[2])}}" if exists(m[1]) else m[0], text)
     tables = {"decode": decode_table, "prefill": prefill_table, "rows": rows_table, "quantization": quantization_table}
+    tables["speculative"] = speculation_table
     for name, make in tables.items():
         part = make()
         pattern = re.compile(rf"(<!-- benchmarks/{name}\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
