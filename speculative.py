@@ -24,6 +24,7 @@ from sampling import Structure, distribution, draw, sample, uniform
 Program = Callable[[], None]
 Programs = tuple[list[Program], dict[int, Program]]  # drafts, and a verification for each K
 ACCEPT, RESAMPLE, DRAFT = 1, 2, 3  # streams of randomness; 0 is plain decoding's
+EARNED = 0.005  # of a plain step, by every token, to be spent on drafts that may not pay
 REST = 512  # plain steps at most before another choice
 CHOICES = (0, 1, 2, 3, 4, 6, 8, 12)  # what `auto` chooses from: one captured verification each
 
@@ -87,8 +88,8 @@ class Chooser:
 
     costs[K]: milliseconds of a round of K drafts; catch_up: of resuming after rounds without. Acceptance is a moving
     average over about the last 24 proposals. Drafting spends a credit, counted in plain steps: a round costs what it
-    takes and earns what it emits, and every token adds a hundredth. So whatever the text, decoding takes at most
-    1% and one step longer than without drafts, and while drafting does not pay, what the credit allows is spent on
+    takes and earns what it emits, and every token adds EARNED. So whatever the text, decoding takes at most
+    0.5% and 0.75 steps longer than without drafts, and while drafting does not pay, what the credit allows is spent on
     finding out whether it does again.
     """
 
@@ -96,7 +97,7 @@ class Chooser:
         self.least = min(costs)
         self.catch_up = catch_up / costs[self.least]
         self.ratio = {K: cost / costs[self.least] for K, cost in costs.items()}
-        self.accepted, self.tested, self.credit, self.last = 3.0, 4.0, 1.0, max(costs)
+        self.accepted, self.tested, self.credit, self.last = 3.0, 4.0, 0.75, max(costs)
         self.rest = 1  # after a choice of 0: plain steps until the credit allows another one
 
     def choose(self) -> int:
@@ -110,14 +111,14 @@ class Chooser:
         self.credit -= resume if best else 0.0
         if not best and len(self.ratio) > 1:
             missing = min(r for K, r in self.ratio.items() if K) - 1 + self.catch_up - self.credit
-            self.rest = min(max(math.ceil(100 * missing), 1), REST)
+            self.rest = min(max(math.ceil(missing / EARNED), 1), REST)
         self.last = best
         return best
 
     def observe(self, K: int, emitted: Sequence[int]) -> None:
         """A round of K proposals emitted this many tokens in each row."""
         mean = sum(emitted) / len(emitted)
-        self.credit = min(self.credit + mean - self.ratio[K] + 0.01 * mean, 4.0 + self.catch_up)
+        self.credit = min(self.credit + mean - self.ratio[K] + EARNED * mean, 4.0 + self.catch_up)
         if K:
             self.accepted += sum(emitted) - len(emitted)
             self.tested += sum(min(n, K) for n in emitted)

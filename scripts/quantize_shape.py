@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row |= measure(source, mode, args.flags[1:])
         new = not args.output.exists()
         with open(args.output, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow(row)

@@ -7,6 +7,7 @@ import checkpoint
 from generate import DEFAULT_CHECKPOINT, Engine, Ids
 from model import KVCache, Transformer
 from sampling import SamplingParams
+from speculative import Speculation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GREEDY = SamplingParams(temperature=0.0)
@@ -118,7 +119,12 @@ def test_greedy_speculation_on_the_gpu():
 @tales
 @pytest.mark.parametrize("draft", ["model", "ngram", "self-int4", "self-int8"])
 @pytest.mark.parametrize("k", [4, None])
-def test_speculation_parts_only_where_rounding_decides(draft, k):
+def test_speculation_parts_only_where_rounding_decides(monkeypatch, draft, k):
+    def milliseconds(self, programs, position):  # so small a model is so fast here that `auto` would not draft
+        drafts = len(programs) - len(self.choices)
+        return [0.1 if i < drafts else 1.0 for i in range(len(programs))]
+
+    monkeypatch.setattr(Speculation, "_milliseconds", milliseconds)
     plain, fast = engines(draft, k, "bfloat16")
     prompts = ["Once upon a time", "The old king"]
     ids = run(fast, prompts, 120)
