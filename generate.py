@@ -325,15 +325,13 @@ class Engine:
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = torch.tensor(prompt)
         tokens, last = tokens.to(self.device), (lengths - 1).to(self.device)
-        chunk = self.prefill_chunk or longest
+        chunk, layer = self.prefill_chunk or longest, self._prefill_layer
         logits: torch.Tensor | None = None
         for a in range(start, longest, chunk):
             b = min(a + chunk, longest)
             positions = torch.arange(a, b, device=self.device).repeat(len(prompts), 1)
             select = (last - a).clamp(0, b - a - 1)
-            new = self.model(tokens[:, a:b].clone(), positions, self.cache, self._prefill_layer, end=b, select=select)[
-                :, 0
-            ]
+            new = self.model(tokens[:, a:b].clone(), positions, self.cache, layer, end=b, select=select)[:, 0]
             logits = new if logits is None else torch.where((last >= a)[:, None], new, logits)
         assert logits is not None
         return logits
