@@ -584,7 +584,7 @@ def at_least(low: int, high: int = 1 << 40, auto: bool = False) -> Callable[[str
             return None
         value = int(text)
         if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{value} is not sensible; {low} to {high - 1} is")
+            raise argparse.ArgumentTypeError(f"{value} is not sensible; {low} to {high - 1}{' or auto' * auto} is")
         return value
 
     return integer

@@ -390,7 +390,6 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     text = path.read_text("utf-8") if path.is_file() else ",".join(columns) + "\n"
     if text.splitlines()[0].split(",") != columns:
         raise ValueError(f"{path} has another header than {','.join(columns)}; give --csv another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -434,6 +433,8 @@ def report(args: argparse.Namespace, setting: dict[str, Any], decoded: dict[str,
 def measure(args: argparse.Namespace) -> None:
     """Bandwidth first, then the model, then whatever was asked for."""
     SamplingParams(temperature=args.temperature, top_k=args.top_k)  # a bad value is refused before the work
+    if not args.no_csv:
+        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
     torch.manual_seed(0)
     began = time.perf_counter()
