@@ -141,7 +141,7 @@ class Speculation:
         self.costs: dict[Structure, dict[int, tuple[float, float]]] = {}  # K -> milliseconds of draft and of verify
         self.resume_ms = 0.0  # of the draft reading what plain steps have emitted
         self.ids: list[list[int]] = []  # per row: prompt and everything emitted
-        self.draft_knows = 0  # slots of the draft's cache that are right in every row
+        self.draft_knows = 0  # slots of the draft's cache, and ids of the history, that are right in every row
         self.book: list[tuple[int, list[int]]] = []  # every round of the last generation: K, tokens emitted by row
 
     def prepare(self, longest: int, limit: int, structure: Structure) -> None:

@@ -130,7 +130,7 @@ def test_linear_equals_twin(dtype, fmt, shape):
 @pytest.mark.parametrize("extra", EXTRAS[:3], ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_multiply_adds_equal_the_twin(rows, extra):
-    check_linear(kernels.linear, "dense", rows, 64, 4352, torch.bfloat16, DEVICE, 8e-3, **extra)
+    check_linear(kernels.linear, "dense", rows, 66, 4352, torch.bfloat16, DEVICE, 8e-3, **extra)  # no whole tiles
 
 
 @needs_kernels
