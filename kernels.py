@@ -616,29 +616,33 @@ if triton is not None:
     @triton.jit
     def _dequantize_kernel(
         w_ptr: tl.tensor, scale_ptr: tl.tensor, zero_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.constexpr,
-        K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+        K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr,
     ) -> None:  # fmt: skip
-        """16 rows of a chunk of 128 k: every element from its place in `_blocks`."""
-        tile = tl.program_id(0)
-        chunk = tl.program_id(1)
-        r = tl.arange(0, 16)[:, None]
-        k = tl.arange(0, 128)
-        e = k // 32 % 2
-        block = k // 64 if BITS == 4 else e * 2 + k // 64
-        at = ((block * 8 + r % 8) * 4 + k // 8 % 4) * 16 + (k // 4 % 2 * 2 + r // 8) * 4 + k % 4
-        w_ptr += (tile.to(tl.int64) * ((K + 127) // 128) + chunk) * (BITS * 256)
-        q = tl.load(w_ptr + at).to(tl.int32)
-        if BITS == 4:
-            q = q << (24 + 4 * e) >> 28
-        n, k = tile * 16 + r, chunk * 128 + k
-        valid = (n < N) & (k < K)
-        w = q.to(tl.float32)
+        """16 rows of CHUNKS chunks of 128 k: read in the order of `_blocks`, put into that of rows in registers."""
+        ALL: tl.constexpr = (K + 127) // 128
+        BYTES: tl.constexpr = BITS * 256
+        PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1  # of a chunk, with scales of their own
+        first = tl.program_id(1) * CHUNKS
+        i = tl.arange(0, CHUNKS * BYTES)
+        w_ptr += (tl.program_id(0).to(tl.int64) * ALL + first) * BYTES
+        q = tl.load(w_ptr + i, first * BYTES + i < ALL * BYTES, 0)
+        if BITS == 4:  # [chunks, u, g, t, b, h, i, e]
+            q = q.to(tl.int8, bitcast=True)
+            q = tl.join(q >> 4, q << 4 >> 4).reshape(CHUNKS, 2, 8, 4, 2, 2, 4, 2).permute(5, 2, 0, 1, 7, 3, 4, 6)
+        else:  # [chunks, e, u, g, t, b, h, i]
+            q = q.reshape(CHUNKS, 2, 2, 8, 4, 2, 2, 4).permute(6, 3, 0, 2, 1, 4, 5, 7)
+        n = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
+        w = q.reshape(16, CHUNKS * PARTS, 128 // PARTS).to(tl.float32)
         if scale_ptr is not None:
+            k = first * 128 + tl.arange(0, CHUNKS * PARTS) * (128 // PARTS)
             at = n * (K // GROUP) + k // GROUP
+            valid = (n < N) & (k < K)
             if zero_ptr is not None:
-                w -= tl.load(zero_ptr + at, valid, 0).to(tl.float32)
-            w *= tl.load(scale_ptr + at, valid, 0).to(tl.float32)
-        tl.store(out_ptr + n.to(tl.int64) * K + k, w.to(out_ptr.dtype.element_ty), valid)
+                w -= tl.load(zero_ptr + at, valid, 0).to(tl.float32)[:, :, None]
+            w *= tl.load(scale_ptr + at, valid, 0).to(tl.float32)[:, :, None]
+        k = first * 128 + tl.arange(0, CHUNKS * 128)
+        w = w.to(out_ptr.dtype.element_ty).reshape(16, CHUNKS * 128)
+        tl.store(out_ptr + n.to(tl.int64) * K + k, w, (n < N) & (k < K))
 
 
 @torch.library.custom_op("decode::dequantize", mutates_args=())
@@ -647,8 +651,8 @@ def _dequantize(
 ) -> Tensor:
     out = torch.empty(n, k, dtype=dtype, device=weight.device)
     group = _group_size(weight, scale, k)
-    _dequantize_kernel[weight.shape[0], weight.shape[1]](
-        weight, scale, zero, out, n, k, group, 8 if weight.dtype == torch.int8 else 4
+    _dequantize_kernel[weight.shape[0], triton.cdiv(weight.shape[1], 4)](
+        weight, scale, zero, out, n, k, group, 8 if weight.dtype == torch.int8 else 4, 4
     )
     return out
 
