@@ -311,8 +311,8 @@ class Engine:
     # -- the two programs ----------------
 
     def prefill(self, prompts: Sequence[Sequence[int]], start: int = 0) -> torch.Tensor:
-        """Write prompts[b][start:] into the cache behind `start` slots that are already right; logits float32 [B, V] of
-        each last id.
+        """Write prompts[b][start:] into the cache behind `start` slots that are already right; logits [B, V] of each
+        last id.
 
         Rows are padded on the right: a padded slot is overwritten by the row's own next tokens before anything may
         attend to it.
@@ -534,7 +534,7 @@ class Engine:
         for a in range(0, T - 1, chunk):
             b = min(a + chunk, T - 1)
             positions = torch.arange(a, b, device=self.device).expand(B, -1)
-            logits = self.model(tokens[:, a:b], positions, self.cache, end=b)
+            logits = self.model(tokens[:, a:b], positions, self.cache, end=b).float()
             out.append(torch.log_softmax(logits, -1).gather(-1, tokens[:, a + 1 : b + 1, None]).squeeze(-1))
         return torch.cat(out, 1)
 

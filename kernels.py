@@ -320,25 +320,24 @@ if triton is not None:
         """
         OUT: tl.constexpr = N // 2 if SILU else N
         start = tl.program_id(0) * (BLOCK // 2 if SILU else BLOCK)
-        n = start + _row(tl.arange(0, BLOCK), OUT, SILU)
-        m = tl.arange(0, M)
-        w_ptr += n[:, None].to(tl.int64) * K
+        row = _row(tl.arange(0, BLOCK), OUT, SILU)[:, None]
+        m = tl.arange(0, M)[:, None]
+        k = tl.arange(0, SPAN)
+        w_ptr += start.to(tl.int64) * K  # what differs between lanes is 32 bits wide: half of the loop was addresses
         if PDL:
             gdc_launch_dependents()
-        k = tl.arange(0, SPAN)
-        w0 = tl.load(w_ptr + k, (n < N)[:, None] & (k < K), 0)
+        w0 = tl.load(w_ptr + (row * K + k), (start + row < N) & (k < K), 0)
         if PDL:
             gdc_wait()
-        x0 = tl.load(x_ptr + m[:, None] * K + k, (m < rows)[:, None] & (k < K), 0)
+        x0 = tl.load(x_ptr + (m * K + k), (m < rows) & (k < K), 0)
         bias, residual = _added(start, rows, bias_ptr, residual_ptr, out_ptr, N, BLOCK, M, SILU)
         acc = tl.zeros([BLOCK, M], tl.float32)
         for first in tl.range(SPAN, K, SPAN, num_stages=STAGES):
-            k = first + tl.arange(0, SPAN)
             if K % SPAN == 0 and N % BLOCK == 0:
-                w = tl.load(w_ptr + k)
+                w = tl.load(w_ptr + first + (row * K + k))
             else:
-                w = tl.load(w_ptr + k, (n < N)[:, None] & (k < K), 0)
-            x = tl.load(x_ptr + m[:, None] * K + k, (m < rows)[:, None] & (k < K), 0)
+                w = tl.load(w_ptr + first + (row * K + k), (start + row < N) & (first + k < K), 0)
+            x = tl.load(x_ptr + first + (m * K + k), (m < rows) & (first + k < K), 0)
             acc = _dot(w, x.T, acc, ASM)
         acc = _dot(w0, x0.T, acc, ASM)
         _finish(acc, bias, residual, start, rows, out_ptr, N, SILU)
@@ -583,7 +582,14 @@ if triton is not None:
                                 product *= _factor(scales[(i - AHEAD) * SPLIT + e * (SPLIT - 1)])
                             acc += tl.sum(product * step, 0)
                             y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-        y = tl.sum(acc, 0).reshape(TILES * 16, COLUMNS // 2)
+        y = acc.reshape(WARPS, TILES * 16, COLUMNS // 2)
+        for _ in tl.static_range(
+            5
+        ):  # the sums of all warps into one: tl.sum would meet itself in shared memory's banks
+            if y.shape[0] > 1:
+                y, other = _halved(y, 0)
+                y += other
+        y = y.reshape(TILES * 16, COLUMNS // 2)
         if squares_ptr is not None:
             y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None]
         if BITS == 4:
@@ -690,29 +696,25 @@ def _row_tile(k: int, n: int, rows: int) -> tuple[int, int, int]:
 
 def _rows_tile(n: int, silu_mul: bool) -> tuple[int, int, int, int]:
     """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`."""
-    return (16, 512, 2, 4) if n <= 8192 and not silu_mul else (32, 128, 1, 6)
+    return (64, 128, 2, 4) if silu_mul else (16, 512, 2, 4) if n <= 8192 else (32, 128, 1, 6)
 
 
 def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:
     """(16-row tiles, warps, and how many steps ahead weights and digits are asked for) of `_quantized_kernel`: best is
     what lets all programs be resident at once.
     """
-    narrow = n <= 8192 and not silu_mul
+    narrow, short = n <= 8192 and not silu_mul, k <= 4096 and silu_mul
     if rows > 8:
-        return (1, 4, 2, 2) if narrow else (2, 2, 2, 2)
-    if rows > 4:
-        if narrow:
-            return (2, 8, 4, 2) if k > 16384 else (1, 4, 6, 3)
-        if bits == 8 and k <= 4096:
-            return 2, 2, 2, 1
-        return (2, 2, 4, 2) if k > 4096 else (2, 2, 3, 1) if silu_mul else (1, 2, 4, 2)
+        return (1, 4, 2, 2) if narrow else (2, 4, 2, 2) if short else (2, 2, 2, 2)
     if bits == 8:
+        if rows > 4:
+            return (1, 4, 6, 3) if narrow else (2, 4, 2, 1)
         return (2, 4, 2, 2) if not narrow else (1, 8, 4, 4) if k <= 8192 else (1, 4, 6, 6)
+    if rows > 4:
+        return (1, 8, 2 if k <= 16384 else 3, 1) if narrow else (2, 2, 3, 1) if short else (2, 4, 2, 1)
     if narrow:
-        return (1, 4, 8, 4) if k <= 4096 else (1, 4, 8, 8) if 8192 < k <= 16384 else (1, 8, 4, 4)
-    if k <= 4096:
-        return (2, 2, 3, 3) if silu_mul else (1, 2, 6, 4)
-    return (2, 2, 6, 6) if silu_mul else (1, 4, 6, 6)
+        return (1, 4, 8, 4) if k <= 4096 else (1, 8, 4, 4)
+    return (2, 2, 3, 3) if short else (2, 4, 3, 3)
 
 
 def _group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:

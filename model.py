@@ -353,7 +353,8 @@ class Transformer(nn.Module):
         end: int,
         select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """tokens, positions int64 [B, T] -> logits float32 [B, T, V], or [B, 1, V] at index select[b] of each row.
+        """tokens, positions int64 [B, T] -> logits in the activations' dtype, [B, T, V], or [B, 1, V] at index
+        select[b] of each row.
 
         Keys and values of the new tokens are written to `cache` at `positions`. end: how many cache slots attention may
         look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
@@ -365,4 +366,4 @@ class Transformer(nn.Module):
             x = run(layer, x, cos, sin, positions, layer_cache, end)
         if select is not None:
             x = x[torch.arange(x.shape[0], device=x.device), select][:, None]
-        return self.tp.all_gather(self.lm_head(x, norm=self.norm)).float()
+        return self.tp.all_gather(self.lm_head(x, norm=self.norm))

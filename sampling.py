@@ -1,4 +1,4 @@
-"""Logits -> token: pure functions on float32, no host synchronisation, no random state.
+"""Logits -> token: pure functions, probabilities in float32, no host synchronisation, no random state.
 
 Knows temperature, top-k, top-p, min-p and how to draw. Refuses to know models, caches and text. Randomness is
 counter-based (Salmon et al. 2011): the noise of a draw is a hash of (the row's seed, its position, the lane), so a draw
@@ -49,8 +49,7 @@ class SamplingParams:
 
 
 def distribution(logits: Tensor, structure: Structure, knobs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """logits [..., V] float32 -> (probs [..., C] float32 summing to 1, their token ids [..., C] or None when C is the
-    vocabulary).
+    """logits [..., V] -> (probs [..., C] float32 summing to 1, their ids [..., C] or None when C is the vocabulary).
 
     Greedy puts all mass on argmax (the lowest id among ties). top-k keeps exactly k, top-p the smallest set of the most
     probable tokens whose mass reaches p (Holtzman et al. 2020), min-p those of at least p times the top probability.
@@ -64,7 +63,7 @@ def distribution(logits: Tensor, structure: Structure, knobs: Tensor) -> tuple[T
         logits, ids = top(logits, top_k, sorted=use_top_p)
     elif use_top_p:
         logits, ids = logits.sort(descending=True, stable=True)
-    probs = torch.softmax(logits * knobs[0], -1)
+    probs = torch.softmax(logits.float() * knobs[0], -1)
     if use_top_p:
         probs = torch.where(probs.cumsum(-1) - probs < knobs[1], probs, 0)
     if use_min_p:
@@ -76,7 +75,7 @@ def distribution(logits: Tensor, structure: Structure, knobs: Tensor) -> tuple[T
 
 def top(logits: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     """`logits.topk(k)` in two small selections, which are faster than a large one: the k largest lie in those k blocks
-    of 16 whose maxima are largest.
+    of 16 whose maxima are largest. 16-bit logits stay so: a selection looks at two bits at a time.
     """
     V = logits.shape[-1]
     if V % 16 or 64 * k > V:
@@ -120,7 +119,7 @@ def draw(probs: Tensor, seeds: Tensor, positions: Tensor, stream: int = 0, ids: 
 
 
 def sample(logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """Next token [B] int64 for logits [B, V] float32; -1 in a row whose logits are not finite (the host raises)."""
+    """Next token [B] int64 for logits [B, V]; -1 in a row whose logits are not finite (the host raises)."""
     probs, ids = distribution(logits, structure, knobs)
     token = probs.argmax(-1) if structure[0] else draw(probs, seeds, positions, ids=ids)
     if ids is not None:
