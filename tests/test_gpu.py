@@ -50,7 +50,7 @@ def same_but_for_rounding(engine: Engine, prompts, a, b) -> None:
         if at is not None:
             ids = engine.encode([prompt])[0] + x[:at]
             engine.reserve(1, len(ids))
-            logits = engine.prefill([ids])[0]
+            logits = engine.prefill([ids])[0].float()
             assert abs(logits[x[at]] - logits[y[at]]) < 2**-6 * logits.abs().max(), (prompt, at)
 
 
@@ -73,7 +73,7 @@ def test_kernels_in_the_whole_model(kind, bits):
             switch_kernels(model, on)
             cache = KVCache(config, batch, 128, device, dtype)
             model(tokens[:, :40], positions[:, :40], cache, end=40)
-            logits.append(model(tokens[:, 40:], positions[:, 40:], cache, end=128))
+            logits.append(model(tokens[:, 40:], positions[:, 40:], cache, end=128).float())
         error = (logits[1] - logits[0]).norm() / logits[0].norm()
         assert error < 3e-2, (batch, new, float(error))
 
