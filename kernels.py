@@ -694,9 +694,11 @@ def _row_tile(k: int, n: int, rows: int) -> tuple[int, int, int]:
     return 4, 4096, 8
 
 
-def _rows_tile(n: int, silu_mul: bool) -> tuple[int, int, int, int]:
+def _rows_tile(n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:
     """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`."""
-    return (64, 128, 2, 4) if silu_mul else (16, 512, 2, 4) if n <= 8192 else (32, 128, 1, 6)
+    if silu_mul:
+        return (64, 128, 2, 4) if rows <= 8 else (64, 64, 2, 6)
+    return (16, 512, 2, 4) if n <= 8192 else (32, 128, 1, 6)
 
 
 def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:
@@ -764,7 +766,7 @@ def _linear(
             width, normed = triton.next_power_of_2(k), torch.empty_like(x)
             _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(x.device, 8))
             x = normed
-        block, span, warps, stages = _rows_tile(n, silu_mul)
+        block, span, warps, stages = _rows_tile(n, rows, silu_mul)
         _rows_kernel[(triton.cdiv(n_out, block // 2 if silu_mul else block),)](
             x, weight, bias, residual, out, rows, n, k, silu_mul, 8 if rows <= 8 else 16, block, span, stages,
             ASM=not interpreted(), **_launch(x.device, warps, stages),

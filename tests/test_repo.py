@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # code lines; raising one is a reviewed change of a number, with its reason
     "model": 330,
-    "kernels": 1295,  # 16-bit rows, few and several; integers for both quantized formats; attention; layouts
+    "kernels": 1300,  # 16-bit rows, few and several; integers for both quantized formats; attention; layouts
     "linear": 260,
     "formats": 300,  # three file formats, act-order, dynamic rules and per-group overrides of their writers
     "tp": 120,
