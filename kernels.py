@@ -392,6 +392,15 @@ if triton is not None:
         m = tl.arange(0, M)
         tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), (n < OUT) & (m < rows))
 
+    @triton.jit
+    def _halved(x: tl.tensor, AXIS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+        """The two halves of [n, rows, columns] along axis 0 or 1."""
+        if AXIS == 0:
+            x = x.reshape(2, x.shape[0] // 2, x.shape[1], x.shape[2]).permute(1, 2, 3, 0)
+        else:
+            x = x.reshape(x.shape[0], 2, x.shape[1] // 2, x.shape[2]).permute(0, 2, 3, 1)
+        return tl.split(x)
+
 
 # ---------------------------------------------------------------- linear: quantized weights
 
@@ -914,15 +923,6 @@ if triton is not None:
         p = p.to(q.dtype).reshape(WARPS, 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(WARPS, 16, 16)  # slots: t, h, i
         v = v.permute(2, 0, 3, 4, 5, 6, 7, 1).reshape(WARPS, 16, WIDTH)  # d in the order c, e, g
         return top, total, _dot(p, v, acc * fade[:, :, None], ASM)
-
-    @triton.jit
-    def _halved(x: tl.tensor, AXIS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-        """The two halves of [n, rows, columns] along axis 0 or 1."""
-        if AXIS == 0:
-            x = x.reshape(2, x.shape[0] // 2, x.shape[1], x.shape[2]).permute(1, 2, 3, 0)
-        else:
-            x = x.reshape(x.shape[0], 2, x.shape[1] // 2, x.shape[2]).permute(0, 2, 3, 1)
-        return tl.split(x)
 
     @triton.jit
     def _attention_kernel(

@@ -139,7 +139,7 @@ class Speculation:
         self.owner: tuple[Any, ...] = ()  # what the programs were built for
         self.programs: dict[tuple[int, Structure], Programs] = {}
         self.costs: dict[Structure, dict[int, tuple[float, float]]] = {}  # K -> milliseconds of draft and of verify
-        self.resume_ms = 0.0  # of the draft reading what plain steps have emitted
+        self.resume_ms = 0.0  # of reading what plain steps have emitted
         self.ids: list[list[int]] = []  # per row: prompt and everything emitted
         self.draft_knows = 0  # slots of the draft's cache, and ids of the history, that are right in every row
         self.book: list[tuple[int, list[int]]] = []  # every round of the last generation: K, tokens emitted by row
@@ -173,9 +173,10 @@ class Speculation:
             first, later = times[0], sum(times[1 : len(drafts)])
             ms = [[first * (K > 0) + later * max(K - 1, 0) for K in verify], times[len(drafts) :]]
             ms.append([0.0] * len(verify))
-            if draft is not None and plain:
-                ids, self.draft_knows = [[0] * min(128, context - 1)] * B, 0
-                ms[2] = self._milliseconds([lambda: draft.prefill(ids)], longest + 1) * len(verify)
+            if plain:
+                self.ids = [[0] * min(129, S - 1, context if draft else S)] * B
+                ms[2] = self._milliseconds([lambda: self.catch_up(0)], longest + 1) * len(verify)
+                self.draft_knows = 0
             *agreed, resume = target.model.tp.broadcast(torch.tensor(ms, device=target.device)).tolist()
             self.costs[structure], self.resume_ms = dict(zip(verify, zip(*agreed))), resume[0]
         stats.compile_s = already + time.perf_counter() - began
@@ -278,15 +279,14 @@ class Speculation:
         if len(rows) == len(before) == 1:  # a chat: the draft keeps the common prefix too
             same = [a == b for a, b in zip(rows[0], before[0][: self.draft_knows])]
             known = [*same, False].index(False)
-        self.draft_knows = known
-        self.catch_up()
+        self.catch_up(known)
 
-    def catch_up(self) -> None:
-        """Bring the history up to the last token and the draft's cache up to the last but one, in one chunk; what it
-        knows already stays.
+    def catch_up(self, known: int) -> None:
+        """Bring the history up to the last token and the draft's cache up to the last but one, in one chunk; `known`
+        ids of every row stay.
         """
         shortest = min(map(len, self.ids))
-        start = min(self.draft_knows, shortest - 2)
+        start = min(known, shortest - 2)
         for row, ids in zip(self.history, self.ids):
             row[start : len(ids)] = torch.tensor(ids[start:], device=row.device)
         if self.draft is not None:
@@ -323,7 +323,7 @@ class Speculation:
             while pending and drafting != (K > 0):
                 yield take()
             if K and not drafting:
-                self.catch_up()
+                self.catch_up(self.draft_knows)
             drafting = K > 0
             if not K and not pending:
                 position = max(map(len, self.ids)) - 1
