@@ -22,6 +22,7 @@ How they come near the memory's speed (measurements in benchmarks/NOTES.md):
   weights above all, and then waits. A forward pass begins with PyTorch's own kernels, which end before the next starts.
 """
 
+import math
 import os
 
 import torch
@@ -592,9 +593,8 @@ if triton is not None:
                             acc += tl.sum(product * step, 0)
                             y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
         y = acc.reshape(WARPS, TILES * 16, COLUMNS // 2)
-        for _ in tl.static_range(
-            5
-        ):  # the sums of all warps into one: tl.sum would meet itself in shared memory's banks
+        # the sums of all warps into one: tl.sum would meet itself in shared memory's banks
+        for _ in tl.static_range(5):
             if y.shape[0] > 1:
                 y, other = _halved(y, 0)
                 y += other
@@ -631,12 +631,14 @@ if triton is not None:
     @triton.jit
     def _dequantize_kernel(
         w_ptr: tl.tensor, scale_ptr: tl.tensor, zero_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.constexpr,
-        K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr,
+        K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr, PART: tl.constexpr,
     ) -> None:  # fmt: skip
-        """16 rows of CHUNKS chunks of 128 k: read in the order of `_blocks`, put into that of rows in registers."""
+        """16 rows of CHUNKS chunks of 128 k: read in the order of `_blocks`, put into that of rows in registers. PART
+        values in a row share a scale.
+        """
         ALL: tl.constexpr = (K + 127) // 128
         BYTES: tl.constexpr = BITS * 256
-        PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1  # of a chunk, with scales of their own
+        PARTS: tl.constexpr = CHUNKS * 128 // PART
         first = tl.program_id(1) * CHUNKS
         i = tl.arange(0, CHUNKS * BYTES)
         w_ptr += (tl.program_id(0).to(tl.int64) * ALL + first) * BYTES
@@ -647,9 +649,9 @@ if triton is not None:
         else:  # [chunks, e, u, g, t, b, h, i]
             q = q.reshape(CHUNKS, 2, 2, 8, 4, 2, 2, 4).permute(6, 3, 0, 2, 1, 4, 5, 7)
         n = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
-        w = q.reshape(16, CHUNKS * PARTS, 128 // PARTS).to(tl.float32)
+        w = q.reshape(16, PARTS, PART).to(tl.float32)
         if scale_ptr is not None:
-            k = first * 128 + tl.arange(0, CHUNKS * PARTS) * (128 // PARTS)
+            k = first * 128 + tl.arange(0, PARTS) * PART
             at = n * (K // GROUP) + k // GROUP
             valid = (n < N) & (k < K)
             if zero_ptr is not None:
@@ -666,8 +668,9 @@ def _dequantize(
 ) -> Tensor:
     out = torch.empty(n, k, dtype=dtype, device=weight.device)
     group = _group_size(weight, scale, k)
-    _dequantize_kernel[weight.shape[0], triton.cdiv(weight.shape[1], 4)](
-        weight, scale, zero, out, n, k, group, 8 if weight.dtype == torch.int8 else 4, 4
+    bits, chunks = 8 if weight.dtype == torch.int8 else 4, 4
+    _dequantize_kernel[weight.shape[0], triton.cdiv(weight.shape[1], chunks)](
+        weight, scale, zero, out, n, k, group, bits, chunks, math.gcd(group, 128)
     )
     return out
 

@@ -134,9 +134,10 @@ def test_multiply_adds_equal_the_twin(rows, extra):
 
 
 @needs_kernels
-@pytest.mark.parametrize("fmt", FORMATS[1:])
+@pytest.mark.parametrize("fmt", [*FORMATS[1:], "g96", "g40z"])
 def test_dequantize_equals_its_twin_and_the_formula(fmt):
-    for n, k in ((64, 256), (40, 384), (24, 1152)):
+    sizes = {"g96": [(32, 192), (40, 1152)], "g40z": [(32, 40), (24, 520)], "int8": [(32, 40), (24, 1152)]}
+    for n, k in sizes.get(fmt, [(64, 256), (40, 384), (24, 1152)]):
         _, weight, scale, zero, w = make_linear(fmt, 1, n, k, torch.float16)
         operands = [t if t is None else t.to(DEVICE) for t in (weight, scale, zero)]
         y = kernels.dequantize(*operands, n, k, torch.float32).cpu()
