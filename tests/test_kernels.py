@@ -250,23 +250,44 @@ def test_operators_survive_compilation_and_equals_twin():
     torch.library.opcheck(torch.ops.decode.attention.default, args, test_utils=utils)
 
 
-@pytest.mark.skipif(kernels.triton is None or kernels.interpreted(), reason="needs Triton's compiler")
-@pytest.mark.parametrize("bits", [4, 8])
-def test_weights_go_straight_to_the_tensor_cores(bits):
-    """Compiled for sm90, with or without a GPU: only the sums over warps are exchanged through shared memory."""
+def compiled(kernel, types, values, sm, warps):
+    """A kernel for that architecture, with or without a GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel, types = kernels._quantized_kernel, {"rows": "i32", "eps": "fp32", "step_ptr": "*fp32", "digits_ptr": "*i8"}
-    types |= {"w_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
-    values = dict.fromkeys(("squares_ptr", "zero_ptr", "bias_ptr", "residual_ptr", "experts_ptr"))
-    values |= {"N": 4096, "K": 2048, "GROUP": 128 if bits == 4 else 2048, "BITS": bits, "SILU": False, "COLUMNS": 8}
-    values |= {"TILES": 1, "WARPS": 4, "AHEAD": 4, "NEAR": 4, "BLOCKS": 4, "PDL": True, "ASM": True}
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in values.items()}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name.endswith("ptr")}
     source = ASTSource(kernel, signature, constants, aligned)
-    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    return compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
+
+
+needs_compiler = pytest.mark.skipif(kernels.triton is None or kernels.interpreted(), reason="needs Triton's compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("n, silu_mul", [(4096, False), (12288, False), (22016, True)])
+def test_tiles_fit_a_small_shared_memory(rows, n, silu_mul):
+    """99 KB, as on sm86 and sm89."""
+    types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"}
+    block, span, warps, stages = kernels._rows_tile(n, rows, silu_mul)
+    values = {"bias_ptr": None, "residual_ptr": None, "N": n, "K": 4096, "SILU": silu_mul, "M": rows}
+    values |= {"BLOCK": block, "SPAN": span, "STAGES": stages, "PDL": False, "ASM": True}
+    kernel = compiled(kernels._rows_kernel, types, values, 86, warps)
+    assert 0 < kernel.metadata.shared <= 99 * 1024
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_go_straight_to_the_tensor_cores(bits):
+    """Only the sums over warps are exchanged through shared memory."""
+    kernel, types = kernels._quantized_kernel, {"rows": "i32", "eps": "fp32", "step_ptr": "*fp32", "digits_ptr": "*i8"}
+    types |= {"w_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
+    values = dict.fromkeys(("squares_ptr", "zero_ptr", "bias_ptr", "residual_ptr", "experts_ptr"))
+    values |= {"N": 4096, "K": 2048, "GROUP": 128 if bits == 4 else 2048, "BITS": bits, "SILU": False, "COLUMNS": 8}
+    values |= {"TILES": 1, "WARPS": 4, "AHEAD": 4, "NEAR": 4, "BLOCKS": 4, "PDL": True, "ASM": True}
+    ptx = compiled(kernel, types, values, 90, 4).asm["ptx"]
     assert ptx.count("mma.sync") == 16 * 4 / 4  # 16 chunks, four products each, shared by four warps
     assert ptx.count("ld.global") >= 16 and ptx.count("bar.sync") < 8
