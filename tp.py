@@ -23,6 +23,21 @@ SHARD_DIM = {
     **dict.fromkeys(("o_proj", "down_proj", "w2"), 1),
 }
 
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the second: its name of old
+
+
+@torch.library.custom_op("decode::broadcast", mutates_args=())
+def _broadcast(x: torch.Tensor) -> torch.Tensor:
+    """An operator, for torch.compile can trace the other two collectives, but not this one."""
+    x = x.clone()
+    dist.broadcast(x, src=0)
+    return x
+
+
+@_broadcast.register_fake
+def _broadcast_shape(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -42,14 +57,12 @@ class TensorParallel:
         if self.size == 1:
             return x
         out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous())
+        _gather(out, x.contiguous())
         return out.unflatten(0, (self.size, x.shape[0])).movedim(0, -2).flatten(-2)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        """Rank 0's x on every rank; x is overwritten."""
-        if self.size > 1:
-            dist.broadcast(x, src=0)
-        return x
+        """Rank 0's x on every rank."""
+        return x if self.size == 1 else _broadcast(x)
 
     def local(self, n: int, what: str) -> int:
         """This rank's share of n. ValueError when n does not divide."""

@@ -194,11 +194,12 @@ def add_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
 
 
-def test_the_command_under_torchrun_prints_the_same_text_once(tiny):
+@pytest.mark.parametrize("extra", ["", "--compile", "--compile --draft ngram --num-draft-tokens 2"])
+def test_the_command_under_torchrun_prints_the_same_text_once(tiny, extra):
     folder = tiny(vocab_size=260)[0]
     add_tokenizer(folder)
     command = ["generate.py", "--checkpoint", str(folder), "--prompt", "Once upon", "--max-new-tokens", "30"]
-    command += ["--device", "cpu", "--seed", "5", "--json", "--ignore-eos"]
+    command += ["--device", "cpu", "--seed", "5", "--json", "--ignore-eos", *extra.split()]
     alone = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     both = launch(2, *command)
     assert alone.returncode == both.returncode == 0, both.stderr[-3000:]
