@@ -11,7 +11,7 @@ How they come near the memory's speed (measurements in benchmarks/NOTES.md):
   tensor cores, the loads of the next steps passing through shared memory meanwhile.
 - int8 and int4 weights: a GPU has no time to make floats of them. The activations become integers instead, two int8
   digits of a block floating-point number that is finer than bf16 (`_digits_kernel`), and the tensor cores multiply
-  integers exactly. One row uses two of their eight columns, four rows use all: rows are nearly free.
+  integers exactly. One row uses two of their eight columns, four rows use all: up to eight rows are nearly free.
 - Registers are operands: weights are packed so that the 16 bytes which a lane loads are what m16n8k32 wants there.
   Lanes are dealt to axis 0 of such pointers, then 1, warps to axis 2, and the last axis is a lane's own. It takes
   `max_contiguous` to say so: of axes without contiguous addresses Triton 3.6 takes the first, later versions the last.

@@ -161,19 +161,21 @@ class Speculation:
             self.offsets = torch.arange(-1, most + 1, device=target.device)  # kept: captured graphs read them
         self.last = longest + limit - 1
         already = stats.compile_s
-        for end in sorted({target.attended(p) for p in range(longest, longest + limit)}):
-            self._programs(end, structure)
-        plain = [target._decode(p, structure) for p in range(longest, longest + limit) if 0 in self.choices]
+        rests = 0 in self.choices  # by running the target's own plain programs
+        for position in range(longest, longest + limit):
+            self._programs(target.attended(position), structure)
+            if rests:
+                target._decode(position, structure)
         if structure not in self.costs:
             drafts, verify = self._programs(target.attended(longest), structure)
             programs = [*drafts, *verify.values()]
-            if plain:
-                programs[len(drafts)] = plain[0]
+            if rests:
+                programs[len(drafts)] = target._decode(longest, structure)
             times = self._milliseconds(programs, longest + 1)
             first, later = times[0], sum(times[1 : len(drafts)])
             ms = [[first * (K > 0) + later * max(K - 1, 0) for K in verify], times[len(drafts) :]]
             ms.append([0.0] * len(verify))
-            if plain:
+            if rests:
                 self.ids = [[0] * min(129, S - 1, context if draft else S)] * B
                 ms[2] = self._milliseconds([lambda: self.catch_up(0)], longest + 1) * len(verify)
                 self.draft_knows = 0

@@ -23,7 +23,8 @@ SHARD_DIM = {
     **dict.fromkeys(("o_proj", "down_proj", "w2"), 1),
 }
 
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the second: its name of old
+# PyTorch 2.13 has a new name for it, and warns of the old one
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @torch.library.custom_op("decode::broadcast", mutates_args=())

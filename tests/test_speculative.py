@@ -214,10 +214,11 @@ def test_emitted_distribution_is_the_targets(option, drafter):
 
 
 @tales
-@pytest.mark.parametrize("drafter", DRAFTERS)
-def test_greedy_on_the_demo_pair(drafter, plain_tale):
+@pytest.mark.parametrize(("drafter", "compile"), [*((d, False) for d in DRAFTERS), ("model", True)])
+def test_greedy_on_the_demo_pair(drafter, compile, plain_tale):
     k = 2 if drafter == "self-int4" else 4  # plain PyTorch is slow at it
-    engine = Engine.load(draft=TALES_DRAFT if drafter == "model" else drafter, num_draft_tokens=k, device="cpu")
+    draft = TALES_DRAFT if drafter == "model" else drafter
+    engine = Engine.load(draft=draft, num_draft_tokens=k, device="cpu", compile=compile)
     assert run(engine, [plain_tale[0]], n=len(plain_tale[1])) == [plain_tale[1]]
     assert both(engine)
     assert len(engine.speculation.book) < len(plain_tale[1])
