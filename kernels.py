@@ -410,21 +410,21 @@ if triton is not None:
     @triton.jit
     def _digits_kernel(
         x_ptr: tl.tensor, norm_ptr: tl.tensor, digits_ptr: tl.tensor, step_ptr: tl.tensor, squares_ptr: tl.tensor,
-        K: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
+        K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
-        """A row of activations (times the norm's weight, if there is a norm) as pairs of int8: 128 in a row share a
-        step, and each is step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own
-        rounding at most. The norm's factor comes later, on the results: here only sums of squares, one a program.
+        """128 activations of a row (times the norm's weight, if there is a norm) as pairs of int8: they share a step, and
+        each is step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own rounding at
+        most. The norm's factor comes later, on the results: here only sums of squares, one a program.
 
         They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8] (letters as
         in `_blocks`). `step` is [columns/8, K/128, 8]: every second one, so that no lane has to load its neighbour's.
         """
         ALL: tl.constexpr = (K + 127) // 128
         row = tl.program_id(0)
-        group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+        group = tl.program_id(1)
         r = tl.arange(0, 16)[:, None]  # eights of a group: u, e, t of `_blocks`
         j = tl.arange(0, 8)
-        k = group[:, None, None] * 128 + r * 8 + j
+        k = group * 128 + r * 8 + j
         if PDL:
             gdc_launch_dependents()
         if norm_ptr is not None:
@@ -433,20 +433,19 @@ if triton is not None:
             gdc_wait()
         x = tl.load(x_ptr + row * K + k, k < K, 0).to(tl.float32)
         if norm_ptr is not None:
-            squares = tl.sum(tl.sum(tl.sum(x * x, 2), 1), 0)
-            tl.store(squares_ptr + row * tl.num_programs(1) + tl.program_id(1), squares)
+            tl.store(squares_ptr + row * ALL + group, tl.sum(x * x))
             x *= gain
-        step = tl.maximum(tl.max(tl.max(tl.abs(x), 2), 1), 1e-30) / 32512
-        step += 0 * tl.sum(tl.sum(x, 2), 1)  # what is not finite shall not become so
-        x = x * (1 / step)[:, None, None]
+        step = tl.maximum(tl.max(tl.abs(x)), 1e-30) / 32512
+        step += 0 * tl.sum(x)  # what is not finite shall not become so
+        x = x * (1 / step)
         x = (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int32)
         high = (x + 128) >> 8
         column = row * COLUMNS
-        at = digits_ptr + (column // 8 * ALL + group[:, None, None]) * 1024 + column % 8 * 64
-        at += r // 4 % 2 * 512 + r % 4 * 16 + r // 8 * 8 + j
-        tl.store(at, high.to(tl.int8), k < ALL * 128)
-        tl.store(at + 64, (x - (high << 8)).to(tl.int8), k < ALL * 128)
-        tl.store(step_ptr + (column // 8 * ALL + group) * 8 + column % 8, step, group < ALL)
+        block = column // 8 * ALL + group
+        at = digits_ptr + block * 1024 + column % 8 * 64 + r // 4 % 2 * 512 + r % 4 * 16 + r // 8 * 8 + j
+        tl.store(at, high.to(tl.int8))
+        tl.store(at + 64, (x - (high << 8)).to(tl.int8))
+        tl.store(step_ptr + block * 8 + column % 8, step)
 
     @triton.jit
     def _nibble(w: tl.tensor, LOW: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
@@ -467,7 +466,7 @@ if triton is not None:
         zero_ptr: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor,
         rows: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
         SILU: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
-        NEAR: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+        NEAR: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
         """TILES * 16 rows of the matrix times COLUMNS / 2 rows of activations: every warp takes each WARPS-th chunk of
         128 k, asks for its weights AHEAD steps before it multiplies them and for its digits NEAR steps before.
@@ -491,7 +490,7 @@ if triton is not None:
             expert = tl.load(experts_ptr + m)
             digits_ptr += m * (ALL * 1024)
             step_ptr += m * (ALL * 8)
-            squares_ptr = squares_ptr if squares_ptr is None else squares_ptr + m * BLOCKS
+            squares_ptr = squares_ptr if squares_ptr is None else squares_ptr + m * ALL
             out_ptr += m * OUT
             residual_ptr = residual_ptr if residual_ptr is None else residual_ptr + m * OUT
             w_ptr += expert * ((N + 15) // 16 * ALL * BYTES)
@@ -541,8 +540,8 @@ if triton is not None:
                 bias, residual = _added(start, rows, bias_ptr, residual_ptr, out_ptr, N, TILES * 16, COLUMNS // 2, SILU)
                 if squares_ptr is not None:
                     m = tl.arange(0, COLUMNS // 2)[:, None]
-                    b = tl.arange(0, triton.next_power_of_2(BLOCKS))
-                    squares = tl.load(squares_ptr + m * BLOCKS + b, (m < rows) & (b < BLOCKS), 0)
+                    b = tl.arange(0, triton.next_power_of_2(ALL))
+                    squares = tl.load(squares_ptr + m * ALL + b, (m < rows) & (b < ALL), 0)
             # at first the digits of NEAR steps, then those of one step more each time
             for j in tl.static_range(
                 0 if i < AHEAD else i - AHEAD + NEAR, 0 if i < AHEAD - 1 else i - AHEAD + 1 + NEAR
@@ -721,7 +720,8 @@ def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tup
     """
     narrow, short = n <= 8192 and not silu_mul, k <= 4096 and silu_mul
     if rows > 8:
-        return (1, 4, 2, 2) if narrow else (2, 4, 2, 2) if short else (2, 2, 2, 2)
+        wide = (2, 8, 2, 2) if k > 8192 and bits == 4 else (1, 4, 2, 2)
+        return wide if narrow else (2, 4, 2, 2) if short or bits == 4 else (2, 2, 2, 2)
     if bits == 8:
         if rows > 4:
             return (1, 4, 6, 3) if narrow else (2, 4, 2, 1)
@@ -791,11 +791,10 @@ def _linear(
     columns = 8 if experts is not None else max(8, triton.next_power_of_2(rows * 2))
     digits = torch.empty(max(blocks, columns // 8), chunks * 1024, dtype=torch.int8, device=x.device)
     step = torch.empty(digits.shape[0], chunks, 8, dtype=torch.float32, device=x.device)
-    programs = triton.cdiv(chunks, 4)
     squares = None
     if norm_weight is not None:
-        squares = torch.empty(rows, programs, dtype=torch.float32, device=x.device)
-    _digits_kernel[(rows, programs)](x, norm_weight, digits, step, squares, k, spacing, 4, **_launch(x.device, 1))
+        squares = torch.empty(rows, chunks, dtype=torch.float32, device=x.device)
+    _digits_kernel[(rows, chunks)](x, norm_weight, digits, step, squares, k, spacing, **_launch(x.device, 1))
     bits = 8 if weight.dtype == torch.int8 else 4
     tiles, warps, ahead, near = _quantized_tile(bits, k, n, rows if experts is None else 1, silu_mul)
     most = triton.cdiv(chunks, warps)
@@ -803,7 +802,7 @@ def _linear(
     _quantized_kernel[grid](
         digits, step, squares, weight, scale, zero, bias, residual, experts, out, rows, eps, n, k,
         _group_size(weight, scale, k), bits, silu_mul, columns, tiles, warps, min(ahead, most), min(near, most),
-        programs, ASM=not interpreted(), **_launch(x.device, warps),
+        ASM=not interpreted(), **_launch(x.device, warps),
     )  # fmt: skip
     return out
 
@@ -935,9 +934,12 @@ if triton is not None:
         v_ptr: tl.tensor, q_norm_ptr: tl.tensor, k_norm_ptr: tl.tensor, out_ptr: tl.tensor, part_ptr: tl.tensor,
         eps: tl.tensor, scale: tl.tensor, slots: tl.tensor, T: tl.constexpr, HEADS: tl.constexpr,
         KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-        ROWS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+        ASM: tl.constexpr,
     ) -> None:  # fmt: skip
-        """One split of the prefix for 16 rows (query heads x tokens) of one KV head; every warp walks its own slots."""
+        """One split of the prefix for BLOCK rows (query heads x tokens; 8 or 16) of one KV head; every warp walks its own
+        slots.
+        """
         dtype: tl.constexpr = qkv_ptr.dtype.element_ty
         GROUP: tl.constexpr = HEADS // KV_HEADS
         STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
@@ -988,7 +990,8 @@ if triton is not None:
 
         # rows of q, and new tokens, as [4 t, 8 g, warp, c, 2 h, 2, 4 e] of both halves of a head
         n = tl.arange(0, 2)[:, None, None] * 8 + g
-        r = n if ROWS <= 16 else tl.program_id(2) * 16 + n
+        top_row = 0 if ROWS == BLOCK else tl.program_id(2) * BLOCK
+        r = top_row + n
         column = tl.arange(0, C)[:, None, None, None] * 32 + t * 8 + tl.arange(0, 2)[:, None] * 4 + words
         real = column < HALF
         token = r // GROUP
@@ -1022,18 +1025,17 @@ if triton is not None:
         q = (tl.join(x, y) * scale).to(dtype).permute(2, 4, 1, 7, 3, 5, 0, 6).reshape(WARPS, 16, WIDTH)
 
         slot = tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)
-        r = tl.arange(0, 16) if ROWS <= 16 else tl.program_id(2) * 16 + tl.arange(0, 16)
-        row_token = (r // GROUP)[:, None]
+        row_token = ((top_row + tl.arange(0, 16)) // GROUP)[:, None]
         m = tl.full([WARPS, 16], -1e30, tl.float32)
         total = tl.zeros([WARPS, 16], tl.float32)
         acc = tl.zeros([WARPS, 16, WIDTH], tl.float32)
         if split == 0:  # the new tokens: into the cache, and attended to
-            if T > 1 and GROUP > 1:  # other rows than those of q
+            if T > 1 and (GROUP > 1 or ROWS > BLOCK):  # other rows than those of q
                 angle = b * T * HALF + n * HALF + column
                 cos, sin = _load(cos_ptr + angle, new, WARPS), _load(sin_ptr + angle, new, WARPS)
             first_half, second_half = _rotated(low, high, k_norm, cos, sin, eps, DIM)
             first_half, second_half = first_half.to(dtype), second_half.to(dtype)
-            if ROWS <= 16 or tl.program_id(2) == 0:
+            if ROWS == BLOCK or tl.program_id(2) == 0:
                 into = k_ptr + (first + n) * DIM + column
                 tl.store(_everywhere(into, WARPS), first_half, new)
                 tl.store(_everywhere(into + HALF, WARPS), second_half, new)
@@ -1057,9 +1059,8 @@ if triton is not None:
             old_k, old_v = _pair(old_k, dtype), _pair(old_v, dtype)
             m, total, acc = _attend(q, old_k, old_v, seen, m, total, acc, ASM)
         # the sums of all warps into one, two by two: in registers, after one change of layout
-        R: tl.constexpr = min(ROWS, 16)
         m, total = tl.broadcast_to(m[:, :, None], acc.shape), tl.broadcast_to(total[:, :, None], acc.shape)
-        if R == 8:
+        if BLOCK == 8:
             m, total, acc = _halved(m, 1)[0], _halved(total, 1)[0], _halved(acc, 1)[0]
         for _ in tl.static_range(5):
             if m.shape[0] > 1:
@@ -1069,11 +1070,11 @@ if triton is not None:
                 top = tl.maximum(m, m1)
                 m, m1 = tl.exp2(m - top), tl.exp2(m1 - top)
                 total, acc, m = total * m + total1 * m1, acc * m + acc1 * m1, top
-        top, total = tl.trans(m.reshape(R, WIDTH)), tl.trans(total.reshape(R, WIDTH))
-        out = tl.trans(acc.reshape(R, WIDTH))
+        top, total = tl.trans(m.reshape(BLOCK, WIDTH)), tl.trans(total.reshape(BLOCK, WIDTH))
+        out = tl.trans(acc.reshape(BLOCK, WIDTH))
         j = tl.arange(0, WIDTH)[:, None]
         d = j // 64 * 64 + j % 8 * 8 + j // 8 % 8
-        r = tl.arange(0, R) + (0 if ROWS <= 16 else tl.program_id(2) * 16)
+        r = top_row + tl.arange(0, BLOCK)
         valid = r < T * GROUP
         if SPLITS == 1:
             where = (b * T + r // GROUP) * (HEADS * DIM) + (head * GROUP + r % GROUP) * DIM
@@ -1122,6 +1123,14 @@ def _splits(heads: int, slots: int) -> int:
     return max(1, min(triton.cdiv(264, heads), slots // 512))
 
 
+def _attention_tile(rows: int, splits: int, width: int) -> tuple[int, int]:
+    """(rows of one program, warps) of `_attention_kernel`: their product is what the sum over warps needs of shared
+    memory, 33 KB for heads of 128.
+    """
+    warps = 8 if splits == 1 and width <= 128 else 4
+    return (8 if rows <= 8 or warps == 8 else 16), warps
+
+
 @torch.library.custom_op("decode::attention", mutates_args=("k_cache", "v_cache"))
 def _attention(
     qkv: Tensor,
@@ -1141,19 +1150,18 @@ def _attention(
     qkv = qkv.contiguous()
     heads = qkv.shape[1] // dim - 2 * kv_heads
     width = max(64, triton.next_power_of_2(dim))
-    rows = t * heads // kv_heads
-    rows = 8 if rows <= 8 else triton.cdiv(rows, 16) * 16
-    splits = _splits(b * kv_heads, slots)
-    warps = 8 if splits == 1 and width <= 128 else 4
+    rows, splits = t * heads // kv_heads, _splits(b * kv_heads, slots)
+    block, warps = _attention_tile(rows, splits, width)
+    rows = triton.cdiv(rows, block) * block
     out = torch.empty(b * t, heads * dim, dtype=qkv.dtype, device=qkv.device)
     part = None
     if splits > 1:
         part = torch.empty(b * kv_heads * splits * rows * (width + 2), dtype=torch.float32, device=qkv.device)
     launch = _launch(qkv.device, warps)
     scale = dim**-0.5 * 1.4426950408889634  # exp(x) = exp2(x log2(e))
-    _attention_kernel[(b * kv_heads, splits, triton.cdiv(rows, 16))](
+    _attention_kernel[(b * kv_heads, splits, rows // block)](
         qkv, cos, sin, positions, k_cache, v_cache, q_norm, k_norm, out, part, eps, scale, slots, t, heads, kv_heads,
-        dim, width, window, splits, rows, warps, ATTENTION_AHEAD, ASM=not interpreted(), **launch,
+        dim, width, window, splits, rows, block, warps, ATTENTION_AHEAD, ASM=not interpreted(), **launch,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(b * t, heads)](

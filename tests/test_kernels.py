@@ -156,6 +156,8 @@ ATTENTIONS = [
     (2, 2, 4, 4, 48, 300, [7, 270], 64, False),
     (1, 5, 4, 2, 8, 128, [100], 0, False),
     (1, 2, 4, 1, 256, 300, [77], 0, True),
+    (1, 16, 2, 2, 128, 256, [100], 0, True),  # two programs of eight rows
+    (1, 12, 2, 1, 64, 1100, [1040], 700, False),  # two splits, programs of sixteen rows
 ]
 
 
@@ -287,7 +289,7 @@ def test_weights_go_straight_to_the_tensor_cores(bits):
     types |= {"w_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
     values = dict.fromkeys(("squares_ptr", "zero_ptr", "bias_ptr", "residual_ptr", "experts_ptr"))
     values |= {"N": 4096, "K": 2048, "GROUP": 128 if bits == 4 else 2048, "BITS": bits, "SILU": False, "COLUMNS": 8}
-    values |= {"TILES": 1, "WARPS": 4, "AHEAD": 4, "NEAR": 4, "BLOCKS": 4, "PDL": True, "ASM": True}
+    values |= {"TILES": 1, "WARPS": 4, "AHEAD": 4, "NEAR": 4, "PDL": True, "ASM": True}
     ptx = compiled(kernel, types, values, 90, 4).asm["ptx"]
     assert ptx.count("mma.sync") == 16 * 4 / 4  # 16 chunks, four products each, shared by four warps
     assert ptx.count("ld.global") >= 16 and ptx.count("bar.sync") < 8
