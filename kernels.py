@@ -412,9 +412,9 @@ if triton is not None:
         x_ptr: tl.tensor, norm_ptr: tl.tensor, digits_ptr: tl.tensor, step_ptr: tl.tensor, squares_ptr: tl.tensor,
         K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
-        """128 activations of a row (times the norm's weight, if there is a norm) as pairs of int8: they share a step, and
-        each is step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own rounding at
-        most. The norm's factor comes later, on the results: here only sums of squares, one a program.
+        """128 activations of a row (times the norm's weight, if there is a norm) as pairs of int8 with one step: each
+        is step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own rounding at most.
+        The norm's factor comes later, on the results: here only sums of squares, one a program.
 
         They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8] (letters as
         in `_blocks`). `step` is [columns/8, K/128, 8]: every second one, so that no lane has to load its neighbour's.
@@ -694,21 +694,31 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int
 # Tiles: what was fastest for Llama shapes on one H200 (NOTES.md has the sweeps); elsewhere they are right, if not best.
 
 
-def _row_tile(k: int, n: int, rows: int) -> tuple[int, int, int]:
+def _row_tile(k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int]:
     """(results, k at a time, warps) of `_row_kernel`."""
-    if rows == 2 and k > 8192:
-        return 4, 2048, 4
     if k <= 2048:
         return (2, 2048, 2) if n <= 8192 else (2, 1024, 1)
-    if k % 4096 or n <= 8192:
-        return (4, 1024, 2) if k % 1024 == 0 and k <= 8192 and n > 2048 else (4, 2048, 4) if n <= 2048 else (1, 2048, 4)
-    return 4, 4096, 8
+    if k == 4096 and silu_mul:
+        return 2, 4096, 8 // rows
+    if k == 4096 < n <= 16384 and rows == 1:
+        return 4, 4096, 16
+    if k > 8192 and rows == 2:
+        return 4, 1024, 2
+    if k % 4096 == 0 and n > 8192:
+        return 4, 4096, 8
+    if k % 1024 == 0 and k <= 8192 and n > 2048:
+        return 4, 1024, 2
+    if n <= 2048:
+        return 4, 2048, 4
+    return 1, 4096 if 8192 < k <= 12288 else 2048, 4
 
 
-def _rows_tile(n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:
-    """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`; they fit sm86's 99 KB of shared memory."""
+def _rows_tile(k: int, n: int, rows: int, silu_mul: bool, shared: int) -> tuple[int, int, int, int]:
+    """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`; sm86's 99 KB of shared memory are enough."""
     if silu_mul:
         return (64, 128, 2, 4) if rows <= 8 else (64, 64, 2, 6)
+    if k > 8192 and 2048 < n <= 4096 and rows <= 8 and shared >= 128 * 1024:
+        return 32, 256, 2, 6  # one program a multiprocessor, with deep queues
     if n <= 8192:
         return (16, 512, 2, 4) if rows <= 8 else (16, 256, 1, 6)
     return 32, 128, 1, 6
@@ -769,7 +779,7 @@ def _linear(
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
     if scale is None and (rows <= 2 or experts is not None):
         together = rows if experts is None else 1
-        block, span, warps = _row_tile(k, n, together)
+        block, span, warps = _row_tile(k, n, together, silu_mul)
         _row_kernel[(triton.cdiv(n_out, block), rows // together)](
             x, weight, bias, norm_weight, residual, experts, out, eps, n, k, silu_mul, together, block, span,
             **_launch(x.device, warps),
@@ -780,7 +790,8 @@ def _linear(
             width, normed = triton.next_power_of_2(k), torch.empty_like(x)
             _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(x.device, 8))
             x = normed
-        block, span, warps, stages = _rows_tile(n, rows, silu_mul)
+        shared = 0 if interpreted() else torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        block, span, warps, stages = _rows_tile(k, n, rows, silu_mul, shared)
         _rows_kernel[(triton.cdiv(n_out, block // 2 if silu_mul else block),)](
             x, weight, bias, residual, out, rows, n, k, silu_mul, 8 if rows <= 8 else 16, block, span, stages,
             ASM=not interpreted(), **_launch(x.device, warps, stages),
@@ -937,8 +948,8 @@ if triton is not None:
         ROWS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
         ASM: tl.constexpr,
     ) -> None:  # fmt: skip
-        """One split of the prefix for BLOCK rows (query heads x tokens; 8 or 16) of one KV head; every warp walks its own
-        slots.
+        """One split of the prefix for BLOCK (8 or 16) rows (query heads x tokens) of one KV head; every warp walks its
+        own slots.
         """
         dtype: tl.constexpr = qkv_ptr.dtype.element_ty
         GROUP: tl.constexpr = HEADS // KV_HEADS

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import checkpoint
+import kernels
 from generate import DEFAULT_CHECKPOINT, Engine, Ids
+from linear import Linear, RMSNorm, from_linear
 from model import KVCache, Transformer
 from sampling import SamplingParams
 from speculative import Speculation
@@ -76,6 +78,40 @@ def test_kernels_in_the_whole_model(kind, bits):
             logits.append(model(tokens[:, 40:], positions[:, 40:], cache, end=128).float())
         error = (logits[1] - logits[0]).norm() / logits[0].norm()
         assert error < 3e-2, (batch, new, float(error))
+
+
+SHAPES = {
+    "qkv": (4096, 12288),
+    "o": (4096, 4096),
+    "gate_up": (4096, 22016),
+    "down": (11008, 4096),
+    "small": (2048, 3072),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 9, 16])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("name", SHAPES)
+def test_tiles_of_real_shapes(name, bits, rows):
+    """Those of Llama-2-7B: smaller matrices get other tiles."""
+    torch.manual_seed(rows)
+    cuda, (k, n) = {"device": torch.device("cuda"), "dtype": torch.bfloat16}, SHAPES[name]
+    plain, norm = Linear(k, n, use_kernels=True, **cuda), RMSNorm(k, 1e-5, **cuda)
+    plain.weight.normal_(std=0.02)
+    norm.weight.uniform_(0.5, 1.5)
+    linear, silu_mul = plain if bits == 16 else from_linear(plain, bits), name == "gate_up"
+    x, first = torch.randn(rows, k, **cuda), silu_mul or name == "qkv"
+    residual = None if first else torch.randn(rows, n, **cuda)
+    got = linear(x, norm=norm if first else None, residual=residual, silu_mul=silu_mul)
+    wanted = kernels.linear_reference(
+        x.float(),
+        linear.dequantize(torch.float32),
+        norm_weight=norm.weight.float() if first else None,
+        eps=1e-5,
+        residual=None if residual is None else residual.float(),
+        silu_mul=silu_mul,
+    )
+    assert (got - wanted).norm() < 8e-3 * wanted.norm()
 
 
 @tales

@@ -270,15 +270,17 @@ needs_compiler = pytest.mark.skipif(kernels.triton is None or kernels.interprete
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [8, 16])
-@pytest.mark.parametrize("n, silu_mul", [(4096, False), (12288, False), (22016, True)])
-def test_tiles_fit_a_small_shared_memory(rows, n, silu_mul):
-    """99 KB, as on sm86 and sm89."""
+@pytest.mark.parametrize(
+    "k, n, silu_mul", [(4096, 4096, False), (11008, 4096, False), (4096, 12288, False), (4096, 22016, True)]
+)
+@pytest.mark.parametrize("sm, shared", [(86, 99), (90, 227)])
+def test_tiles_fit_shared_memory(rows, k, n, silu_mul, sm, shared):
     types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"}
-    block, span, warps, stages = kernels._rows_tile(n, rows, silu_mul)
-    values = {"bias_ptr": None, "residual_ptr": None, "N": n, "K": 4096, "SILU": silu_mul, "M": rows}
+    block, span, warps, stages = kernels._rows_tile(k, n, rows, silu_mul, shared * 1024)
+    values = {"bias_ptr": None, "residual_ptr": None, "N": n, "K": k, "SILU": silu_mul, "M": rows}
     values |= {"BLOCK": block, "SPAN": span, "STAGES": stages, "PDL": False, "ASM": True}
-    kernel = compiled(kernels._rows_kernel, types, values, 86, warps)
-    assert 0 < kernel.metadata.shared <= 99 * 1024
+    kernel = compiled(kernels._rows_kernel, types, values, sm, warps)
+    assert 0 < kernel.metadata.shared <= shared * 1024
 
 
 @needs_compiler
