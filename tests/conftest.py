@@ -1,5 +1,6 @@
 """Tiny random checkpoints, written by transformers, that every test may ask for."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def pytest_configure() -> None:
+    """Workers of pytest-xdist, and what they start, share the cores: a thread a core in each of them takes minutes."""
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        threads = max(1, (os.cpu_count() or 1) // int(workers))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -103,13 +103,17 @@ def prefill_table():
 def rows_table():
     """Milliseconds of a one-row step, and the cost of more rows in units of it."""
     steps = {}
-    for row in latest(records("rows.csv"), "rows"):
-        steps.setdefault((*start(row), row["kernels"]), {})[row["rows"]] = row
+    for row in records("rows.csv"):
+        found = steps.setdefault((*start(row), row["kernels"]), {})
+        if row["rows"] == "1":  # a new run: its ratios are to its own one-row step
+            found.clear()
+        found[row["rows"]] = row
     more = [str(m) for m in range(2, 17) if any(str(m) in found for found in steps.values())]
-    head = ["device", "shape", "weights", "kernels", "1 row", *(f"{m} rows" for m in more)]
+    head = ["device", "shape", "weights", "kernels", "1 row", *(f"{m} rows" for m in more), "commit"]
     body = [
         [*setting, f"{float(found['1']['ms']):.2f} ms"]
         + [f"{float(found[m]['ratio']):.2f}" if m in found else "" for m in more]
+        + [found["1"]["commit"]]
         for setting, found in steps.items()
     ]
     return table(head, body, 4)
