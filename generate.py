@@ -350,14 +350,13 @@ class Engine:
         if (program := self._programs.get((end, structure))) is not None:
             return program
 
-        def settle(logits: torch.Tensor) -> None:
-            state.position.add_(1)
-            token = model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, state.position[:, 0]))
-            state.out.index_copy_(1, state.step, token[:, None])
-            state.token.copy_(token.clamp(min=0)[:, None])
-            state.step.add_(1)
+        fused, advance_ = self.fused(structure), kernels.advance_ if self.use_kernels else kernels.advance_reference_
 
-        settle, layer = self.compiled(settle, f"settle_{end}", whole=False), self.layer(end)
+        def settle(logits: torch.Tensor) -> None:
+            token = sample(logits, structure, state.knobs, state.seeds, state.position[:, 0], fused)
+            advance_(model.tp.broadcast(token), state.token, state.position, state.step, state.out)
+
+        settle, layer = settle if fused else self.compiled(settle, f"settle_{end}", whole=False), self.layer(end)
 
         def decode() -> None:
             settle(model(state.token, state.position, cache, layer, end=end)[:, 0])
@@ -366,6 +365,10 @@ class Engine:
         program = self.captured(program, [state.token, state.position, state.out, state.step])
         self._programs[end, structure] = program
         return program
+
+    def fused(self, structure: Structure) -> bool:
+        """Whether drawing a token is a kernel here."""
+        return self.use_kernels and kernels.samples(self.dtype, self.model.config.vocab_size, structure)
 
     def compiled(self, fn: Function, name: str, whole: bool | None = True, dynamic: bool | None = None) -> Function:
         """fn through torch.compile where this engine compiles, else fn. whole: it runs the model, or (False) is a part
@@ -489,7 +492,8 @@ class Engine:
         state.knobs.copy_(sampling.knobs(self.device))
         logits = self.prefill(rows, known)
         lengths = torch.tensor([len(r) for r in rows], device=self.device)
-        first = self.model.tp.broadcast(sample(logits, structure, state.knobs, state.seeds, lengths))
+        first = sample(logits, structure, state.knobs, state.seeds, lengths - 1, self.fused(structure))
+        first = self.model.tp.broadcast(first)
         state.token.copy_(first.clamp(min=0)[:, None])
         state.position.copy_(lengths[:, None])
         state.step.zero_()
@@ -654,21 +658,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def summary(engine: Engine) -> str:
     """The last generation in one line, and its speculation in another."""
     s, gb, rate = engine.stats, engine.stats.bytes_per_step / 1e9, engine.stats.decode_tok_s
-    memory = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else peak_host_bytes()
+    memory = checkpoint.peak_bytes(engine.device) / 1e9
     return (
         f"load {s.load_s:.1f} s | compile {s.compile_s:.1f} s | "
         f"TTFT {s.ttft_s * 1e3:.0f} ms ({s.prefill_tokens} tokens) | decode {rate * s.batch_size:.1f} tok/s | "
-        f"{gb / max(s.batch_size, 1):.3g} GB/token | {gb * rate:.1f} GB/s | memory {memory / 1e9:.2f} GB"
+        f"{gb / max(s.batch_size, 1):.3g} GB/token | {gb * rate:.1f} GB/s | memory {memory:.2f} GB"
         + (f"\n{engine.speculation.summary()}" if engine.speculation else "")
     )
-
-
-def peak_host_bytes() -> int:
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return 0
 
 
 def run(engine: Engine, args: argparse.Namespace, sampling: SamplingParams, texts: list[str]) -> int:

@@ -311,7 +311,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel = TensorParallel(), use_kernels: bool = False) -> None:
         super().__init__()
-        self.config, self.tp = config, tp
+        self.config, self.tp, self.use_kernels = config, tp, use_kernels
         self.vocab_local = tp.local(config.vocab_size, "vocab_size")
         # from_pretrained: nn.Embedding's own initialisation on the meta device imports sympy, a second of every start
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(self.vocab_local, config.hidden_size))
@@ -329,19 +329,19 @@ class Transformer(nn.Module):
         inv_freq, self.rope_factor = c.rope.frequencies(c.head_dim, c.max_position_embeddings)
         self.inv_freq = inv_freq.to(device)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens int64 [B, T] -> [B, T, D]; each rank looks up its slice of the vocabulary and the others add zeros."""
-        if self.tp.size == 1:
-            return self.embed_tokens(tokens)
-        local = tokens - self.tp.rank * self.vocab_local
-        inside = (local >= 0) & (local < self.vocab_local)
-        return self.tp.all_reduce(self.embed_tokens(local.where(inside, 0)) * inside.unsqueeze(-1))
+    def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """tokens, positions int64 [B, T] -> [B, T, D] and what `rope` returns; each rank looks up its slice of the
+        vocabulary and the others add zeros.
+        """
+        first = None if self.tp.size == 1 else self.tp.rank * self.vocab_local
+        few = self.use_kernels and tokens.shape[1] <= kernels.MAX_ROWS
+        begin = kernels.embed if few else kernels.embed_reference
+        x, cos, sin = begin(tokens, positions, self.embed_tokens.weight, self.inv_freq, self.rope_factor, first)
+        return self.tp.all_reduce(x), cos, sin
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin float32 [B, T, 1, Dh / 2]: a few hundred numbers a step, cheaper than a table."""
-        angles = positions[:, :, None, None] * self.inv_freq
-        cos, sin = angles.cos(), angles.sin()
-        return (cos, sin) if self.rope_factor == 1 else (cos * self.rope_factor, sin * self.rope_factor)
+        """cos, sin float32 [B, T, 1, Dh / 2]."""
+        return kernels.angles(positions, self.inv_freq, self.rope_factor)
 
     def forward(
         self,
@@ -360,8 +360,7 @@ class Transformer(nn.Module):
         look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
         first prefill). run: what calls a layer; one compiled function serves all.
         """
-        x = self.embed(tokens)
-        cos, sin = self.rope(positions)
+        x, cos, sin = self.embed(tokens, positions)
         for layer, layer_cache in zip(self.layers, cache.layers):
             x = run(layer, x, cos, sin, positions, layer_cache, end)
         if select is not None:

@@ -180,8 +180,9 @@ class Streams:
         rows = max(1, tokens_at_once // calibration.shape[1])
         self.model = model
         self.heldout = list(heldout.split(rows)) if len(heldout) else []
-        self.calibration = [model.embed(part) for part in calibration.split(rows)]
-        self.before = [model.embed(part) for part in self.heldout]
+        anywhere = torch.zeros_like  # positions do not matter yet
+        self.calibration = [model.embed(part, anywhere(part))[0] for part in calibration.split(rows)]
+        self.before = [model.embed(part, anywhere(part))[0] for part in self.heldout]
         self.after = [x.clone() for x in self.before]
 
     def run(self, block: nn.Module, xs: list[Tensor], keep: bool = True) -> None:

@@ -241,7 +241,7 @@ class Speculation:
     def _verify(self, end: int, structure: Structure) -> Callable[[torch.Tensor], None]:
         target, state, history, log = self.target, self.target.state, self.history, self.log
         model, V, last = target.model, self.vocab, history.shape[1] - self.margin
-        proposed, rate = self.q if self.draft else None, self.simulated
+        proposed, rate, fused = self.q if self.draft else None, self.simulated, target.fused(structure)
 
         def settle(logits: torch.Tensor, drafted: torch.Tensor, positions: torch.Tensor) -> None:
             """logits [B, K + 1, V] -> count and tokens into the log, and the state moved on."""
@@ -251,7 +251,7 @@ class Speculation:
                 p = spread(*distribution(logits, structure, state.knobs), V)
                 tokens, count = accept(drafted, q, p, state.seeds, positions, rate)
             else:  # a plain step, draw for draw
-                tokens = sample(logits[:, 0], structure, state.knobs, state.seeds, positions[:, 0])[:, None]
+                tokens = sample(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0], fused)[:, None]
                 count = torch.ones_like(tokens)
             finite = logits.abs().amax(-1) < float("inf")
             result = model.tp.broadcast(torch.cat((count, torch.where(finite, tokens, -1)), 1))

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not ins
 import checkpoint  # noqa: E402
 import kernels  # noqa: E402
 import tp  # noqa: E402
-from generate import DTYPES, Engine, Ids, Parser, at_least, draft_tokens, peak_host_bytes, pick_device  # noqa: E402
+from generate import DTYPES, Engine, Ids, Parser, at_least, draft_tokens, pick_device  # noqa: E402
 from linear import Linear  # noqa: E402
 from sampling import SamplingParams, sample  # noqa: E402
 
@@ -202,7 +202,6 @@ def measure_decode(engine: Engine, args: argparse.Namespace, bandwidth: float, s
     cold = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"] > 0
     runs = [decode(engine, args, seed) for seed in range(2, 2 + args.repeats)]
     ttft, decode_s, total = (statistics.median(x) for x in zip(*((a, b, a + b) for a, b, _ in runs)))
-    memory = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else peak_host_bytes()
     rate = engine.stats.decode_steps / decode_s
     return {
         **{key: getattr(args, key) for key in ("batch", "prompt_len", "new_tokens", "top_k", "temperature", "repeats")},
@@ -220,7 +219,7 @@ def measure_decode(engine: Engine, args: argparse.Namespace, bandwidth: float, s
         "compile_s_cold": compile_s if engine.compile and cold else None,
         "compile_s_warm": compile_s if engine.compile and not cold else None,
         "first_token_s": first_token_s,
-        "peak_memory_gb": memory / 1e9,
+        "peak_memory_gb": checkpoint.peak_bytes(engine.device) / 1e9,
     }
 
 
@@ -340,13 +339,14 @@ def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any
     engine.reserve(1, max(position + 2 * kernels.MAX_ROWS, args.cache_len or 1))
     sampling, out = SamplingParams(temperature=args.temperature, top_k=args.top_k), []
     state, chosen = engine.state, torch.zeros(kernels.MAX_ROWS, dtype=torch.int64, device=engine.device)
+    structure, fused = sampling.structure, engine.fused(sampling.structure)
     state.knobs.copy_(sampling.knobs(engine.device))
 
     def settle(logits: torch.Tensor, positions: torch.Tensor) -> None:
-        tokens = sample(logits, sampling.structure, state.knobs, state.seeds, positions)
+        tokens = sample(logits, structure, state.knobs, state.seeds, positions, fused)
         chosen[: len(tokens)].copy_(engine.model.tp.broadcast(tokens))
 
-    settle = engine.compiled(settle, "settle", whole=False)
+    settle = settle if fused else engine.compiled(settle, "settle", whole=False)
     for rows in args.rows_table:
         program = rows_program(engine, rows, engine.attended(position + rows), settle)
         state.position.fill_(position)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # code lines; raising one is a reviewed change of a number, with its reason
     "model": 330,
-    "kernels": 1300,  # 16-bit rows, few and several; integers for both quantized formats; attention; layouts
+    "kernels": 1600,  # 16-bit rows, few and several; integers for quantized formats; attention; both ends of a step
     "linear": 260,
     "formats": 300,  # three file formats, act-order, dynamic rules and per-group overrides of their writers
     "tp": 120,
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "tp": set(),
     "checkpoint": {"tp", "model", "linear", "formats"},
     "tokenizer": set(),
-    "sampling": set(),
+    "sampling": {"kernels"},
     "speculative": {"sampling"},
     "generate": {"tp", "model", "linear", "formats", "kernels", "checkpoint", "tokenizer", "sampling", "speculative"},
     "quantize": {"tp", "model", "linear", "formats", "checkpoint", "tokenizer", "generate"},
