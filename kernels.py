@@ -725,8 +725,8 @@ def _row_tile(k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int]
     """(results, k at a time, warps) of `_row_kernel`."""
     if k <= 2048:
         return (2, 2048, 2) if n <= 8192 else (2, 1024, 1)
-    if k == 4096 and silu_mul:
-        return 2, 4096, 8 // rows
+    if k == 4096 and silu_mul and rows == 2:
+        return 2, 4096, 4
     if k == 4096 < n <= 16384 and rows == 1:
         return 4, 4096, 16
     if k > 8192 and rows == 2:
@@ -744,8 +744,8 @@ def _rows_tile(k: int, n: int, rows: int, silu_mul: bool, shared: int) -> tuple[
     """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`; sm86's 99 KB of shared memory are enough."""
     if silu_mul:
         return (64, 128, 2, 4) if rows <= 8 else (64, 64, 2, 6)
-    if k > 8192 and 2048 < n <= 4096 and rows <= 8 and shared >= 128 * 1024:
-        return 32, 256, 2, 6  # one program a multiprocessor, with deep queues
+    if k >= 4096 and 2048 < n <= 4096 and rows <= 8 and shared >= 160 * 1024:
+        return 32, 256, 2, 7 if k > 8192 else 6  # one program a multiprocessor, with deep queues
     if n <= 8192:
         return (16, 512, 2, 4) if rows <= 8 else (16, 256, 1, 6)
     return 32, 128, 1, 6
