@@ -568,9 +568,19 @@ def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else checkpoint_dtype(read_config(folder))
 
 
-def check_weights_fit(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """ValueError, before anything is allocated, when the weights do not fit the device."""
-    need, free = stored_bytes(folder, dtype), free_bytes(device)
+def check_weights_fit(
+    weights: Path | ModelConfig, dtype: torch.dtype, device: torch.device, tp: TensorParallel
+) -> None:
+    """ValueError, before anything is allocated, when a folder's weights, or those of a shape, do not fit the device.
+
+    A rank on a device of its own holds its share; ranks on a CPU share the memory.
+    """
+    if isinstance(weights, ModelConfig):
+        with torch.device("meta"):
+            need = sum(p.numel() for p in Transformer(weights).parameters()) * dtype.itemsize
+    else:
+        need = stored_bytes(weights, dtype)
+    need, free = need // (1 if device.type == "cpu" else tp.size), free_bytes(device)
     if need > free:
         raise ValueError(
             f"the weights need {need / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free; "

@@ -220,14 +220,11 @@ class Engine:
         use_kernels = kernel_choice != "inductor" and able
         if folder is None:
             config = checkpoint.shape_config(str(shape))
-            with torch.device("meta"):
-                need = sum(p.numel() for p in Transformer(config, group).parameters()) * kind.itemsize
-            if need > (free := checkpoint.free_bytes(where)):
-                raise ValueError(f"{shape} needs {need / 1e9:.1f} GB on {where} and {free / 1e9:.1f} GB are free")
+            checkpoint.check_weights_fit(config, kind, where, group)
             model = checkpoint.random_model(config, tp=group, device=where, dtype=kind, use_kernels=use_kernels)
             engine = cls(model, Ids(config.vocab_size), use_kernels=use_kernels, **options)
         else:
-            checkpoint.check_weights_fit(folder, kind, where)
+            checkpoint.check_weights_fit(folder, kind, where, group)
             model = checkpoint.load(
                 str(folder), tp=group, device=where, dtype=kind, use_kernels=use_kernels, progress=progress
             )
@@ -297,10 +294,11 @@ class Engine:
         per_slot *= config.head_dim * self.dtype.itemsize
         need, free = batch_size * slots * per_slot, checkpoint.free_bytes(self.device)
         if need > free:
-            fits = max(int(free // (batch_size * per_slot)), 0)
+            fits, rows = int(free // (batch_size * per_slot)) // 128 * 128 - slack, int(free // (slots * per_slot))
+            advice = [f"--max-seq-len {fits} at this batch"] * (fits > 0) + [f"a batch of {rows}"] * (rows > 0)
             raise ValueError(
                 f"a cache of {batch_size} x {slots} slots needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-                f"what fits: --max-seq-len {fits} at this batch, or a batch of {int(free // (slots * per_slot))}"
+                f"what fits: {', or '.join(advice) or 'no cache at all'}"
             )
         self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
         self.state = State(batch_size, slots, self.device)

@@ -173,6 +173,19 @@ def test_sizes_that_do_not_divide(tiny, changes, line):
         checkpoint.load(str(folder), tp=TensorParallel(1, 2))
 
 
+@pytest.mark.parametrize("shape", [False, True])
+def test_a_rank_needs_memory_for_its_share(tiny, monkeypatch, shape):
+    """On a device of its own: ranks on a CPU share the memory."""
+    weights = checkpoint.shape_config("tiny") if shape else tiny()[0]
+    whole = checkpoint.random_model(weights, dtype=torch.float32) if shape else checkpoint.load(str(weights))
+    need = sum(p.nbytes for p in whole.parameters())
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: need - 1)
+    checkpoint.check_weights_fit(weights, torch.float32, torch.device("cuda"), TensorParallel(0, 2))
+    for device, group in (("cuda", TensorParallel()), ("cpu", TensorParallel(0, 2))):
+        with pytest.raises(ValueError, match=f"on {device} and"):
+            checkpoint.check_weights_fit(weights, torch.float32, torch.device(device), group)
+
+
 def test_one_process_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     alone, x = tp.init(CPU), torch.ones(2, 3)
