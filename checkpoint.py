@@ -11,9 +11,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -33,6 +33,7 @@ from linear import Int4Linear, Int8Linear, Linear, RMSNorm, from_linear
 from model import ModelConfig, Rope, Transformer
 from tp import SHARD_DIM, TensorParallel
 
+Params = TypeVar("Params")
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICEN[CS]E*", "NOTICE*"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # sub-folders hold other formats; consolidated*: a second copy of the weights
@@ -129,6 +130,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> Rope:
     legacy_type = raw.pop("type", "default")
     raw.setdefault("rope_type", legacy_type)
     raw.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    least = dict.fromkeys(("mscale", "mscale_all_dim"), -1) | {"rope_theta": 1}
     if raw["rope_type"] not in ("default", "linear", "dynamic", "llama3", "yarn"):
         raise ValueError(
             f"rope_type {raw['rope_type']!r} is not supported; default, linear, dynamic, llama3 and yarn are"
@@ -140,8 +142,17 @@ def rope_from_hf(config: Mapping[str, Any]) -> Rope:
         raise ValueError("partial_rotary_factor other than 1.0 is not supported")
     if unknown := sorted(set(raw) - set(Rope.__dataclass_fields__)):
         raise ValueError(f"rope_scaling has keys that are not implemented: {', '.join(unknown)}")
-    if wrong := [f"{k} = {v!r}" for k, v in raw.items() if k != "rope_type" and not isinstance(v, (int, float))]:
-        raise ValueError(f"rope_scaling has values that are not numbers: {', '.join(wrong)}")
+    if type(raw.get("truncate", True)) is not bool:
+        raise ValueError(f"rope_scaling has truncate = {raw['truncate']!r}; it must be true or false")
+    numbers = {k: v for k, v in raw.items() if k not in ("rope_type", "truncate")}
+    if wrong := [
+        f"{k} = {v!r}"
+        for k, v in numbers.items()
+        if type(v) not in (int, float) or not least.get(k, 0) < v < float("inf")
+    ]:
+        raise ValueError(f"config.json has {', '.join(wrong)}; numbers above 0 are needed (rope_theta: above 1)")
+    if raw["rope_type"] == "llama3" and raw["low_freq_factor"] >= raw["high_freq_factor"]:
+        raise ValueError("rope_scaling has a low_freq_factor that is not below its high_freq_factor")
     return Rope(**raw)
 
 
@@ -158,7 +169,9 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     if reader("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; silu is")
     attention_bias = reader("attention_bias", False)
-    experts = (reader("num_local_experts", 0) or reader("num_experts", 8 if kind == "mixtral" else 128)) if moe else 0
+    experts = (
+        (reader("num_local_experts", 0, 0) or reader("num_experts", 8 if kind == "mixtral" else 128)) if moe else 0
+    )
     intermediate = reader("intermediate_size")
     result = ModelConfig(
         model_type=kind,
@@ -192,19 +205,36 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 class _Reader:
-    """Reads keys of a config and remembers which, so that a key nobody read can be refused."""
+    """Reads keys of a config and remembers which, so that a key nobody read can be refused. A value has the type of its
+    default, an object where that is None, an integer where there is none.
+    """
+
+    KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+        int: ((int,), "an integer"),
+        float: ((int, float), "a number"),
+        bool: ((bool,), "true or false"),
+        str: ((str,), "a string"),
+        tuple: ((list, tuple), "a list"),
+        type(None): ((dict,), "an object"),
+    }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config, self.seen = config, set(_HARMLESS)
 
-    def __call__(self, key: str, default: Any = ...) -> Any:  # noqa: ANN401
+    def __call__(self, key: str, default: Any = ..., low: int = 1) -> Any:  # noqa: ANN401
+        """An integer is at least `low`; others are positive or, as epsilon may be, 0."""
         self.seen.add(key)
         value = self.config.get(key)
         if value is None and default is ...:
             raise ValueError(f"config.json has no {key!r}")
-        if default is ... and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"config.json has {key} = {value!r}; it must be a positive integer")
-        return default if value is None else value
+        if value is None:
+            return default
+        types, what = self.KINDS[int if default is ... else type(default)]
+        number, low = what in ("an integer", "a number"), low if what == "an integer" else 0
+        if type(value) not in types or (number and not low <= value < 1 << 31):
+            shown = what + f" from {low} to 2147483647" * number
+            raise ValueError(f"config.json has {key} = {value!r}; it must be {shown}")
+        return value
 
     def finish(self) -> None:
         unknown = [k for k, v in self.config.items() if k not in self.seen and v not in (None, False)]
@@ -221,11 +251,11 @@ def _windows(reader: _Reader, kind: str, layers: int) -> tuple[int, ...]:
     max_window_layers up.
     """
     absent = 0 if "sliding_window" in reader.config or kind == "mixtral" else 4096  # null is none; absent, the default
-    window = reader("sliding_window", absent)
-    first, types = reader("max_window_layers", 28), reader("layer_types", ())
+    window = reader("sliding_window", absent, 0)
+    first, types = reader("max_window_layers", 28, 0), reader("layer_types", ())
     if not reader("use_sliding_window", kind in ("mistral", "mixtral")) or kind == "llama":
         window = 0
-    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
+    if unknown := sorted({str(t) for t in types if t not in ("full_attention", "sliding_attention")}):
         raise ValueError(
             f"layer_types {', '.join(unknown)} are not supported; full_attention and sliding_attention are"
         )
@@ -238,6 +268,8 @@ def _windows(reader: _Reader, kind: str, layers: int) -> tuple[int, ...]:
 
 def _sparse_layers(reader: _Reader, layers: int) -> tuple[bool, ...]:
     step, dense = reader("decoder_sparse_step", 1), reader("mlp_only_layers", ())
+    if wrong := [i for i in dense if type(i) is not int]:
+        raise ValueError(f"config.json has mlp_only_layers with {wrong[0]!r}; they must be numbers of layers")
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
 
@@ -369,10 +401,9 @@ class Loader:
                 ((source,),) = sources(path, self.config)
                 n, *tail = module.weight.shape
                 n = self.config.vocab_size if isinstance(module, nn.Embedding) else n
+                stored = self._read(source, "weight", (n, *tail))  # refuses a wrong shape before it is allocated
                 weight = torch.empty(module.weight.shape, device=self.device, dtype=self.dtype)
-                module.weight = nn.Parameter(
-                    weight.copy_(self._read(source, "weight", (n, *tail))), requires_grad=False
-                )
+                module.weight = nn.Parameter(weight.copy_(stored), requires_grad=False)
 
     def linear(self, path: str, module: Linear) -> Linear:
         """The Linear for `path`, filled: `module` itself, or a quantized one in its place when the checkpoint's config
@@ -588,13 +619,22 @@ def check_weights_fit(
         )
 
 
-def default_sampling(folder: Path) -> dict[str, float]:
-    """What generation_config.json says of temperature, top_k, top_p and min_p; `do_sample: false` is greedy."""
-    config = read_json(folder / "generation_config.json")
-    if config.get("do_sample") is False:
-        return {"temperature": 0.0}
-    names = ("temperature", "top_k", "top_p", "min_p")
-    return {name: config[name] for name in names if config.get(name) is not None}
+def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[str, float]) -> Params:
+    """`make` called with what generation_config.json says of temperature, top_k, top_p and min_p (`do_sample: false` is
+    greedy), but for what is `chosen`. A ValueError of it names the file.
+    """
+    path, names = folder / "generation_config.json", ("temperature", "top_k", "top_p", "min_p")
+    config = read_json(path)
+    values = {name: config[name] for name in names if config.get(name) is not None and name not in chosen}
+    for name, value in values.items():
+        if type(value) not in (int, float)[: 1 + (name != "top_k")]:
+            what = "an integer" if name == "top_k" else "a number"
+            raise ValueError(f"{path}: {name} is {value!r}; it must be {what}")
+    values = {"temperature": 0.0} if config.get("do_sample") is False else values
+    try:
+        return make(**{**values, **chosen})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def quantized_copy(model: Transformer, bits: int) -> Transformer:

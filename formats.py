@@ -57,7 +57,7 @@ class Scheme:
         """ValueError for what no reader here understands."""
         widths = {"int-quantized": (8,), "awq": (4,)}.get(self.format, (4, 8))
         if self.format not in LAYOUTS or self.bits not in widths or (self.group_size < 1 and self.group_size != -1):
-            what = f"{self.bits}-bit {self.format!r} weights with group_size {self.group_size}"
+            what = f"{self.bits!r}-bit {self.format!r} weights with group_size {self.group_size!r}"
             raise ValueError(f"{what} are not supported: {READABLE}")
 
 
@@ -107,14 +107,23 @@ class QuantConfig:
     @staticmethod
     def from_hf(config: dict[str, Any] | None, legacy: dict[str, Any] | None = None) -> QuantConfig | None:
         """Read `quantization_config`, else the older quantize_config.json (GPTQ). ValueError names what is refused."""
+        if not isinstance(config or {}, dict):
+            raise ValueError(f"quantization_config is {config!r}; it must be an object")
         config = config or ({"quant_method": "gptq"} | legacy if legacy else None)
         if not config:
             return None
         method = config.get("quant_method", config.get("method"))
         readers = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
-        if method not in readers:
+        if str(method) not in readers:
             raise ValueError(f"quantization method {method!r} is not supported: {READABLE}")
-        return QuantConfig(tuple(readers[method](config)))
+        try:
+            rules = tuple(readers[str(method)](config))
+            for pattern in (p for patterns, _ in rules for p in patterns):
+                re.compile(pattern.removeprefix("re:") if pattern[:3] == "re:" else "")
+        except (AttributeError, LookupError, TypeError, re.error) as error:  # parts of other types than their writers'
+            what = f"quantization_config cannot be read as {method}'s ({error!r}): {str(config)[:300]}"
+            raise ValueError(what) from error
+        return QuantConfig(rules)
 
     def to_hf(self) -> dict[str, Any]:
         """`quantization_config` for config.json, for rules [(ignored, None), (("Linear",), symmetric scheme)]."""
@@ -159,7 +168,9 @@ def _compressed_tensors(config: dict[str, Any]) -> Rules:
         raise ValueError(
             "compressed-tensors with a sparsity_config, kv_cache_scheme or transform_config is not supported"
         )
-    for group in sorted(config["config_groups"].values(), key=lambda group: "Linear" in group["targets"]):
+    if not isinstance(groups := config.get("config_groups"), dict):
+        raise ValueError(f"compressed-tensors with config_groups = {groups!r} is not supported; it must be an object")
+    for group in sorted(groups.values(), key=lambda group: "Linear" in group["targets"]):
         weights, inputs = group["weights"], group.get("input_activations")
         form, size = group.get("format") or config["format"], weights.get("group_size") or -1
         if weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel", "tensor", None):

@@ -197,6 +197,7 @@ class Engine:
         progress: bool = False,
         draft: str | None = None,
         num_draft_tokens: int | None = None,
+        chosen: dict[str, float] | None = None,
         **options: Any,  # noqa: ANN401
     ) -> "Engine":
         """A checkpoint folder or Hub id (or a named `shape` with random weights) on a device, ready to generate.
@@ -204,7 +205,8 @@ class Engine:
         device None: CUDA if there is one, else the CPU. kernel_choice: triton, inductor (plain PyTorch), or auto
         (triton where it runs). max_seq_len and batch_size reserve the cache now; otherwise it grows on demand. draft:
         speculate with a smaller checkpoint, "ngram", "self-int4" or "self-int8", num_draft_tokens (None: as pays) at a
-        time. options: see `__init__`. ValueError or FileNotFoundError for all that a user can get wrong, memory too.
+        time. chosen: sampling parameters that overrule generation_config.json's. options: see `__init__`. ValueError or
+        FileNotFoundError for all that a user can get wrong, memory too.
         """
         start = time.perf_counter()
         where = pick_device(device)
@@ -229,7 +231,7 @@ class Engine:
                 str(folder), tp=group, device=where, dtype=kind, use_kernels=use_kernels, progress=progress
             )
             tokenizer = Tokenizer.from_folder(folder)
-            options.setdefault("defaults", SamplingParams(**dict[str, Any](checkpoint.default_sampling(folder))))
+            options.setdefault("defaults", checkpoint.default_sampling(folder, SamplingParams, chosen or {}))
             engine = cls(model, tokenizer, use_kernels=use_kernels, **options)
         engine.warn()
         if draft in ("self-int4", "self-int8"):
@@ -764,6 +766,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prefill_chunk=args.prefill_chunk,
             draft=args.draft,
             num_draft_tokens=args.num_draft_tokens,
+            chosen=chosen,
         )
         sampling = replace(engine.defaults, **chosen)
         if args.chat and args.max_seq_len is None:

@@ -306,6 +306,16 @@ def test_sampling_defaults_come_from_generation_config(monkeypatch, call, tmp_pa
     assert used[3].temperature == 0
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": "0.7"}, {"temperature": [1]}, {"top_k": 50.0}, {"top_k": "50"}, {"top_p": 0}, {"min_p": 2}],
+)
+def test_sampling_defaults_that_are_wrong_are_named_unless_overruled(call, fails, tmp_path, wrong):
+    folder, ((name, value),) = recital(tmp_path, "abc", "<|eos|>", **wrong), wrong.items()
+    assert f"generation_config.json: {name} is {value!r}" in fails("--checkpoint", folder)
+    call("--checkpoint", folder, f"--{name.replace('_', '-')}", 1 - (name == "min_p"))
+
+
 # -- how it runs ----------------
 
 

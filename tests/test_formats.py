@@ -265,6 +265,18 @@ REFUSED = {
     "kv_cache_scheme": compressed(top={"kv_cache_scheme": {"num_bits": 8, "type": "float"}}),
     "sparsity_config": compressed(top={"sparsity_config": {"format": "sparse-24-bitmask"}}),
     "None": {"load_in_8bit": True},
+    "'fp8'; it must be an object": "fp8",
+    "['x']; it must be an object": ["x"],
+    "method ['gptq']": {"quant_method": ["gptq"]},
+    "config_groups = None": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "config_groups = [1]": compressed(top={"config_groups": [1]}),
+    "'group_0': 'W4A16'": compressed(top={"config_groups": {"group_0": "W4A16"}}),
+    "'ignore': [7]": compressed(top={"ignore": [7]}),
+    "'ignore': ['re:*']": compressed(top={"ignore": ["re:*"]}),
+    "'4'-bit 'gptq'": {"quant_method": "gptq", "bits": "4", "group_size": 128},
+    "'group_size': '128'": {"quant_method": "gptq", "bits": 4, "group_size": "128"},
+    "'+:x': [1]": {"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": [1]}},
+    "'version': 4": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": 4},
 }
 
 
