@@ -438,7 +438,7 @@ class Loader:
         for name in self.weights:
             if name in self.used or name.endswith(".rotary_emb.inv_freq"):
                 continue
-            if name.endswith(".bias") and not self.weights.slice(name)[:].any():
+            if name.endswith(".bias") and (part := self.weights.slice(name)).get_shape() and not part[:].any():
                 continue  # GPTQ writers add zero biases
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 head, embed = self.weights.slice(name), self.weights.slice("model.embed_tokens.weight")
@@ -583,6 +583,13 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def refusal(error: Exception) -> str:
+    """What a user is told of an error, in one line; a RuntimeError that is not of memory is ours, and raised again."""
+    if isinstance(error, RuntimeError) and not re.search("DefaultCPUAllocator|out of memory", str(error)):
+        raise error
+    return " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory this process has used, on a GPU or else of the host (0 where nobody says)."""
     if device.type == "cuda":
@@ -619,12 +626,12 @@ def check_weights_fit(
         )
 
 
-def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[str, float]) -> Params:
+def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[str, float] | None) -> Params:
     """`make` called with what generation_config.json says of temperature, top_k, top_p and min_p (`do_sample: false` is
     greedy), but for what is `chosen`. A ValueError of it names the file.
     """
     path, names = folder / "generation_config.json", ("temperature", "top_k", "top_p", "min_p")
-    config = read_json(path)
+    config, chosen = read_json(path), chosen or {}
     values = {name: config[name] for name in names if config.get(name) is not None and name not in chosen}
     for name, value in values.items():
         if type(value) not in (int, float)[: 1 + (name != "top_k")]:

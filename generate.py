@@ -231,7 +231,7 @@ class Engine:
                 str(folder), tp=group, device=where, dtype=kind, use_kernels=use_kernels, progress=progress
             )
             tokenizer = Tokenizer.from_folder(folder)
-            options.setdefault("defaults", checkpoint.default_sampling(folder, SamplingParams, chosen or {}))
+            options.setdefault("defaults", checkpoint.default_sampling(folder, SamplingParams, chosen))
             engine = cls(model, tokenizer, use_kernels=use_kernels, **options)
         engine.warn()
         if draft in ("self-int4", "self-int8"):
@@ -643,7 +643,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, each repeated --num-samples times."""
     try:
         if args.prompts_file:
-            prompts = [line for line in Path(args.prompts_file).read_text("utf-8").splitlines() if line.strip()]
+            prompts = [line for line in Path(args.prompts_file).read_text("utf-8").split("\n") if line.strip()]
             if not prompts:
                 raise ValueError(f"--prompts-file {args.prompts_file} holds no prompt")
         elif args.prompt == "-":
@@ -707,7 +707,9 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> int:
-    """Turns until end of file. Ctrl-C ends the answer, which stays in the conversation as far as it came."""
+    """Turns until end of file. Ctrl-C ends the answer; what came of it stays in the conversation, without a word of
+    it neither does the question.
+    """
     tokenizer = engine.tokenizer
     if not isinstance(tokenizer, Tokenizer) or not tokenizer.has_chat_template:
         raise ValueError("this checkpoint has no chat template; leave out --chat and use --prompt")
@@ -718,15 +720,20 @@ def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> 
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
-        ids, answer = tokenizer.encode_chat(messages), ""
-        if len(ids) >= engine.max_seq_len:
-            raise ValueError(
-                f"the conversation has {len(ids)} tokens and --max-seq-len is {engine.max_seq_len}; start a new one"
-            )
-        with contextlib.suppress(KeyboardInterrupt):
+        answer = ""
+        try:
+            if len(ids := tokenizer.encode_chat(messages)) >= engine.max_seq_len:
+                raise ValueError(
+                    f"the conversation has {len(ids)} tokens and --max-seq-len is {engine.max_seq_len}; start a new one"
+                )
             for piece in engine.generate([ids], sampling, **options(args), seed=turn):
                 answer += piece.text
                 print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            if not answer:  # not a word of it: as if nothing had been asked
+                messages.pop()
+                print()
+                continue
         print()
         messages.append({"role": "assistant", "content": answer})
         if sys.stdin.isatty():
@@ -739,34 +746,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     the reader left.
     """
     args = parse(argv)
-    if args.selftest:  # a program of its own, which uses this one
-        program = Path(__file__).resolve().parent / "scripts" / "selftest.py"
-        return subprocess.call([sys.executable, str(program), *(sys.argv[1:] if argv is None else argv)])
     if args.seed is None:
         args.seed = int.from_bytes(os.urandom(4), "little")
     try:
+        if args.selftest:  # a program of its own, which uses this one
+            program = Path(__file__).resolve().parent / "scripts" / "selftest.py"
+            return subprocess.call([sys.executable, str(program), *(sys.argv[1:] if argv is None else argv)])
         chosen = {
             n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p") if getattr(args, n) is not None
         }
         SamplingParams(**chosen)  # a bad value is refused before anything is loaded
         prompts = [] if args.chat else read_prompts(args)
         if args.profile:
-            Path(args.profile).touch()  # refused now, not after the generation
+            open(args.profile, "ab").close()  # refused now, not after the generation
+        same = "device dtype shape max_seq_len draft num_draft_tokens compile compile_prefill prefill_chunk".split()
         engine = Engine.load(
             args.checkpoint,
-            device=args.device,
-            dtype=args.dtype,
             kernel_choice=args.kernels,
-            shape=args.shape,
-            max_seq_len=args.max_seq_len,
             batch_size=len(prompts) or 1,
             progress=sys.stderr.isatty(),
-            compile=args.compile,
-            compile_prefill=args.compile_prefill,
-            prefill_chunk=args.prefill_chunk,
-            draft=args.draft,
-            num_draft_tokens=args.num_draft_tokens,
             chosen=chosen,
+            **{name: getattr(args, name) for name in same},
         )
         sampling = replace(engine.defaults, **chosen)
         if args.chat and args.max_seq_len is None:
@@ -782,11 +782,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has left, as `head` does: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"generate.py: error: {checkpoint.refusal(error)}", file=sys.stderr)
         return 2
     return status
 
 
 if __name__ == "__main__":
+    # either is None where the shell closed it
+    sys.stdin, sys.stderr = sys.stdin or open(os.devnull), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.exit(main())

@@ -150,8 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         return 0 if selftest(args) else 1
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"generate.py: error: {checkpoint.refusal(error)}", file=sys.stderr)
         return 2
 
 

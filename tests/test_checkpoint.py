@@ -529,6 +529,9 @@ def test_extra_tensors_are_named(folder):
     edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
     assert "model.layers.0.self_attn.q_norm.weight" in refusal(folder)
     edit_tensors(folder, lambda t: t.update({f"x.{i}": torch.ones(1) for i in range(9)}))
+    edit_tensors(folder, lambda t: t.update({"a.bias": torch.tensor(0.0)}))
+    assert "a.bias" in refusal(folder)
+    edit_tensors(folder, lambda t: t.pop("a.bias"))
     assert "x.0" in (line := refusal(folder)) and "more" in line and "x.8" not in line
 
 

@@ -169,6 +169,12 @@ def test_prompts_file_is_one_ragged_batch(records, abc, tmp_path):
     assert {r["stop_reason"] for r in rows} == {"eos"}
 
 
+def test_only_a_new_line_ends_a_prompt_of_a_file(records, abc, tmp_path):
+    (tmp_path / "prompts").write_bytes("a\u2028b\fc\x85d\r\nab".encode())
+    rows = records("--checkpoint", abc, "--prompts-file", tmp_path / "prompts", "--max-new-tokens", 1)
+    assert [len(r["prompt_ids"]) for r in rows] == [1 + len("a\u2028b\fc\x85d".encode()), 3]
+
+
 def test_prompts_that_cannot_be_read(fails, abc, tmp_path):
     (tmp_path / "empty").write_text("\n  \n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
@@ -373,6 +379,7 @@ def test_profile_writes_a_chrome_trace(call, fails, abc, tmp_path):
     call("--checkpoint", abc, "--profile", tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any(event.get("name") == "aten::linear" for event in events)
+    assert "directory" in fails("--checkpoint", abc, "--profile", tmp_path)
     assert "nowhere" in fails("--checkpoint", abc, "--profile", tmp_path / "nowhere" / "trace.json")
 
 
@@ -535,6 +542,27 @@ def test_a_shape_too_large_for_memory_is_refused(fails, monkeypatch):
     assert "13.5 GB" in message and "0.0 GB" in message
 
 
+def test_memory_that_is_refused_is_one_line_and_other_errors_are_not(fails, abc, monkeypatch):
+    def refuse(*argv, **options):
+        torch.empty(1 << 52)
+
+    def fault(*argv, **options):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(checkpoint, "load", refuse)
+    assert "allocate memory" in fails("--checkpoint", abc)
+    monkeypatch.setattr(checkpoint, "load", fault)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        generate.main(["--checkpoint", str(abc)])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+def test_closed_streams(abc):
+    command = f"{sys.executable} {ROOT / 'generate.py'} --checkpoint {abc} --prompt - --json <&- 2>&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["text"] == "abcdefg" and not done.stderr
+
+
 # -- interruption ----------------
 
 
@@ -671,6 +699,20 @@ def test_chat_interrupt_stops_the_answer_and_not_the_program(call, tmp_path, tur
     assert len(second) == len("<|bos|>u:a<|eot|>a:??<|eot|>u:b<|eot|>a:")  # the two pieces before Ctrl-C are kept
 
 
+def test_chat_ctrl_c_before_the_answer_forgets_the_question(call, tmp_path, turns, monkeypatch):
+    folder, real, asked = recital(tmp_path, ":abc", "<|eos|>", template=PLAIN), generate.Tokenizer.encode_chat, []
+
+    def interrupted(self, messages):
+        asked.append([m["content"] for m in messages])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(self, messages)
+
+    monkeypatch.setattr(generate.Tokenizer, "encode_chat", interrupted)
+    out, _ = call("--checkpoint", folder, "--chat", "--temperature", 0, stdin="x\ny\nz\n")
+    assert out == "> abc\n> \n> abc\n> \n" and asked == [["x"], ["x", "abc", "y"], ["x", "abc", "z"]]
+
+
 def test_chat_ctrl_c_at_the_prompt_leaves(call, tmp_path, monkeypatch):
     folder = recital(tmp_path, "abc", "<|eos|>", template=PLAIN)
 
@@ -712,6 +754,16 @@ def test_selftest_passes_its_arguments_and_its_status_on(monkeypatch):
     monkeypatch.setattr(subprocess, "call", lambda command: ran.append(command) or 1)
     assert generate.main(["--checkpoint", "x", "--selftest"]) == 1
     assert ran[0][1:] == [str(ROOT / "scripts" / "selftest.py"), "--checkpoint", "x", "--selftest"]
+
+
+def test_selftest_interrupted(selftest, monkeypatch):
+    def ctrl_c(*argv, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "call", ctrl_c)
+    monkeypatch.setattr(generate.Engine, "load", ctrl_c)
+    assert generate.main(["--selftest"]) == 130
+    assert selftest() == (130, [])
 
 
 @pytest.fixture
