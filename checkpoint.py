@@ -80,7 +80,8 @@ def _hub_problem(repo: str, revision: str, error: Exception) -> str:
     if constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled):
         return f"{repo!r} ({revision}): no such folder, and not complete in the Hub's cache: unset HF_HUB_OFFLINE once"
     detail = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
-    return f"downloading {repo} from {hub} failed ({detail}): try again; files that arrived whole are kept"
+    what = f"{repo!r}: no such folder, and downloading it from {hub} failed ({detail})"
+    return f"{what}: try again; files that arrived whole are kept"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,9 +99,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it is. FileNotFoundError when the folder has none."""
-    if not (config := read_json(folder / "config.json")):
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give a Hugging Face checkpoint folder")
-    return config
+    return read_json(folder / "config.json")
 
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
@@ -311,17 +312,24 @@ class Weights:
             raise ValueError(f"{index} lists tensors that their files do not hold: {_some(absent)}")
 
     def _refuse(self) -> None:
-        others = sorted(
-            f.name for f in self.folder.iterdir() if f.suffix in (".bin", ".pth", ".pt", ".gguf", ".safetensors")
-        )
+        files, own = sorted(self.folder.iterdir()), "only safetensors are read: convert with transformers'"
         message = f"{self.folder} has no model.safetensors and no model.safetensors.index.json"
-        if others:
-            how = "transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-            message += f" but {_some(others)}; only safetensors are read: convert with {how}"
+        for pattern, advice in (
+            (r"adapter_.*\.safetensors", "an adapter: merge it into its base model with peft's merge_and_unload()"),
+            (r".*-of-\d+\.safetensors", "download the index too"),
+            (r".*\.safetensors", "a single file must be called model.safetensors"),
+            (r".*\.gguf", f"{own} from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(...)"),
+            (r"consolidated.*\.pth", f"{own} convert_llama_weights_to_hf.py, or take the model's -hf folder"),
+            (r".*\.(bin|pth|pt)", f"{own} AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(...)"),
+        ):
+            if others := [f.name for f in files if re.fullmatch(pattern, f.name) and f.is_file()]:
+                raise FileNotFoundError(f"{message} but {_some(others)}; {advice}")
         raise FileNotFoundError(message)
 
     def _open(self, file: str) -> Any:  # noqa: ANN401
         if file not in self._files:
+            if not (self.folder / file).is_file():
+                raise FileNotFoundError(f"{self.folder / file} is missing, which the index names; download it too")
             try:
                 self._files[file] = safe_open(self.folder / file, "pt", device=str(self.device))
             except (SafetensorError, OSError) as error:

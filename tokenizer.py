@@ -95,9 +95,7 @@ class SentencePieceFile:
 class Tokenizer:
     """The tokenizer of a folder; `vocab_size` is its largest id + 1, `stop_ids` what ends a text."""
 
-    def __init__(self, folder: Path) -> None:
-        names = ("tokenizer_config.json", "generation_config.json", "config.json")
-        config, generation, model = (json.loads(text_of(folder / name) or "{}") for name in names)
+    def __init__(self, folder: Path, config: Json, generation: Json, model: Json) -> None:
         path = folder / "tokenizer.json"
         self.file = file = JsonFile(path) if path.is_file() else SentencePieceFile(folder / "tokenizer.model", config)
         self.vocab_size = file.size
@@ -118,8 +116,10 @@ class Tokenizer:
         """Raises FileNotFoundError without a tokenizer, ValueError (one line) for one that cannot be read."""
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model")
+        names = ("tokenizer_config.json", "generation_config.json", "config.json")
+        configs = [object_of(folder / name) for name in names]
         try:
-            return cls(folder)
+            return cls(folder, *configs)
         except Exception as error:  # `tokenizers` raises nothing more specific
             raise ValueError(f"{folder}: its tokenizer cannot be read: {error!r}") from error
 
@@ -170,6 +170,17 @@ class Tokenizer:
 def text_of(path: Path) -> str:
     """A file's text, "" where there is none."""
     return path.read_text("utf-8") if path.is_file() else ""
+
+
+def object_of(path: Path) -> Json:
+    """The JSON object of a file, {} where there is none. ValueError names the file."""
+    try:
+        value = json.loads(text_of(path) or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 def render(template: str, variables: Json) -> str:

@@ -573,6 +573,8 @@ def test_truncated_and_corrupt_files(folder):
 
 
 def test_config_that_is_not_json(folder):
+    (folder / "config.json").write_text("{}")
+    assert "model_type ''" in refusal(folder)
     for text in ("{", "[]", '"llama"', "\x00", "[" * 100_000):
         (folder / "config.json").write_text(text)
         assert "config.json" in refusal(folder)
@@ -609,7 +611,7 @@ def test_index_that_is_wrong(tiny):
         assert "index.json" in refusal(folder)
     path.write_text(json.dumps(index))
     (folder / files[1]).unlink()
-    assert files[1] in refusal(folder)
+    assert f"{files[1]} is missing" in refusal(folder, FileNotFoundError)
 
 
 def test_tolerated_leftovers(folder):
@@ -633,10 +635,22 @@ def test_tied_head(tiny):
     assert "lm_head.weight differs" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.Q4_K_M.gguf", "weights.pt"])
-def test_folder_with_other_weights_says_what_to_do(folder, name):
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("pytorch_model.bin", "from_pretrained(FOLDER).save_pretrained"),
+        ("weights.pt", "from_pretrained(FOLDER).save_pretrained"),
+        ("consolidated.00.pth", "convert_llama_weights_to_hf.py"),
+        ("model.Q4_K_M.gguf", "gguf_file="),
+        ("adapter_model.safetensors", "merge_and_unload"),
+        ("model-00001-of-00002.safetensors", "index"),
+        ("consolidated.safetensors", "must be called model.safetensors"),
+    ],
+)
+def test_folder_with_other_weights_says_what_to_do(folder, name, what):
     (folder / "model.safetensors").rename(folder / name)
-    assert name in (line := refusal(folder, FileNotFoundError)) and "save_pretrained" in line
+    assert name in (line := refusal(folder, FileNotFoundError)) and what in line
+    assert ("only safetensors are read" in line) == (not name.endswith("safetensors"))
 
 
 def test_folder_without_weights(folder):

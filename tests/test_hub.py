@@ -218,7 +218,8 @@ def test_token_opens_gated_and_private_and_the_cache_works_offline(hub, resolve,
     nothing_listens = f"http://127.0.0.1:{free_port()}"
     cached, absent = resolve("acme/private", "acme/tiny", HF_ENDPOINT=nothing_listens)
     assert cached == private
-    assert absent.startswith(f"error: downloading acme/tiny from {nothing_listens} failed (ConnectError: ")
+    what = f"error: 'acme/tiny': no such folder, and downloading it from {nothing_listens} failed (ConnectError: "
+    assert absent.startswith(what)
 
 
 def test_cut_connection_is_resumed_where_it_broke(hub, resolve):
@@ -232,7 +233,8 @@ def test_cut_connection_is_resumed_where_it_broke(hub, resolve):
 def test_interrupted_download_is_one_line_and_the_next_run_fetches_only_the_rest(hub, resolve):
     hub.cut, hub.broken = 1, True
     (line,) = resolve("acme/tiny")
-    assert line.startswith(f"error: downloading acme/tiny from http://127.0.0.1:{hub.server_port} failed (")
+    assert line.startswith("error: 'acme/tiny': no such folder, and downloading it from ")
+    assert f" http://127.0.0.1:{hub.server_port} failed (" in line
     assert line.endswith("): try again; files that arrived whole are kept")
     hub.broken, hub.requests = False, []
     (folder,) = resolve("acme/tiny")

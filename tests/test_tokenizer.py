@@ -340,7 +340,8 @@ def test_broken_folders_are_one_line(llama_json, piece_model, tmp_path):
         if not name.startswith("tokenizer."):
             write(folder, "tokenizer.json", good)
         write(folder, name, content)
-        with pytest.raises(ValueError, match="its tokenizer cannot be read") as caught:
+        named = "its tokenizer cannot be read" if "template" in content or name.startswith("tokenizer.") else name
+        with pytest.raises(ValueError, match=named) as caught:
             Tokenizer.from_folder(folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value), caught.value
 
