@@ -341,10 +341,11 @@ if triton is not None:
     def _rows_kernel(
         x_ptr: tl.tensor, w_ptr: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, out_ptr: tl.tensor,
         rows: tl.tensor, N: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-        SPAN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+        SPAN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
         """Several rows: BLOCK rows of the matrix are the wide operand of the tensor cores, the activations the narrow
-        one; the loads of STAGES steps are on their way through shared memory.
+        one; the weights of EARLY steps are asked for before the wait, then the loads of STAGES steps are on their way
+        through shared memory.
         """
         OUT: tl.constexpr = N // 2 if SILU else N
         start = tl.program_id(0) * (BLOCK // 2 if SILU else BLOCK)
@@ -354,20 +355,24 @@ if triton is not None:
         w_ptr += start.to(tl.int64) * K  # what differs between lanes is 32 bits wide: half of the loop was addresses
         if PDL:
             gdc_launch_dependents()
-        w0 = tl.load(w_ptr + (row * K + k), (start + row < N) & (k < K), 0)
+        weights, xs = tl.tuple([]), tl.tuple([])
+        for i in tl.static_range(EARLY):
+            weights = weights + (tl.load(w_ptr + i * SPAN + (row * K + k), (start + row < N) & (i * SPAN + k < K), 0),)
         if PDL:
             gdc_wait()
-        x0 = tl.load(x_ptr + (m * K + k), (m < rows) & (k < K), 0)
+        for i in tl.static_range(EARLY):
+            xs = xs + (tl.load(x_ptr + i * SPAN + (m * K + k), (m < rows) & (i * SPAN + k < K), 0),)
         bias, residual = _added(start, rows, bias_ptr, residual_ptr, out_ptr, N, BLOCK, M, SILU)
         acc = tl.zeros([BLOCK, M], tl.float32)
-        for first in tl.range(SPAN, K, SPAN, num_stages=STAGES):
+        for first in tl.range(EARLY * SPAN, K, SPAN, num_stages=STAGES):
             if K % SPAN == 0 and N % BLOCK == 0:
                 w = tl.load(w_ptr + first + (row * K + k))
             else:
                 w = tl.load(w_ptr + first + (row * K + k), (start + row < N) & (first + k < K), 0)
             x = tl.load(x_ptr + first + (m * K + k), (m < rows) & (first + k < K), 0)
             acc = _dot(w, x.T, acc, ASM)
-        acc = _dot(w0, x0.T, acc, ASM)
+        for i in tl.static_range(EARLY):
+            acc = _dot(weights[i], xs[i].T, acc, ASM)
         _finish(acc, bias, residual, start, rows, out_ptr, N, SILU)
 
     @triton.jit
@@ -740,15 +745,17 @@ def _row_tile(k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int]
     return 1, 4096 if 8192 < k <= 12288 else 2048, 4
 
 
-def _rows_tile(k: int, n: int, rows: int, silu_mul: bool, shared: int) -> tuple[int, int, int, int]:
-    """(rows of the matrix, k at a time, warps, stages) of `_rows_kernel`; sm86's 99 KB of shared memory are enough."""
+def _rows_tile(k: int, n: int, rows: int, silu_mul: bool, shared: int) -> tuple[int, int, int, int, int]:
+    """(rows of the matrix, k at a time, warps, stages, early steps) of `_rows_kernel`; sm86's 99 KB of shared memory
+    are enough.
+    """
     if silu_mul:
-        return (64, 128, 2, 4) if rows <= 8 else (64, 64, 2, 6)
+        return (64, 128, 2, 4, 1) if rows <= 8 else (64, 64, 2, 6, 1)
     if k >= 4096 and 2048 < n <= 4096 and rows <= 8 and shared >= 160 * 1024:
-        return 32, 256, 2, 7 if k > 8192 else 6  # one program a multiprocessor, with deep queues
+        return 32, 256, 2, 7 if k > 8192 else 6, 1  # one program a multiprocessor, with deep queues
     if n <= 8192:
-        return (16, 512, 2, 4) if rows <= 8 else (16, 256, 1, 6)
-    return 32, 128, 1, 6
+        return (16, 512, 2, 4, 1) if rows <= 8 else (16, 256, 1, 6, 1)
+    return 32, 128, 1, 6, 1
 
 
 def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:
@@ -818,9 +825,9 @@ def _linear(
             _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(x.device, 8))
             x = normed
         shared = 0 if interpreted() else torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-        block, span, warps, stages = _rows_tile(k, n, rows, silu_mul, shared)
+        block, span, warps, stages, early = _rows_tile(k, n, rows, silu_mul, shared)
         _rows_kernel[(triton.cdiv(n_out, block // 2 if silu_mul else block),)](
-            x, weight, bias, residual, out, rows, n, k, silu_mul, 8 if rows <= 8 else 16, block, span, stages,
+            x, weight, bias, residual, out, rows, n, k, silu_mul, 8 if rows <= 8 else 16, block, span, stages, early,
             ASM=not interpreted(), **_launch(x.device, warps, stages),
         )  # fmt: skip
         return out

@@ -38,7 +38,7 @@ from linear import Linear  # noqa: E402
 from sampling import SamplingParams, sample  # noqa: E402
 
 # Bytes per second that the best read-only kernel reached; a slower measurement must not flatter MBU.
-KNOWN_READ = {"NVIDIA H200": 4.68e12}
+KNOWN_READ = {"NVIDIA H200": 4.68e12, "NVIDIA H100 80GB HBM3": 3.17e12}
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
 

@@ -366,9 +366,9 @@ needs_compiler = pytest.mark.skipif(kernels.triton is None or kernels.interprete
 @pytest.mark.parametrize("sm, shared", [(86, 99), (90, 227)])
 def test_tiles_fit_shared_memory(rows, k, n, silu_mul, sm, shared):
     types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"}
-    block, span, warps, stages = kernels._rows_tile(k, n, rows, silu_mul, shared * 1024)
+    block, span, warps, stages, early = kernels._rows_tile(k, n, rows, silu_mul, shared * 1024)
     values = {"bias_ptr": None, "residual_ptr": None, "N": n, "K": k, "SILU": silu_mul, "M": rows}
-    values |= {"BLOCK": block, "SPAN": span, "STAGES": stages, "PDL": False, "ASM": True}
+    values |= {"BLOCK": block, "SPAN": span, "STAGES": stages, "EARLY": early, "PDL": False, "ASM": True}
     kernel = compiled(kernels._rows_kernel, types, values, sm, warps)
     assert 0 < kernel.metadata.shared <= shared * 1024
 
