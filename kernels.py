@@ -750,12 +750,12 @@ def _rows_tile(k: int, n: int, rows: int, silu_mul: bool, shared: int) -> tuple[
     are enough.
     """
     if silu_mul:
-        return (64, 128, 2, 4, 1) if rows <= 8 else (64, 64, 2, 6, 1)
-    if k >= 4096 and 2048 < n <= 4096 and rows <= 8 and shared >= 160 * 1024:
-        return 32, 256, 2, 7 if k > 8192 else 6, 1  # one program a multiprocessor, with deep queues
+        return (64, 128, 2, 3, 2) if rows <= 8 else (64, 64, 2, 6, 1)
+    if k >= 4096 and 2048 < n <= 4096 and rows <= 8 and shared >= 160 * 1024:  # one program a multiprocessor
+        return (32, 256, 2, 7, 2) if k > 8192 else (32, 256, 2, 6, 1)
     if n <= 8192:
         return (16, 512, 2, 4, 1) if rows <= 8 else (16, 256, 1, 6, 1)
-    return 32, 128, 1, 6, 1
+    return (32, 128, 1, 5, 3) if rows <= 8 else (32, 128, 1, 6, 1)
 
 
 def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:

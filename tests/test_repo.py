@@ -18,9 +18,9 @@ BUDGETS = {  # code lines; raising one is a reviewed change of a number, with it
     "linear": 260,
     "formats": 310,  # three file formats, act-order, dynamic rules and per-group overrides of their writers, ill-typed
     "tp": 120,
-    "checkpoint": 610,  # config.json: unknown keys and ill-typed values refused; Hub errors, memory checks, named shapes
+    "checkpoint": 610,  # config.json, unknown keys and ill-typed values refused; Hub errors, memory checks, shapes
     "tokenizer": 160,  # two kinds of files, templates in a child process, a broken file named
-    "sampling": 95,  # noise without random state, top-k in two selections
+    "sampling": 95,  # noise without random state, top-k in two selections, or all of it in kernels
     "speculative": 395,  # ragged rows, automatic length under a bound, rests, catching up, what a round costs
     "generate": 625,  # the command alone has thirty flags
     "quantize": 500,  # a report, streaming, and a folder that is whole or absent, beside the algorithms
