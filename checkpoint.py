@@ -212,7 +212,7 @@ class _Reader:
 
     KINDS: dict[type, tuple[tuple[type, ...], str]] = {
         int: ((int,), "an integer"),
-        float: ((int, float), "a number"),
+        float: ((int, float), "a number, 0 or more"),
         bool: ((bool,), "true or false"),
         str: ((str,), "a string"),
         tuple: ((list, tuple), "a list"),
@@ -231,10 +231,12 @@ class _Reader:
         if value is None:
             return default
         types, what = self.KINDS[int if default is ... else type(default)]
-        number, low = what in ("an integer", "a number"), low if what == "an integer" else 0
-        if type(value) not in types or (number and not low <= value < 1 << 31):
-            shown = what + f" from {low} to 2147483647" * number
-            raise ValueError(f"config.json has {key} = {value!r}; it must be {shown}")
+        if what == "an integer":
+            what, ok = f"an integer from {low} to 2147483647", type(value) is int and low <= value < 1 << 31
+        else:
+            ok = type(value) in types and (float not in types or 0 <= value < float("inf"))
+        if not ok:
+            raise ValueError(f"config.json has {key} = {value!r}; it must be {what}")
         return value
 
     def finish(self) -> None:

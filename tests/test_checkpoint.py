@@ -367,6 +367,11 @@ def test_configs_of_real_models(config, want):
     assert got.hidden_size == config["hidden_size"] and got.num_hidden_layers == config["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("theta", [500_000, 2804339835.0, 45_900_000_000])
+def test_rope_theta_of_long_contexts(theta):
+    assert checkpoint.config_from_hf(LLAMA_31_8B | {"rope_theta": theta}).rope.rope_theta == theta
+
+
 @pytest.mark.parametrize(
     "config, absent, want",
     [
