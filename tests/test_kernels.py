@@ -264,9 +264,10 @@ def test_sample_equals_twin(vocabulary, k, dtype):
     top-k is broken by the lowest id here.
     """
     params = [SamplingParams(0.0 if k == 1 else t, k, min_p=m) for t, m in ((0.8, 0.0), (1.7, 0.0), (1.0, 0.05))]
+    rows = 3 if kernels.interpreted() else 16  # the interpreter takes half a second for a row of 33,000
     for coarse in (False, True):
-        logits = make_logits(16, vocabulary, dtype, coarse)
-        seeds, positions = torch.arange(16, device=DEVICE) << 20, torch.arange(16, device=DEVICE)[:, None] * 7
+        logits = make_logits(rows, vocabulary, dtype, coarse)
+        seeds, positions = torch.arange(rows, device=DEVICE) << 20, torch.arange(rows, device=DEVICE)[:, None] * 7
         for p in params:
             assert kernels.samples(dtype, vocabulary, p.structure)
             args = logits, p.structure, p.knobs(DEVICE), seeds, positions[:, 0]
@@ -274,7 +275,7 @@ def test_sample_equals_twin(vocabulary, k, dtype):
             order = logits.double() - 1e-9 * torch.arange(vocabulary, device=DEVICE)
             got, twin = sample(*args, fused=True), sample(order, *args[1:])
             assert torch.equal(got, twin)
-            assert torch.equal(got[5:6], sample(logits[5:6], *args[1:3], seeds[5:6], positions[5:6, 0], fused=True))
+            assert torch.equal(got[2:3], sample(logits[2:3], *args[1:3], seeds[2:3], positions[2:3, 0], fused=True))
 
 
 @needs_kernels
@@ -290,9 +291,9 @@ def test_sample_says_where_logits_are_not_finite_and_equals_twin():
 
 
 @needs_kernels
-def test_sample_draws_what_it_should_and_equals_twin():
-    """20,000 draws of one row: chi-square against the top-k probabilities."""
-    n, k, vocabulary = 2000 if kernels.interpreted() else 20_000, 8, 64
+def test_sample_draws_what_it_should():
+    """20,000 draws of one row, for which the interpreter is too slow: chi-square against the top-k probabilities."""
+    n, k, vocabulary = 20_000, 8, 64
     row, params = torch.linspace(-2, 1, vocabulary).to(torch.float16), SamplingParams(0.9, k)
     logits = row.to(DEVICE).expand(n, -1)
     seeds, positions = torch.arange(n, device=DEVICE), torch.zeros(n, dtype=torch.int64, device=DEVICE)
