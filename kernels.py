@@ -7,8 +7,9 @@ without Triton: then `supported` is False everywhere and the twins serve.
 
 How they come near the memory's speed (measurements in benchmarks/NOTES.md):
 
-- 16-bit weights and one row or two: small programs that ask for all their weights at once and multiply-add. More: the
-  tensor cores, the loads of the next steps passing through shared memory meanwhile.
+- 16-bit weights and up to four rows: small programs that ask for all their weights at once, in the memory's order. The
+  tensor cores multiply, at the price of products that nobody wants: converting and adding took longer than reading.
+  More rows: the wanted products alone, the loads of the next steps passing through shared memory meanwhile.
 - int8 and int4 weights: a GPU has no time to make floats of them. The activations become integers instead, two int8
   digits of a block floating-point number that is finer than bf16 (`_digits_kernel`), and the tensor cores multiply
   integers exactly. One row uses two of their eight columns, four rows use all: up to eight rows are nearly free.
@@ -229,96 +230,110 @@ if triton is not None:
     @triton.jit
     def _row_kernel(
         x_ptr: tl.tensor, w_ptr: tl.tensor, bias_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor,
-        experts_ptr: tl.tensor, out_ptr: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr,
-        SILU: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
+        experts_ptr: tl.tensor, out_ptr: tl.tensor, rows: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr,
+        SILU: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr,
+        AHEAD: tl.constexpr, NEAR: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
-        """One row of activations or two: BLOCK results of each by plain multiply-adds."""
+        """BLOCK results of M (1, 2 or 4) rows of activations: every warp takes each WARPS-th chunk of EACH k, asks for
+        its weights AHEAD steps before it multiplies them and for its activations NEAR steps before.
+
+        The eight columns of m16n8k16 are M rows of activations cut into PIECES = 8 / M, the sixteen rows 2 M rows of
+        the matrix, cut likewise. What a lane loads, 512 / M bytes of a row with its neighbours, is its operand, and of
+        the sums those of a row's piece with another piece of the activations are thrown away.
+        """
         OUT: tl.constexpr = N // 2 if SILU else N
-        EVEN: tl.constexpr = K % SPAN == 0 and OUT % BLOCK == 0
-        SUMS: tl.constexpr = SPAN if M == 1 else SPAN // 8
+        PIECES: tl.constexpr = 8 // M
+        SUB: tl.constexpr = EACH // (PIECES * 32)
+        PAIRS: tl.constexpr = BLOCK // M if SILU else BLOCK // (2 * M)  # of M rows, with SILU gates and ups
+        SPAN: tl.constexpr = WARPS * EACH
+        STEPS: tl.constexpr = (K + SPAN - 1) // SPAN
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
         if PDL:
             gdc_launch_dependents()
-        m = tl.program_id(1)
+        first = tl.program_id(1)
         if experts_ptr is not None:
             if PDL:
                 gdc_wait()
-            w_ptr += tl.load(experts_ptr + m) * N * K
-        n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        k = tl.arange(0, SPAN)
-        here = (n < OUT)[:, None]
-        w_ptr += n[:, None].to(tl.int64) * K + k
-        gate, up = _weights(w_ptr, 0, K, OUT, here, k, SILU, EVEN)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + n, n < OUT, 0)
-        at = (m + tl.arange(0, M)) * OUT + n[:, None]
-        if PDL:
-            gdc_wait()
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + at, here, 0)
-        if PDL:  # returns at once, but keeps the compiler from moving the load down to its use
-            gdc_wait()
-        y, squares = (tl.zeros([BLOCK, SUMS], tl.float32),) * M, (tl.zeros([SUMS], tl.float32),) * M
-        z = y
-        for first in tl.static_range(0, K, SPAN):
-            for i in tl.static_range(M):
-                x = tl.load(x_ptr + (m + i) * K + first + k, first + k < K, 0).to(tl.float32)
+            w_ptr += tl.load(experts_ptr + first) * N * K
+            rows = 1
+        start = tl.program_id(0) * BLOCK
+        w_ptr += start.to(tl.int64) * K
+        x_ptr += first * K
+        # activations [4 t, PIECES, M, WARPS, SUB, 8], weights [.., WARPS, PAIRS, 2, SUB, 8]: lanes, then warps, are
+        # dealt to the axes in order
+        k = tl.arange(0, PIECES)[:, None, None, None, None] * 4 + tl.arange(0, 4)[:, None, None, None, None, None]
+        k = k * 8 + tl.arange(0, 8) + tl.arange(0, SUB)[:, None] * (PIECES * 32)
+        k += tl.arange(0, WARPS)[:, None, None] * EACH
+        m = tl.arange(0, M)[:, None, None, None]
+        w_k = k[:, :, :, :, None, None]
+        half = tl.arange(0, 2)[:, None, None]
+        row = tl.arange(0, PAIRS)[:, None, None, None] * (M if SILU else 2 * M) + m[:, :, :, :, None, None]
+        row = row if SILU else row + half * M
+        there = start + row < OUT
+        row = row + half * OUT if SILU else row
+        n = start + tl.arange(0, BLOCK)[:, None]
+        column = tl.arange(0, M)
+        here = (n < OUT) & (column < rows)
+        at = (first + column) * OUT + n
+        residual = tl.zeros([BLOCK, M], dtype)
+        acc = tl.zeros([WARPS, PAIRS * 16, 8], tl.float32)
+        squares = tl.zeros([4, PIECES, M, WARPS], tl.float32)
+        weights, gains, xs = tl.tuple([]), tl.tuple([]), tl.tuple([])
+        for i in tl.static_range(STEPS + AHEAD):
+            if i < STEPS:
+                ptr = tl.max_contiguous(w_ptr + i * SPAN + (row * K + w_k), [64, 32, 16, 8, 1, 1, 1, 128])
+                if (i + 1) * SPAN <= K and OUT % BLOCK == 0:
+                    weights = weights + (tl.load(ptr, eviction_policy="evict_first"),)
+                else:
+                    valid = there & (i * SPAN + w_k < K)
+                    weights = weights + (tl.load(ptr, valid, 0, eviction_policy="evict_first"),)
                 if norm_ptr is not None:
-                    squares = squares[1:] + (squares[0] + _fewer(x * x, SUMS),)
-                    x *= tl.load(norm_ptr + first + k, first + k < K, 0).to(tl.float32)
-                y = y[1:] + (y[0] + _fewer(gate.to(tl.float32) * x, SUMS),)
-                if SILU:
-                    z = z[1:] + (z[0] + _fewer(up.to(tl.float32) * x, SUMS),)
-            if first + SPAN < K:
-                gate, up = _weights(w_ptr, first + SPAN, K, OUT, here, k, SILU, EVEN)
-        result = _sums(y, M)
+                    ptr = tl.broadcast_to(norm_ptr + i * SPAN + k, [4, PIECES, M, WARPS, SUB, 8])
+                    ptr = tl.max_contiguous(ptr, [64, 32, 16, 8, 1, 128])
+                    gains = gains + (tl.load(ptr, i * SPAN + k < K, 0),)
+            if i == AHEAD - 1:
+                if PDL:
+                    gdc_wait()
+                if residual_ptr is not None:
+                    residual = tl.load(residual_ptr + at, here, 0)
+            # at first the activations of NEAR steps, then those of one step more each time
+            for j in tl.static_range(
+                0 if i < AHEAD else i - AHEAD + NEAR, 0 if i < AHEAD - 1 else i - AHEAD + 1 + NEAR
+            ):
+                if j < STEPS:
+                    ptr = tl.max_contiguous(x_ptr + j * SPAN + (m * K + k), [64, 32, 16, 8, 1, 128])
+                    xs = xs + (tl.load(ptr, (m < rows) & (j * SPAN + k < K), 0),)
+            if PDL and i >= AHEAD:  # returns at once, but keeps the compiler from moving the loads down to their uses
+                gdc_wait()
+            if i >= AHEAD:  # noqa: SIM102
+                if eps != -1 - i:  # always: but the compiler moves no product up across a branch, in front of a load
+                    x = xs[i - AHEAD]
+                    if norm_ptr is not None:
+                        x = x.to(tl.float32)
+                        squares += tl.sum(tl.sum(x * x, 5), 4)
+                        x = (x * gains[i - AHEAD].to(tl.float32)).to(dtype)
+                    w = weights[i - AHEAD].reshape(4, PIECES, M, WARPS, PAIRS, 2, SUB, 2, 2, 2)
+                    w = w.permute(3, 4, 5, 2, 1, 6, 7, 8, 0, 9).reshape(WARPS, PAIRS * 16, SUB * 32)
+                    x = x.reshape(4, PIECES, M, WARPS, SUB, 2, 2, 2).permute(3, 4, 5, 6, 0, 7, 2, 1)
+                    acc = _dot(w, x.reshape(WARPS, SUB * 32, 8), acc, ASM)
+        y = acc.reshape(WARPS, PAIRS * 2 * M, PIECES, M, PIECES)
+        y = tl.where(tl.arange(0, PIECES)[:, None, None] == tl.arange(0, PIECES), y, 0.0)
+        y = tl.sum(y.permute(1, 3, 0, 2, 4).reshape(PAIRS * 2 * M, M, WARPS * PIECES * PIECES), 2)
         if norm_ptr is not None:
-            norm = tl.rsqrt(_sums(squares, M) / K + eps)
-            result *= norm
+            squares = tl.sum(squares.permute(2, 0, 1, 3).reshape(M, 4 * PIECES * WARPS), 1)
+            y *= tl.rsqrt(squares / K + eps)
+        other = y
+        if SILU:
+            y, other = tl.split(y.reshape(PAIRS, 2, M, M).permute(0, 2, 3, 1))
+            y, other = y.reshape(BLOCK, M), other.reshape(BLOCK, M)
         if bias_ptr is not None:
-            result += bias.to(tl.float32)[:, None]
+            y += tl.load(bias_ptr + n, n < OUT, 0).to(tl.float32)
         if SILU:
-            other = _sums(z, M)
-            if norm_ptr is not None:
-                other *= norm
             if bias_ptr is not None:
-                other += tl.load(bias_ptr + OUT + n, n < OUT, 0).to(tl.float32)[:, None]
-            result = result / (1 + tl.exp(-result)) * other
-        if residual_ptr is not None:
-            result += residual.to(tl.float32)
-        tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), here)
-
-    @triton.jit
-    def _fewer(x: tl.tensor, SUMS: tl.constexpr) -> tl.tensor:
-        """The last axis summed to SUMS numbers, each within a lane."""
-        last: tl.constexpr = len(x.shape) - 1
-        each: tl.constexpr = x.shape[last] // SUMS
-        return x if each == 1 else tl.sum(x.reshape(x.shape[:-1] + [SUMS, each]), last + 1)
-
-    @triton.jit
-    def _sums(x: tl.tuple, M: tl.constexpr) -> tl.tensor:
-        """Over the last axis of each of M tensors, side by side."""
-        last: tl.constexpr = len(x[0].shape) - 1
-        y = tl.sum(x[0], last) if M == 1 else tl.sum(tl.join(x[0], x[1]), last)
-        return tl.expand_dims(y, -1) if M == 1 and last == 1 else y
-
-    @triton.jit
-    def _weights(
-        ptr: tl.tensor, first: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, here: tl.tensor, k: tl.tensor,
-        SILU: tl.constexpr, EVEN: tl.constexpr,
-    ) -> tl.tensor:  # fmt: skip
-        """(gates, ups) at k = first; without SILU the rows themselves, twice."""
-        if EVEN:
-            gate = tl.load(ptr + first, eviction_policy="evict_first")
-        else:
-            here = here & (first + k < K)[None]
-            gate = tl.load(ptr + first, here, 0, eviction_policy="evict_first")
-        up = gate
-        if SILU:
-            if EVEN:
-                up = tl.load(ptr + OUT * K + first, eviction_policy="evict_first")
-            else:
-                up = tl.load(ptr + OUT * K + first, here, 0, eviction_policy="evict_first")
-        return gate, up
+                other += tl.load(bias_ptr + OUT + n, n < OUT, 0).to(tl.float32)
+            y = y / (1 + tl.exp(-y)) * other
+        y += residual.to(tl.float32)
+        tl.store(out_ptr + at, y.to(dtype), here)
 
     @triton.jit
     def _norm_kernel(
@@ -726,23 +741,25 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int
 # Tiles: what was fastest for Llama shapes on one H200 (NOTES.md has the sweeps); elsewhere they are right, if not best.
 
 
-def _row_tile(k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int]:
-    """(results, k at a time, warps) of `_row_kernel`."""
+def _row_tile(k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int, int]:
+    """(results, warps, k of a warp's step, and how many steps ahead weights and activations are asked for) of
+    `_row_kernel`.
+    """
+    if rows > 2:
+        if silu_mul:
+            return 4, 8, 256, 2, 2
+        return 8, (4 if n <= 8192 else 8), 128, 4, (4 if k <= 4096 else 2)
+    if rows == 2:
+        if silu_mul or n > 8192:
+            return 4, 8, 256, 2, 1
+        return 4, 4, 256, *((2, 2) if k <= 4096 else (6, 6))
+    if silu_mul:
+        return 4, (2 if k <= 2048 else 4), 256, 4, 4
     if k <= 2048:
-        return (2, 2048, 2) if n <= 8192 else (2, 1024, 1)
-    if k == 4096 and silu_mul and rows == 2:
-        return 2, 4096, 4
-    if k == 4096 < n <= 16384 and rows == 1:
-        return 4, 4096, 16
-    if k > 8192 and rows == 2:
-        return 4, 1024, 2
-    if k % 4096 == 0 and n > 8192:
-        return 4, 4096, 8
-    if k % 1024 == 0 and k <= 8192 and n > 2048:
-        return 4, 1024, 2
-    if n <= 2048:
-        return 4, 2048, 4
-    return 1, 4096 if 8192 < k <= 12288 else 2048, 4
+        return (2 if n <= 2048 else 4), 2, 256, 4, 4
+    if k <= 4096:
+        return 2, 4, 512, 2, 2
+    return 2, *((4, 256, 4, 4) if k <= 8192 else (8, 256, 6, 6))
 
 
 def _rows_tile(k: int, n: int, rows: int, silu_mul: bool, shared: int) -> tuple[int, int, int, int, int]:
@@ -764,17 +781,20 @@ def _quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tup
     """
     narrow, short = n <= 8192 and not silu_mul, k <= 4096 and silu_mul
     if rows > 8:
-        wide = (2, 8, 2, 2) if k > 8192 and bits == 4 else (1, 4, 2, 2)
-        return wide if narrow else (2, 4, 2, 2) if short or bits == 4 else (2, 2, 2, 2)
+        if narrow:
+            return (2, 8, 2, 2) if k > 8192 and bits == 4 else (1, 4, 2, 2)
+        return (2, 4, 2, 2) if short or bits == 4 else (2, 2, 2, 1)
     if bits == 8:
         if rows > 4:
-            return (1, 4, 6, 3) if narrow else (2, 4, 2, 1)
+            return (1, 4, 6, 3) if narrow else (2, 4, 1, 1) if short else (2, 4, 2, 1)
         return (2, 4, 2, 2) if not narrow else (1, 8, 4, 4) if k <= 8192 else (1, 4, 6, 6)
     if rows > 4:
-        return (1, 8, 2 if k <= 16384 else 3, 1) if narrow else (2, 2, 3, 1) if short else (2, 4, 2, 1)
+        return (1, 8, 2 if k <= 16384 else 3, 1) if narrow else (2, 2, 2, 1) if short else (2, 4, 2, 1)
     if narrow:
         return (1, 4, 8, 4) if k <= 4096 else (1, 8, 4, 4)
-    return (2, 2, 3, 3) if short else (2, 4, 3, 3)
+    if short:
+        return (2, 2, 2, 2) if rows == 1 else (2, 2, 3, 3)
+    return 2, 4, 3, 3
 
 
 def _group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:
@@ -811,19 +831,21 @@ def _linear(
     n = _out_features(weight, scale)
     n_out = n // 2 if silu_mul else n
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
-    if scale is None and (rows <= 2 or experts is not None):
-        together = rows if experts is None else 1
-        block, span, warps = _row_tile(k, n, together, silu_mul)
-        _row_kernel[(triton.cdiv(n_out, block), rows // together)](
-            x, weight, bias, norm_weight, residual, experts, out, eps, n, k, silu_mul, together, block, span,
-            **_launch(x.device, warps),
-        )  # fmt: skip
-        return out
     if scale is None:
-        if norm_weight is not None:
+        together = rows if experts is None else 1
+        if norm_weight is not None and together > 2:
             width, normed = triton.next_power_of_2(k), torch.empty_like(x)
             _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(x.device, 8))
-            x = normed
+            x, norm_weight = normed, None
+        if together <= 4:
+            block, warps, each, ahead, near = _row_tile(k, n, together, silu_mul)
+            most = triton.cdiv(k, warps * each)
+            _row_kernel[(triton.cdiv(n_out, block), rows // together)](
+                x, weight, bias, norm_weight, residual, experts, out, rows, eps, n, k, silu_mul,
+                triton.next_power_of_2(together), block, warps, each, min(ahead, most), min(near, most),
+                ASM=not interpreted(), **_launch(x.device, warps),
+            )  # fmt: skip
+            return out
         shared = 0 if interpreted() else torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
         block, span, warps, stages, early = _rows_tile(k, n, rows, silu_mul, shared)
         _rows_kernel[(triton.cdiv(n_out, block // 2 if silu_mul else block),)](

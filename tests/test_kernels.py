@@ -129,9 +129,9 @@ def test_linear_equals_twin(dtype, fmt, shape):
 
 @needs_kernels
 @pytest.mark.parametrize("extra", EXTRAS[:3], ids=str)
-@pytest.mark.parametrize("rows", [1, 2])
-def test_multiply_adds_equal_the_twin(rows, extra):
-    check_linear(kernels.linear, "dense", rows, 66, 4352, torch.bfloat16, DEVICE, 8e-3, **extra)  # no whole tiles
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_parts_of_tiles_equals_twin(rows, extra):
+    check_linear(kernels.linear, "dense", rows, 66, 4360, DTYPES[0], DEVICE, 8e-3, **extra)
 
 
 @needs_kernels
@@ -386,3 +386,21 @@ def test_weights_go_straight_to_the_tensor_cores(bits):
     ptx = compiled(kernel, types, values, 90, 4).asm["ptx"]
     assert ptx.count("mma.sync") == 16 * 4 / 4  # 16 chunks, four products each, shared by four warps
     assert ptx.count("ld.global") >= 16 and ptx.count("bar.sync") < 8
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("k, n, silu_mul", [(4096, 4096, False), (4096, 22016, True), (11008, 4096, False)])
+def test_rows_are_multiplied_where_they_were_loaded(rows, k, n, silu_mul):
+    """Neither operand passes through shared memory or another lane."""
+    types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "eps": "fp32"}
+    block, warps, each, ahead, near = kernels._row_tile(k, n, rows, silu_mul)
+    values = dict.fromkeys(("bias_ptr", "norm_ptr", "residual_ptr", "experts_ptr"))
+    values |= {"N": n, "K": k, "SILU": silu_mul, "M": rows, "BLOCK": block, "WARPS": warps, "EACH": each}
+    values |= {"AHEAD": ahead, "NEAR": near, "PDL": True, "ASM": True}
+    ptx = compiled(kernels._row_kernel, types, values, 90, warps).asm["ptx"]
+    steps = -(-k // (warps * each))
+    loads = block * (1 + silu_mul) * each // 256  # of weights, 512 bytes a warp
+    assert ptx.count("ld.global") == steps * (loads + rows * each // 256)
+    assert ptx.count("mma.sync") == steps * loads and ptx.count("bar.sync") <= 4
+    assert "ld.shared.v4" not in ptx and "ldmatrix" not in ptx
