@@ -645,9 +645,12 @@ def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[
     values = {name: config[name] for name in names if config.get(name) is not None and name not in chosen}
     for name, value in values.items():
         if type(value) not in (int, float)[: 1 + (name != "top_k")]:
-            what = "an integer" if name == "top_k" else "a number"
-            raise ValueError(f"{path}: {name} is {value!r}; it must be {what}")
-    values = {"temperature": 0.0} if config.get("do_sample") is False else values
+            raise ValueError(
+                f"{path}: {name} is {value!r}; it must be {'an integer' if name == 'top_k' else 'a number'}"
+            )
+    if not isinstance(sampled := config.get("do_sample"), bool | None):
+        raise ValueError(f"{path}: do_sample is {sampled!r}; it must be true or false")
+    values = {"temperature": 0.0} if sampled is False else values
     try:
         return make(**{**values, **chosen})
     except ValueError as error:

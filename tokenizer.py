@@ -104,7 +104,10 @@ class Tokenizer:
         self.bos, self.eos = (token["content"] if isinstance(token, dict) else token or "" for token in named)
         self.bos_id: int | None = file.id_of(self.bos)
         stop = generation.get("eos_token_id", model.get("eos_token_id"))
-        self.stop_ids = frozenset([file.id_of(self.eos), *(stop if isinstance(stop, list) else [stop])]) - {None}
+        stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
+        if not all(type(i) is int for i in stop):
+            raise ValueError(f"eos_token_id is {stop}; it must be an id or a list of ids")
+        self.stop_ids = frozenset([file.id_of(self.eos), *stop]) - {None}
         template = config.get("chat_template", "")
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")

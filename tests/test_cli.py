@@ -322,6 +322,15 @@ def test_sampling_defaults_that_are_wrong_are_named_unless_overruled(call, fails
     call("--checkpoint", folder, f"--{name.replace('_', '-')}", 1 - (name == "min_p"))
 
 
+@pytest.mark.parametrize(
+    "name, value", [("do_sample", "no"), ("do_sample", 0), ("eos_token_id", "2"), ("eos_token_id", [2.0])]
+)
+def test_ill_typed_generation_settings_are_named(fails, tmp_path, name, value):
+    folder = recital(tmp_path, "abc", "<|eos|>")
+    (folder / "generation_config.json").write_text(json.dumps({name: value}))
+    assert f"{name} is " in (line := fails("--checkpoint", folder)) and repr(value) in line
+
+
 # -- how it runs ----------------
 
 
