@@ -234,12 +234,13 @@ if triton is not None:
         SILU: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr,
         AHEAD: tl.constexpr, NEAR: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
     ) -> None:  # fmt: skip
-        """BLOCK results of M (1, 2 or 4) rows of activations: every warp takes each WARPS-th chunk of EACH k, asks for
+        """BLOCK results of M (1 or 4) rows of activations: every warp takes each WARPS-th chunk of EACH k, asks for
         its weights AHEAD steps before it multiplies them and for its activations NEAR steps before.
 
         The eight columns of m16n8k16 are M rows of activations cut into PIECES = 8 / M, the sixteen rows 2 M rows of
         the matrix, cut likewise. What a lane loads, 512 / M bytes of a row with its neighbours, is its operand, and of
-        the sums those of a row's piece with another piece of the activations are thrown away.
+        the sums those of a row's piece with another piece of the activations are thrown away. (M = 2 would be summed
+        over lanes that are no neighbours, 1, 4 and 8 apart, which Triton 3.6 does wrongly, over 1, 2 and 4.)
         """
         OUT: tl.constexpr = N // 2 if SILU else N
         PIECES: tl.constexpr = 8 // M
@@ -745,14 +746,10 @@ def _row_tile(k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int,
     """(results, warps, k of a warp's step, and how many steps ahead weights and activations are asked for) of
     `_row_kernel`.
     """
-    if rows > 2:
+    if rows > 1:
         if silu_mul:
             return 4, 8, 256, 2, 2
         return 8, (4 if n <= 8192 else 8), 128, 4, (4 if k <= 4096 else 2)
-    if rows == 2:
-        if silu_mul or n > 8192:
-            return 4, 8, 256, 2, 1
-        return 4, 4, 256, *((2, 2) if k <= 4096 else (6, 6))
     if silu_mul:
         return 4, (2 if k <= 2048 else 4), 256, 4, 4
     if k <= 2048:
@@ -833,7 +830,7 @@ def _linear(
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
     if scale is None:
         together = rows if experts is None else 1
-        if norm_weight is not None and together > 2:
+        if norm_weight is not None and together > 1:
             width, normed = triton.next_power_of_2(k), torch.empty_like(x)
             _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(x.device, 8))
             x, norm_weight = normed, None
@@ -842,7 +839,7 @@ def _linear(
             most = triton.cdiv(k, warps * each)
             _row_kernel[(triton.cdiv(n_out, block), rows // together)](
                 x, weight, bias, norm_weight, residual, experts, out, rows, eps, n, k, silu_mul,
-                triton.next_power_of_2(together), block, warps, each, min(ahead, most), min(near, most),
+                1 if together == 1 else 4, block, warps, each, min(ahead, most), min(near, most),
                 ASM=not interpreted(), **_launch(x.device, warps),
             )  # fmt: skip
             return out
