@@ -830,7 +830,7 @@ def _linear(
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
     if scale is None:
         together = rows if experts is None else 1
-        if norm_weight is not None and together > 1:
+        if norm_weight is not None and (together > 1 or x.dtype == torch.float16):  # gain * x may not fit float16
             width, normed = triton.next_power_of_2(k), torch.empty_like(x)
             _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(x.device, 8))
             x, norm_weight = normed, None

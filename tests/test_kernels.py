@@ -135,6 +135,21 @@ def test_parts_of_tiles_equals_twin(rows, extra):
 
 
 @needs_kernels
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", ["dense", "int8", "g128"])
+def test_a_large_activation_is_normed_and_equals_twin(fmt, rows, dtype):
+    """One channel of a residual stream often holds thousands; times the norm's weight that is too much for float16."""
+    x, weight, scale, zero, _ = make_linear(fmt, rows, 64, 256, dtype)
+    x[:, 200] = 30_000
+    gain = torch.linspace(1, 8, 256).to(dtype)
+    move = [t if t is None else t.to(DEVICE) for t in (x, weight, scale, zero)]
+    y = kernels.linear(*move, norm_weight=gain.to(DEVICE), eps=1e-5).cpu().float()
+    wide = [t if t is None or t.dtype in (torch.int8, torch.uint8) else t.float() for t in (x, weight, scale, zero)]
+    assert relative_error(y, kernels.linear_reference(*wide, norm_weight=gain.float(), eps=1e-5)) < 8e-3
+
+
+@needs_kernels
 @pytest.mark.parametrize("fmt", [*FORMATS[1:], "g96", "g40z"])
 def test_dequantize_equals_its_twin_and_the_formula(fmt):
     sizes = {"g96": [(32, 192), (40, 1152)], "g40z": [(32, 40), (24, 520)], "int8": [(32, 40), (24, 1152)]}
