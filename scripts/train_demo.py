@@ -96,7 +96,7 @@ def train_tokenizer(text: str, vocab_size: int) -> SentencePieceProcessor:
         sentence_iterator=iter([line for line in text.split("\n") if line]), model_writer=model, model_type="bpe",
         vocab_size=vocab_size, byte_fallback=True, character_coverage=0.99995, required_chars="0123456789",
         split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, minloglevel=2)  # fmt: skip
+        allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, minloglevel=2, num_threads=1)  # fmt: skip
     return SentencePieceProcessor(model_proto=model.getvalue())
 
 

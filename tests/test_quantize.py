@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -442,7 +441,7 @@ def test_kill_at_any_moment(tiny, text, tmp_path, starter):
         process.join(rng.uniform(0.0, seconds) if i > 1 else 60.0)
         seconds = seconds if i > 1 else time.perf_counter() - started
         if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()  # nothing, should it have ended just now
             killed += 1
         process.join()
         assert not out.exists() or is_whole(out), f"run {i}"
