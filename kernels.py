@@ -228,6 +228,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
+    def _dealt(ptr: tl.tensor) -> tl.tensor:
+        """Pointers to whose axes lanes, then warps, are dealt in order; the last axis is a lane's own."""
+        if len(ptr.shape) == 6:
+            ptr = tl.max_contiguous(ptr, [64, 32, 16, 8, 1, 128])
+        else:
+            ptr = tl.max_contiguous(ptr, [64, 32, 16, 8, 1, 1, 128])
+        return ptr
+
+    @triton.jit
     def _row_kernel(
         x_ptr: tl.tensor, w_ptr: tl.tensor, bias_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor,
         experts_ptr: tl.tensor, out_ptr: tl.tensor, rows: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr,
@@ -290,8 +299,7 @@ if triton is not None:
                     weights = weights + (tl.load(ptr, valid, 0, eviction_policy="evict_first"),)
                 if norm_ptr is not None:
                     ptr = tl.broadcast_to(norm_ptr + i * SPAN + k, [4, PIECES, M, WARPS, SUB, 8])
-                    ptr = tl.max_contiguous(ptr, [64, 32, 16, 8, 1, 128])
-                    gains = gains + (tl.load(ptr, i * SPAN + k < K, 0),)
+                    gains = gains + (tl.load(_dealt(ptr), i * SPAN + k < K, 0),)
             if i == AHEAD - 1:
                 if PDL:
                     gdc_wait()
@@ -302,8 +310,7 @@ if triton is not None:
                 0 if i < AHEAD else i - AHEAD + NEAR, 0 if i < AHEAD - 1 else i - AHEAD + 1 + NEAR
             ):
                 if j < STEPS:
-                    ptr = tl.max_contiguous(x_ptr + j * SPAN + (m * K + k), [64, 32, 16, 8, 1, 128])
-                    xs = xs + (tl.load(ptr, (m < rows) & (j * SPAN + k < K), 0),)
+                    xs = xs + (tl.load(_dealt(x_ptr + j * SPAN + (m * K + k)), (m < rows) & (j * SPAN + k < K), 0),)
             if PDL and i >= AHEAD:  # returns at once, but keeps the compiler from moving the loads down to their uses
                 gdc_wait()
             if i >= AHEAD:  # noqa: SIM102
@@ -574,7 +581,7 @@ if triton is not None:
             channel = tl.load(scale_ptr + channel, channel < N, 0)
         for i in tl.static_range(STEPS + AHEAD):
             for e in tl.static_range(LOADS if i < STEPS else 0):
-                at = tl.max_contiguous(w_ptr + (i * WARPS * BYTES + e * 1024) + inner, [64, 32, 16, 1, 1, 128])
+                at = _dealt(w_ptr + (i * WARPS * BYTES + e * 1024) + inner)
                 if i < FULL and OUT % BLOCK == 0:
                     weights = weights + (tl.load(at, eviction_policy="evict_first"),)
                 else:
@@ -596,9 +603,7 @@ if triton is not None:
             ):
                 if j < STEPS:
                     for e in tl.static_range(2):
-                        at = tl.max_contiguous(
-                            digits_ptr + (j * WARPS * 1024 + e * 512) + block, [64, 32, 16, 1, 1, 128]
-                        )
+                        at = _dealt(digits_ptr + (j * WARPS * 1024 + e * 512) + block)
                         if COLUMNS > 8 and j < FULL:  # the columns of no row may hold anything
                             digits = digits + (tl.load(at),)
                         else:
@@ -661,7 +666,7 @@ if triton is not None:
         at = (ptr + (row * (K // GROUP) + k // GROUP))[None, :, :, :, :, None]
         at = tl.broadcast_to(at, [4, at.shape[1], at.shape[2], at.shape[3], at.shape[4], 1])
         here = ((row < N) & (k < K))[None, :, :, :, :, None]
-        return tl.load(tl.max_contiguous(at, [64, 32, 16, 1, 1, 128]), here, 0)
+        return tl.load(_dealt(at), here, 0)
 
     @triton.jit
     def _whole(y: tl.tensor) -> tl.tensor:
@@ -926,71 +931,89 @@ if triton is not None:
         return tl.join(low, (words >> 16).to(tl.int16).to(dtype, bitcast=True))
 
     @triton.jit
+    def _words(x: tl.tensor, dtype: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
+        """The opposite: float32 [..., 8] -> int32 words [..., 4]."""
+        low, high = tl.split(x.reshape(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x.shape[4], 4, 2))
+        if ASM:
+            KIND: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
+            return tl.inline_asm_elementwise(
+                f"cvt.rn.{KIND}.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+            )
+        low, high = low.to(dtype).to(tl.int16, bitcast=True), high.to(dtype).to(tl.int16, bitcast=True)
+        return low.to(tl.int32) & 0xFFFF | high.to(tl.int32) << 16
+
+    @triton.jit
     def _rotated(
         x: tl.tensor, y: tl.tensor, norm: tl.tuple, cos: tl.tensor, sin: tl.tensor, eps: tl.tensor, DIM: tl.constexpr
     ) -> tuple[tl.tensor, tl.tensor]:
-        """The halves x, y of heads [4 t, 8 g, WARPS, c, 2 h, 2, 4 e], normed and rotated, in float32."""
+        """The halves x, y of heads [4 t, 8 g, WARPS, c, h, 8 e], normed and rotated, in float32."""
         x, y = x.to(tl.float32), y.to(tl.float32)
         if norm is not None:
-            square = tl.sum(tl.sum(tl.sum(tl.sum(x * x + y * y, 6), 5), 3), 0)
-            rms = tl.rsqrt(square / DIM + eps)[None, :, :, None, :, None, None]
+            square = tl.sum(tl.sum(tl.sum(x * x + y * y, 5), 3), 0)
+            rms = tl.rsqrt(square / DIM + eps)[None, :, :, None, :, None]
             x, y = x * rms * norm[0].to(tl.float32), y * rms * norm[1].to(tl.float32)
         return x * cos - y * sin, y * cos + x * sin
 
     @triton.jit
-    def _prefetch_lines(ptr: tl.tensor, s: tl.tensor, end: tl.tensor, DIM: tl.constexpr, LINES: tl.constexpr,
-                  ASM: tl.constexpr) -> None:  # fmt: skip
-        """Asks the L2 cache for LINES of 128 bytes from slot s on, none behind the slots before `end`."""
+    def _prefetch_lines(
+        k_ptr: tl.tensor, v_ptr: tl.tensor, s: tl.tensor, end: tl.tensor, DIM: tl.constexpr, LINES: tl.constexpr,
+        ASM: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """Asks the L2 cache for LINES of 128 bytes of both from slot s on, none behind the slots before `end`."""
         if ASM:
-            at = tl.minimum(s * DIM + tl.arange(0, LINES) * 64, end * DIM - 1)
+            at = tl.maximum(tl.minimum(s * DIM + tl.arange(0, LINES) * 64, end * DIM - 1), 0)
             tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(ptr + tl.maximum(at, 0)).to(tl.int64)],
-                dtype=tl.int32, is_pure=False, pack=1,
+                "prefetch.global.L2 [$1]; prefetch.global.L2 [$2]; mov.b32 $0, 0;", "=r,l,l",
+                [(k_ptr + at).to(tl.int64), (v_ptr + at).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
 
     @triton.jit
     def _share(
-        first: tl.tensor, WINDOW: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr
+        first: tl.tensor, end: tl.tensor, WINDOW: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr
     ) -> tuple[tl.tensor, tl.tensor]:
-        """The first old slot that a row with its new tokens from `first` on attends to, and the slots of one split."""
+        """The first slot that a row with its new tokens from `first` on attends to, and the slots of one split of those
+        before `end`.
+        """
         begin = 0 if WINDOW == 0 else tl.maximum(first - WINDOW + 1, 0)
-        return begin, tl.cdiv(tl.cdiv(first - begin, SPLITS), STEP) * STEP
+        return begin, tl.cdiv(tl.cdiv(end - begin, SPLITS), STEP) * STEP
 
     @triton.jit
-    def _old(lane: tl.tensor, slot: tl.tensor, real: tl.tensor, begin: tl.tensor, end: tl.tensor,
-             WORDS: tl.constexpr) -> tl.tensor:  # fmt: skip
-        """One step of K or V: the int32 words of slots begin + slot before `end`."""
-        return tl.load(
-            tl.max_contiguous(lane + begin * WORDS, [64, 32, 16, 1, 1, 1, 128]), real & (slot < end - begin), 0
-        )
-
-    @triton.jit
-    def _everywhere(ptr: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
-        """Pointers to halves of heads for all lanes and warps: [4 t, 8 g, WARPS, c, 2 h, 2, 4 e], dealt to the axes."""
-        ptr = tl.broadcast_to(ptr, [4, 8, WARPS, ptr.shape[3], 2, 2, 4])
-        return tl.max_contiguous(ptr, [64, 32, 16, 1, 1, 1, 128])
+    def _old(old: tl.tuple, begin: tl.tensor, end: tl.tensor, WORDS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+        """One step of K and V: the int32 words of slots begin + slot before `end`."""
+        at, slot, real, v_at, v_slot, v_real = old
+        k = tl.load(_dealt(at + begin * WORDS), real & (slot < end - begin), 0)
+        return k, tl.load(_dealt(v_at + begin * WORDS), v_real & (v_slot < end - begin), 0)
 
     @triton.jit
     def _load(ptr: tl.tensor, mask: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
-        return tl.load(_everywhere(ptr, WARPS), mask, 0)
+        """Halves of heads for all lanes and warps: [4 t, 8 g, WARPS, c, h, 8 e]."""
+        return tl.load(_dealt(tl.broadcast_to(ptr, [4, 8, WARPS, ptr.shape[3], ptr.shape[4], 8])), mask, 0)
 
     @triton.jit
     def _attend(
-        q: tl.tensor, k: tl.tensor, v: tl.tensor, seen: tl.tensor, m: tl.tensor, total: tl.tensor, acc: tl.tensor,
-        ASM: tl.constexpr,
+        q: tl.tensor, k: tl.tensor, v: tl.tensor, scale: tl.tensor, seen: tl.tensor, m: tl.tensor, total: tl.tensor,
+        acc: tl.tensor, ASM: tl.constexpr,
     ) -> tl.tensor:  # fmt: skip
         """One step of the online softmax: every warp adds its own 16 slots to its own sums."""
         WARPS: tl.constexpr = q.shape[0]
+        BLOCK: tl.constexpr = q.shape[1]
         WIDTH: tl.constexpr = q.shape[2]
+        k, v = _pair(k, q.dtype), _pair(v, q.dtype)
         k = k.reshape(4, 8, WARPS, 2, WIDTH // 64, 2, 2, 4).permute(2, 3, 4, 6, 0, 7, 5, 1).reshape(WARPS, WIDTH, 16)
-        s = tl.where(seen, _dot(q, k, tl.zeros([WARPS, 16, 16], tl.float32), ASM), -1e30)
-        top = tl.maximum(m, tl.max(s, 2))
+        s = tl.where(seen, _dot(q, k, tl.zeros([WARPS, BLOCK, 16], tl.float32), ASM) * scale, -1e30)
+        top = tl.max(s, 2)
+        if m is not None:
+            top = tl.maximum(m, top)
         p = tl.where(seen, tl.exp2(s - top[:, :, None]), 0.0)
-        fade = tl.exp2(m - top)
-        total = total * fade + tl.sum(p, 2)
-        p = p.to(q.dtype).reshape(WARPS, 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(WARPS, 16, 16)  # slots: t, h, i
-        v = v.permute(2, 0, 3, 4, 5, 6, 7, 1).reshape(WARPS, 16, WIDTH)  # d in the order c, e, g
-        return top, total, _dot(p, v, acc * fade[:, :, None], ASM)
+        if m is None:
+            total, acc = tl.sum(p, 2), tl.zeros([WARPS, WIDTH, BLOCK], tl.float32)
+        else:
+            fade = tl.exp2(m - top)
+            total = total * fade + tl.sum(p, 2)
+            acc *= fade[:, None, :]
+        p = p.to(q.dtype).reshape(WARPS, BLOCK, 2, 4, 2).permute(0, 3, 2, 4, 1).reshape(WARPS, 16, BLOCK)
+        v = v.permute(2, 5, 6, 7, 1, 0, 3, 4).reshape(WARPS, WIDTH, 16)  # slots in the order t, h, i, d in c, e, g
+        return top, total, _dot(v, p, acc, ASM)
 
     @triton.jit
     def _attention_kernel(
@@ -1002,7 +1025,7 @@ if triton is not None:
         ASM: tl.constexpr,
     ) -> None:  # fmt: skip
         """One split of the prefix for BLOCK (8 or 16) rows (query heads x tokens) of one KV head; every warp walks its
-        own slots.
+        own slots, the last ones first where there is one new token.
         """
         dtype: tl.constexpr = qkv_ptr.dtype.element_ty
         GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -1015,10 +1038,13 @@ if triton is not None:
         split = tl.program_id(1) if SPLITS > 1 else 0
         b = bh // KV_HEADS
         head = bh % KV_HEADS
+        if PDL:
+            gdc_launch_dependents()
         first = tl.load(pos_ptr + b * T).to(tl.int32)  # written before this pass began: no need to wait
-        begin, share = _share(first, WINDOW, SPLITS, STEP)
+        end = first + (T == 1)  # a single new token is put among the old ones
+        begin, share = _share(first, end, WINDOW, SPLITS, STEP)
         begin += split * share
-        end = tl.minimum(begin + share, first)
+        end = tl.minimum(begin + share, end)
         if (split > 0) & (begin >= end):
             return
 
@@ -1041,91 +1067,97 @@ if triton is not None:
         v_ptr += bh.to(tl.int64) * slots * DIM
         k_lane = k_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (k_slot * HALF + k_word)
         v_lane = v_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (v_slot * HALF + v_word)
-        k_lane, v_lane = (
-            tl.max_contiguous(k_lane, [64, 32, 16, 1, 1, 1, 128]),
-            tl.max_contiguous(v_lane, [64, 32, 16, 1, 1, 1, 128]),
-        )
-        if EARLY:
-            k = _old(k_lane, k_slot, k_real, begin, end, HALF)
-            v = _old(v_lane, v_slot, v_real, begin, end, HALF)
-        for i in tl.static_range(1, AHEAD):
-            _prefetch_lines(k_ptr, begin + i * STEP, end, DIM, STEP * WIDTH // 64, ASM)
-            _prefetch_lines(v_ptr, begin + i * STEP, end, DIM, STEP * WIDTH // 64, ASM)
+        k_lane, v_lane = _dealt(k_lane), _dealt(v_lane)
+        old = (k_lane, k_slot, k_real, v_lane, v_slot, v_real)
+        late = begin + (end - begin - 1) // STEP * STEP if T == 1 else begin
+        if EARLY or T == 1:
+            k, v = _old(old, late, end, HALF)
+        for i in tl.static_range(T > 1, AHEAD):
+            _prefetch_lines(k_ptr, v_ptr, begin + i * STEP, late if T == 1 else end, DIM, STEP * WIDTH // 64, ASM)
 
-        # rows of q, and new tokens, as [4 t, 8 g, warp, c, 2 h, 2, 4 e] of both halves of a head
-        n = tl.arange(0, 2)[:, None, None] * 8 + g
+        # rows of q, and new tokens, as [4 t, 8 g, warp, c, h, 8 e] of both halves of a head; one token is everybody's
+        t = tl.arange(0, 4)[:, None, None, None, None, None]
+        g = tl.arange(0, 8)[:, None, None, None, None]
         top_row = 0 if ROWS == BLOCK else tl.program_id(2) * BLOCK
-        r = top_row + n
-        column = tl.arange(0, C)[:, None, None, None] * 32 + t * 8 + tl.arange(0, 2)[:, None] * 4 + words
+        r = top_row + tl.arange(0, BLOCK // 8)[:, None] * 8 + g
+        n = 0 if T == 1 else tl.arange(0, (T + 7) // 8)[:, None] * 8 + g
+        v_new = tl.zeros([4, 8, WARPS, 1, 1, 1, 1], tl.int32) if T == 1 else v_slot
+        column = tl.arange(0, C)[:, None, None] * 32 + t * 8 + tl.arange(0, 8)
         real = column < HALF
-        token = r // GROUP
-        angle = b * T * HALF + column + (0 if T == 1 else token * HALF)
-        there = real if T == 1 else real & (r < T * GROUP)
-        cos, sin = _load(cos_ptr + angle, there, WARPS), _load(sin_ptr + angle, there, WARPS)
+        token = 0 if T == 1 else r // GROUP
+        valid = real & (r < T * GROUP)
+        there = real if T == 1 else valid
+        angle = b * T * HALF + column
+        at = angle + token * HALF
+        cos, sin = _load(cos_ptr + at, there, WARPS), _load(sin_ptr + at, there, WARPS)
         q_norm = None
         if q_norm_ptr is not None:
             q_norm = (_load(q_norm_ptr + column, real, WARPS), _load(q_norm_ptr + HALF + column, real, WARPS))
-        new = real & (n < T) & (w == 0) & (split == 0)
         k_norm = None
         if k_norm_ptr is not None:
             k_norm = (_load(k_norm_ptr + column, real, WARPS), _load(k_norm_ptr + HALF + column, real, WARPS))
+        writes = end > first if T == 1 else split == 0
+        reads = T == 1 or split == 0
         if PDL:
             gdc_wait()
-            gdc_launch_dependents()
         qkv_ptr += b * T * STRIDE
         at = (qkv_ptr + (HEADS + KV_HEADS + head) * DIM).to(tl.pointer_type(tl.int32), bitcast=True)
-        fresh = v_real & (v_slot < T) & (split == 0)
-        value = tl.load(tl.max_contiguous(at + v_slot * (STRIDE // 2) + v_word, [64, 32, 16, 1, 1, 1, 128]), fresh, 0)
+        at = _dealt(at + v_new * (STRIDE // 2) + v_word)
+        value = tl.load(at, v_real & (v_new < T) & reads, 0)
         if PDL:  # returns at once, and is a fence: the loads above are not moved down to their uses
             gdc_wait()
-        at = qkv_ptr + (HEADS + head) * DIM + n * STRIDE + column
+        at = qkv_ptr + n * STRIDE + (HEADS + head) * DIM + column
+        new = real & (n < T) & reads
         low, high = _load(at, new, WARPS), _load(at + HALF, new, WARPS)
         at = qkv_ptr + token * STRIDE + (head * GROUP + r % GROUP) * DIM + column
-        valid = real & (r < T * GROUP)
         x, y = _load(at, valid, WARPS), _load(at + HALF, valid, WARPS)
-        if PDL:  # a fence again
-            gdc_wait()
-        x, y = _rotated(x, y, q_norm, cos, sin, eps, DIM)
-        q = (tl.join(x, y) * scale).to(dtype).permute(2, 4, 1, 7, 3, 5, 0, 6).reshape(WARPS, 16, WIDTH)
+        q = tl.zeros([WARPS, BLOCK, WIDTH], dtype)
+        key = tl.zeros([4, 8, WARPS, 2, C, (T + 7) // 8, 4], tl.int32)
+        if eps != -1:  # always: but no arithmetic goes up across a branch, in front of the loads
+            first_half, second_half = _rotated(x, y, q_norm, cos, sin, eps, DIM)
+            q = tl.join(first_half, second_half).to(dtype).reshape(4, 8, WARPS, C, BLOCK // 8, 2, 4, 2)
+            q = q.permute(2, 4, 1, 7, 3, 5, 0, 6).reshape(WARPS, BLOCK, WIDTH)
+            if T > 1 and (GROUP > 1 or ROWS > BLOCK):  # other rows than those of q
+                of_token = angle + n * HALF
+                k_cos, k_sin = _load(cos_ptr + of_token, new, WARPS), _load(sin_ptr + of_token, new, WARPS)
+            else:
+                k_cos, k_sin = cos, sin
+            first_half, second_half = _rotated(low, high, k_norm, k_cos, k_sin, eps, DIM)
+            key = tl.join(_words(first_half, dtype, ASM), _words(second_half, dtype, ASM)).permute(0, 1, 2, 6, 3, 4, 5)
 
         slot = tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)
-        row_token = ((top_row + tl.arange(0, 16)) // GROUP)[:, None]
-        m = tl.full([WARPS, 16], -1e30, tl.float32)
-        total = tl.zeros([WARPS, 16], tl.float32)
-        acc = tl.zeros([WARPS, 16, WIDTH], tl.float32)
-        if split == 0:  # the new tokens: into the cache, and attended to
-            if T > 1 and (GROUP > 1 or ROWS > BLOCK):  # other rows than those of q
-                angle = b * T * HALF + n * HALF + column
-                cos, sin = _load(cos_ptr + angle, new, WARPS), _load(sin_ptr + angle, new, WARPS)
-            first_half, second_half = _rotated(low, high, k_norm, cos, sin, eps, DIM)
-            first_half, second_half = first_half.to(dtype), second_half.to(dtype)
-            if ROWS == BLOCK or tl.program_id(2) == 0:
-                into = k_ptr + (first + n) * DIM + column
-                tl.store(_everywhere(into, WARPS), first_half, new)
-                tl.store(_everywhere(into + HALF, WARPS), second_half, new)
-                tl.store(tl.max_contiguous(v_lane + first * HALF, [64, 32, 16, 1, 1, 1, 128]), value, fresh)
-            key = tl.join(first_half, second_half).permute(0, 1, 2, 7, 3, 4, 5, 6)
-            seen = (slot <= row_token) & ((WINDOW == 0) | (slot > row_token - WINDOW))
-            m, total, acc = _attend(q, key, _pair(value, dtype), seen, m, total, acc, ASM)
+        row_token = ((top_row + tl.arange(0, BLOCK)) // GROUP)[:, None]
+        m = tl.full([WARPS, BLOCK], -1e30, tl.float32)
+        total = tl.zeros([WARPS, BLOCK], tl.float32)
+        acc = tl.zeros([WARPS, WIDTH, BLOCK], tl.float32)
+        at = _dealt(k_lane + first * HALF)
+        tl.store(at, key, k_real & (k_slot < T) & writes & (ROWS == BLOCK or tl.program_id(2) == 0))
+        at = _dealt(v_lane + first * HALF)
+        tl.store(at, value, v_real & (v_slot < T) & writes)
+        if T == 1:  # among the last old slots
+            old_k = tl.where(k_slot == first - late, key, k)
+            old_v = tl.where(v_slot == first - late, value, v)
+            if EARLY:
+                k, v = _old(old, begin, late, HALF)
+            m, total, acc = _attend(q, old_k, old_v, scale, late + slot < end, None, None, None, ASM)
+            end = late
+        elif split == 0:
+            known = (slot <= row_token) & ((WINDOW == 0) | (slot > row_token - WINDOW))
+            both = tl.broadcast_to(key, [4, 8, WARPS, 2, C, 2, 4])
+            m, total, acc = _attend(q, both, value, scale, known, m, total, acc, ASM)
         while begin < end:  # not range(): the interpreter cannot on a loaded bound
             if not EARLY:
-                k = _old(k_lane, k_slot, k_real, begin, end, HALF)
-                v = _old(v_lane, v_slot, v_real, begin, end, HALF)
+                k, v = _old(old, begin, end, HALF)
             old_k, old_v = k, v
             s = begin + slot
             seen = (s < end) & ((WINDOW == 0) | (s > first + row_token - WINDOW))
             begin += STEP
             if EARLY:
-                k = _old(k_lane, k_slot, k_real, begin, end, HALF)
-                v = _old(v_lane, v_slot, v_real, begin, end, HALF)
-            _prefetch_lines(k_ptr, begin + (AHEAD - 1) * STEP, end, DIM, STEP * WIDTH // 64, ASM)
-            _prefetch_lines(v_ptr, begin + (AHEAD - 1) * STEP, end, DIM, STEP * WIDTH // 64, ASM)
-            old_k, old_v = _pair(old_k, dtype), _pair(old_v, dtype)
-            m, total, acc = _attend(q, old_k, old_v, seen, m, total, acc, ASM)
+                k, v = _old(old, begin, end, HALF)
+            _prefetch_lines(k_ptr, v_ptr, begin + (AHEAD - 1) * STEP, end, DIM, STEP * WIDTH // 64, ASM)
+            m, total, acc = _attend(q, old_k, old_v, scale, seen, m, total, acc, ASM)
         # the sums of all warps into one, two by two: in registers, after one change of layout
-        m, total = tl.broadcast_to(m[:, :, None], acc.shape), tl.broadcast_to(total[:, :, None], acc.shape)
-        if BLOCK == 8:
-            m, total, acc = _halved(m, 1)[0], _halved(total, 1)[0], _halved(acc, 1)[0]
+        m, total = tl.broadcast_to(m[:, None, :], acc.shape), tl.broadcast_to(total[:, None, :], acc.shape)
         for _ in tl.static_range(5):
             if m.shape[0] > 1:
                 m, m1 = _halved(m, 0)
@@ -1134,8 +1166,7 @@ if triton is not None:
                 top = tl.maximum(m, m1)
                 m, m1 = tl.exp2(m - top), tl.exp2(m1 - top)
                 total, acc, m = total * m + total1 * m1, acc * m + acc1 * m1, top
-        top, total = tl.trans(m.reshape(BLOCK, WIDTH)), tl.trans(total.reshape(BLOCK, WIDTH))
-        out = tl.trans(acc.reshape(BLOCK, WIDTH))
+        top, total, out = m.reshape(WIDTH, BLOCK), total.reshape(WIDTH, BLOCK), acc.reshape(WIDTH, BLOCK)
         j = tl.arange(0, WIDTH)[:, None]
         d = j // 64 * 64 + j % 8 * 8 + j // 8 % 8
         r = top_row + tl.arange(0, BLOCK)
@@ -1163,8 +1194,9 @@ if triton is not None:
         where = (((token // T) * KV_HEADS + head // GROUP) * SPLITS + split) * ROWS + row
         d = tl.arange(0, WIDTH)
         first = tl.load(pos_ptr + token // T * T).to(tl.int32)
-        begin, share = _share(first, WINDOW, SPLITS, STEP)
-        used = (split == 0) | (begin + split * share < first)
+        end = first + (T == 1)
+        begin, share = _share(first, end, WINDOW, SPLITS, STEP)
+        used = (split == 0) | (begin + split * share < end)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()

@@ -174,6 +174,9 @@ ATTENTIONS = [
     (1, 2, 4, 1, 256, 300, [77], 0, True),
     (1, 16, 2, 2, 128, 256, [100], 0, True),  # two programs of eight rows
     (1, 12, 2, 1, 64, 1100, [1040], 700, False),  # two splits, programs of sixteen rows
+    (2, 1, 4, 2, 64, 1100, [0, 1040], 0, False),  # one new token: the prefix begins with it; two splits
+    (2, 1, 4, 1, 128, 1100, [511, 512], 500, True),  # it is the last slot of a step, and the first
+    (2, 1, 16, 1, 256, 300, [63, 64], 0, False),
 ]
 
 
@@ -401,6 +404,30 @@ def test_weights_go_straight_to_the_tensor_cores(bits):
     ptx = compiled(kernel, types, values, 90, 4).asm["ptx"]
     assert ptx.count("mma.sync") == 16 * 4 / 4  # 16 chunks, four products each, shared by four warps
     assert ptx.count("ld.global") >= 16 and ptx.count("bar.sync") < 8
+
+
+@needs_compiler
+@pytest.mark.parametrize("sm, case", [*((90, case) for case in ATTENTIONS), (80, ATTENTIONS[1]), (80, ATTENTIONS[2])])
+def test_attention_compiles_and_leaves_its_neighbours_their_cache(sm, case):
+    """More than 48 KB of shared memory would move the boundary to the L1 cache for the kernels around it. Queries, keys
+    and values are operands where they were loaded: a lane asks others for maxima, sums and their like alone.
+    """
+    b, t, heads, kv_heads, dim, slots, _, window, norm = case
+    width, rows = max(64, kernels.triton.next_power_of_2(dim)), t * heads // kv_heads
+    splits = kernels._splits(b * kv_heads, slots)
+    block, warps = kernels._attention_tile(rows, splits, width)
+    pointers = {"qkv": "bf16", "cos": "fp32", "sin": "fp32", "pos": "i64", "k": "bf16", "v": "bf16", "out": "bf16"}
+    pointers |= {"part": "fp32"} if splits > 1 else {}
+    pointers |= {"q_norm": "bf16", "k_norm": "bf16"} if norm else {}
+    types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()} | {"eps": "fp32", "scale": "fp32"}
+    types["slots"] = "i32"
+    values = dict.fromkeys({"part_ptr", "q_norm_ptr", "k_norm_ptr"} - types.keys())
+    values |= {"T": t, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WIDTH": width, "WINDOW": window}
+    values |= {"SPLITS": splits, "ROWS": -(-rows // block) * block, "BLOCK": block, "WARPS": warps}
+    values |= {"AHEAD": kernels.ATTENTION_AHEAD, "PDL": sm >= 90, "ASM": True}
+    kernel = compiled(kernels._attention_kernel, types, values, sm, warps)
+    assert kernel.metadata.shared <= 48 * 1024
+    assert kernel.asm["ptx"].count("shfl.sync") <= 24
 
 
 @needs_compiler
