@@ -228,8 +228,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def _dealt(ptr: tl.tensor) -> tl.tensor:
-        """Pointers to whose axes lanes, then warps, are dealt in order; the last axis is a lane's own."""
+    def _at(ptr: tl.tensor, offset: tl.tensor) -> tl.tensor:
+        """ptr + offset, lanes, then warps, dealt to the axes in order; the last axis is a lane's own. The hint is the
+        sum's: with an argument of a function it would not stay.
+        """
+        ptr += offset
         if len(ptr.shape) == 6:
             ptr = tl.max_contiguous(ptr, [64, 32, 16, 8, 1, 128])
         else:
@@ -298,8 +301,8 @@ if triton is not None:
                     valid = there & (i * SPAN + w_k < K)
                     weights = weights + (tl.load(ptr, valid, 0, eviction_policy="evict_first"),)
                 if norm_ptr is not None:
-                    ptr = tl.broadcast_to(norm_ptr + i * SPAN + k, [4, PIECES, M, WARPS, SUB, 8])
-                    gains = gains + (tl.load(_dealt(ptr), i * SPAN + k < K, 0),)
+                    ptr = _at(norm_ptr + i * SPAN, tl.broadcast_to(k, [4, PIECES, M, WARPS, SUB, 8]))
+                    gains = gains + (tl.load(ptr, i * SPAN + k < K, 0),)
             if i == AHEAD - 1:
                 if PDL:
                     gdc_wait()
@@ -310,7 +313,7 @@ if triton is not None:
                 0 if i < AHEAD else i - AHEAD + NEAR, 0 if i < AHEAD - 1 else i - AHEAD + 1 + NEAR
             ):
                 if j < STEPS:
-                    xs = xs + (tl.load(_dealt(x_ptr + j * SPAN + (m * K + k)), (m < rows) & (j * SPAN + k < K), 0),)
+                    xs = xs + (tl.load(_at(x_ptr + j * SPAN, m * K + k), (m < rows) & (j * SPAN + k < K), 0),)
             if PDL and i >= AHEAD:  # returns at once, but keeps the compiler from moving the loads down to their uses
                 gdc_wait()
             if i >= AHEAD:  # noqa: SIM102
@@ -581,7 +584,7 @@ if triton is not None:
             channel = tl.load(scale_ptr + channel, channel < N, 0)
         for i in tl.static_range(STEPS + AHEAD):
             for e in tl.static_range(LOADS if i < STEPS else 0):
-                at = _dealt(w_ptr + (i * WARPS * BYTES + e * 1024) + inner)
+                at = _at(w_ptr + (i * WARPS * BYTES + e * 1024), inner)
                 if i < FULL and OUT % BLOCK == 0:
                     weights = weights + (tl.load(at, eviction_policy="evict_first"),)
                 else:
@@ -603,7 +606,7 @@ if triton is not None:
             ):
                 if j < STEPS:
                     for e in tl.static_range(2):
-                        at = _dealt(digits_ptr + (j * WARPS * 1024 + e * 512) + block)
+                        at = _at(digits_ptr + (j * WARPS * 1024 + e * 512), block)
                         if COLUMNS > 8 and j < FULL:  # the columns of no row may hold anything
                             digits = digits + (tl.load(at),)
                         else:
@@ -666,7 +669,7 @@ if triton is not None:
         at = (ptr + (row * (K // GROUP) + k // GROUP))[None, :, :, :, :, None]
         at = tl.broadcast_to(at, [4, at.shape[1], at.shape[2], at.shape[3], at.shape[4], 1])
         here = ((row < N) & (k < K))[None, :, :, :, :, None]
-        return tl.load(_dealt(at), here, 0)
+        return tl.load(tl.max_contiguous(at, [64, 32, 16, 8, 1, 128]), here, 0)
 
     @triton.jit
     def _whole(y: tl.tensor) -> tl.tensor:
@@ -980,14 +983,15 @@ if triton is not None:
     @triton.jit
     def _old(old: tl.tuple, begin: tl.tensor, end: tl.tensor, WORDS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
         """One step of K and V: the int32 words of slots begin + slot before `end`."""
-        at, slot, real, v_at, v_slot, v_real = old
-        k = tl.load(_dealt(at + begin * WORDS), real & (slot < end - begin), 0)
-        return k, tl.load(_dealt(v_at + begin * WORDS), v_real & (v_slot < end - begin), 0)
+        lane, slot, real, v_lane, v_slot, v_real = old
+        k = tl.load(_at(lane, begin * WORDS), real & (slot < end - begin), 0)
+        return k, tl.load(_at(v_lane, begin * WORDS), v_real & (v_slot < end - begin), 0)
 
     @triton.jit
     def _load(ptr: tl.tensor, mask: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
         """Halves of heads for all lanes and warps: [4 t, 8 g, WARPS, c, h, 8 e]."""
-        return tl.load(_dealt(tl.broadcast_to(ptr, [4, 8, WARPS, ptr.shape[3], ptr.shape[4], 8])), mask, 0)
+        ptr = tl.broadcast_to(ptr, [4, 8, WARPS, ptr.shape[3], ptr.shape[4], 8])
+        return tl.load(tl.max_contiguous(ptr, [64, 32, 16, 8, 1, 128]), mask, 0)
 
     @triton.jit
     def _attend(
@@ -1065,9 +1069,8 @@ if triton is not None:
         v_real = v_word < HALF
         k_ptr += bh.to(tl.int64) * slots * DIM
         v_ptr += bh.to(tl.int64) * slots * DIM
-        k_lane = k_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (k_slot * HALF + k_word)
-        v_lane = v_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (v_slot * HALF + v_word)
-        k_lane, v_lane = _dealt(k_lane), _dealt(v_lane)
+        k_lane = _at(k_ptr.to(tl.pointer_type(tl.int32), bitcast=True), k_slot * HALF + k_word)
+        v_lane = _at(v_ptr.to(tl.pointer_type(tl.int32), bitcast=True), v_slot * HALF + v_word)
         old = (k_lane, k_slot, k_real, v_lane, v_slot, v_real)
         late = begin + (end - begin - 1) // STEP * STEP if T == 1 else begin
         if EARLY or T == 1:
@@ -1081,7 +1084,6 @@ if triton is not None:
         top_row = 0 if ROWS == BLOCK else tl.program_id(2) * BLOCK
         r = top_row + tl.arange(0, BLOCK // 8)[:, None] * 8 + g
         n = 0 if T == 1 else tl.arange(0, (T + 7) // 8)[:, None] * 8 + g
-        v_new = tl.zeros([4, 8, WARPS, 1, 1, 1, 1], tl.int32) if T == 1 else v_slot
         column = tl.arange(0, C)[:, None, None] * 32 + t * 8 + tl.arange(0, 8)
         real = column < HALF
         token = 0 if T == 1 else r // GROUP
@@ -1097,19 +1099,22 @@ if triton is not None:
         if k_norm_ptr is not None:
             k_norm = (_load(k_norm_ptr + column, real, WARPS), _load(k_norm_ptr + HALF + column, real, WARPS))
         writes = end > first if T == 1 else split == 0
-        reads = T == 1 or split == 0
         if PDL:
             gdc_wait()
         qkv_ptr += b * T * STRIDE
         at = (qkv_ptr + (HEADS + KV_HEADS + head) * DIM).to(tl.pointer_type(tl.int32), bitcast=True)
-        at = _dealt(at + v_new * (STRIDE // 2) + v_word)
-        value = tl.load(at, v_real & (v_new < T) & reads, 0)
+        if T == 1:
+            at = tl.broadcast_to((at + v_word)[None], [4, 8, WARPS, 1, 1, C, 4])
+            value = tl.load(tl.max_contiguous(at, [64, 32, 16, 8, 1, 1, 128]), v_real, 0)
+        else:
+            at = _at(at + v_slot * (STRIDE // 2), v_word)
+            value = tl.load(at, v_real & (v_slot < T) & (split == 0), 0)
         if PDL:  # returns at once, and is a fence: the loads above are not moved down to their uses
             gdc_wait()
         at = qkv_ptr + n * STRIDE + (HEADS + head) * DIM + column
-        new = real & (n < T) & reads
+        new = real & (n < T) & (T == 1 or split == 0)
         low, high = _load(at, new, WARPS), _load(at + HALF, new, WARPS)
-        at = qkv_ptr + token * STRIDE + (head * GROUP + r % GROUP) * DIM + column
+        at = qkv_ptr + token * STRIDE + (head * GROUP + (r % GROUP if GROUP > 1 else 0)) * DIM + column
         x, y = _load(at, valid, WARPS), _load(at + HALF, valid, WARPS)
         q = tl.zeros([WARPS, BLOCK, WIDTH], dtype)
         key = tl.zeros([4, 8, WARPS, 2, C, (T + 7) // 8, 4], tl.int32)
@@ -1130,10 +1135,9 @@ if triton is not None:
         m = tl.full([WARPS, BLOCK], -1e30, tl.float32)
         total = tl.zeros([WARPS, BLOCK], tl.float32)
         acc = tl.zeros([WARPS, WIDTH, BLOCK], tl.float32)
-        at = _dealt(k_lane + first * HALF)
-        tl.store(at, key, k_real & (k_slot < T) & writes & (ROWS == BLOCK or tl.program_id(2) == 0))
-        at = _dealt(v_lane + first * HALF)
-        tl.store(at, value, v_real & (v_slot < T) & writes)
+        wanted = k_real & (k_slot < T) & writes & (ROWS == BLOCK or tl.program_id(2) == 0)
+        tl.store(_at(k_lane, first * HALF), key, wanted)
+        tl.store(_at(v_lane, first * HALF), value, v_real & (v_slot < T) & writes)
         if T == 1:  # among the last old slots
             old_k = tl.where(k_slot == first - late, key, k)
             old_v = tl.where(v_slot == first - late, value, v)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # code lines; raising one is a reviewed change of a number, with its reason
     "model": 330,
-    "kernels": 1645,  # 16-bit rows, few and several; integers; attention, of one token or several; both ends of a step
+    "kernels": 1650,  # 16-bit rows, few and several; integers; attention, of one token or several; both ends of a step
     "linear": 260,
     "formats": 310,  # three file formats, act-order, dynamic rules and per-group overrides of their writers, ill-typed
     "tp": 120,
