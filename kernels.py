@@ -851,7 +851,7 @@ def _linear(
                 ASM=not interpreted(), **_launch(x.device, warps),
             )  # fmt: skip
             return out
-        shared = 0 if interpreted() else torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        shared = 0 if interpreted() else _shared_memory()
         block, span, warps, stages, early = _rows_tile(k, n, rows, silu_mul, shared)
         _rows_kernel[(triton.cdiv(n_out, block // 2 if silu_mul else block),)](
             x, weight, bias, residual, out, rows, n, k, silu_mul, 8 if rows <= 8 else 16, block, span, stages, early,
@@ -887,11 +887,17 @@ def _linear_shape(
     return x.new_empty(x.shape[0], _out_features(weight, scale) // (2 if silu_mul else 1))
 
 
+def _shared_memory() -> int:
+    """Bytes of shared memory that one program may have on the current device."""
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
+
+
 def _launch(device: torch.device, warps: int, stages: int = 1) -> dict[str, bool | int | None]:
     """Launch options: programmatic dependent launch (PDL) from sm90 on."""
     if interpreted():
         return {"PDL": False, "num_warps": warps}
-    pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+    pdl = triton.runtime.driver.active.get_current_target().arch >= 90
     return {"PDL": pdl, "num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
 
 
