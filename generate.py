@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 import checkpoint
-import kernels
+import decode_kernels
 import tp as tensor_parallel
 from linear import Linear
 from model import DecoderLayer, KVCache, Transformer
@@ -137,6 +137,16 @@ class State:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
 
 
+def advance_reference_(
+    tokens: torch.Tensor, token: torch.Tensor, position: torch.Tensor, step: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Twin of `decode_kernels.advance_`."""
+    out.index_copy_(1, step, tokens[:, None])
+    token.copy_(tokens.clamp(min=0)[:, None])
+    position.add_(1)
+    step.add_(1)
+
+
 def private_copy(fn: Function, name: str) -> Function:
     """fn with a code object of its own: Dynamo counts recompilations per code object, so two engines must not share
     one.
@@ -213,7 +223,7 @@ class Engine:
         group = tensor_parallel.init(where)
         folder = None if shape else checkpoint.resolve(str(checkpoint_name))
         kind = DTYPES[dtype] or (checkpoint.default_dtype(folder, where) if folder else torch.bfloat16)
-        able = kernels.supported(where) and kind != torch.float32
+        able = decode_kernels.supported(where) and kind != torch.float32
         if kernel_choice == "triton" and not able:
             raise ValueError(
                 "--kernels triton needs Triton, bfloat16 or float16, and a CUDA device of capability 8.0 or newer; "
@@ -350,7 +360,8 @@ class Engine:
         if (program := self._programs.get((end, structure))) is not None:
             return program
 
-        fused, advance_ = self.fused(structure), kernels.advance_ if self.use_kernels else kernels.advance_reference_
+        fused, fits = self.fused(structure), self.use_kernels and decode_kernels.fits_advance(state.out)
+        advance_ = decode_kernels.advance_ if fits else advance_reference_
 
         def settle(logits: torch.Tensor) -> None:
             token = sample(logits, structure, state.knobs, state.seeds, state.position[:, 0], fused)
@@ -368,7 +379,7 @@ class Engine:
 
     def fused(self, structure: Structure) -> bool:
         """Whether drawing a token is a kernel here."""
-        return self.use_kernels and kernels.samples(self.dtype, self.model.config.vocab_size, structure)
+        return self.use_kernels and decode_kernels.samples(self.dtype, self.model.config.vocab_size, structure)
 
     def compiled(self, fn: Function, name: str, whole: bool | None = True, dynamic: bool | None = None) -> Function:
         """fn through torch.compile where this engine compiles, else fn. whole: it runs the model, or (False) is a part
@@ -594,7 +605,7 @@ def at_least(low: int, high: int = 1 << 40, auto: bool = False) -> Callable[[str
     return integer
 
 
-draft_tokens = at_least(1, kernels.MAX_ROWS, auto=True)
+draft_tokens = at_least(1, decode_kernels.MAX_ROWS, auto=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-import kernels
-from linear import Linear, RMSNorm
+import decode_kernels
+from linear import Linear, RMSNorm, rms_norm_reference
 from tp import TensorParallel
 
 
@@ -154,7 +154,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.T
     mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
     if window:
         mask = mask & (slots > positions[:, None, :, None] - window)
-    if T > kernels.MAX_ROWS:
+    if T > decode_kernels.MAX_ROWS:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=Hkv != H)
         return y.transpose(1, 2)
     grouped = q.view(B, T, Hkv, H // Hkv, Dh).permute(0, 2, 3, 1, 4).reshape(B, Hkv, H // Hkv * T, Dh)
@@ -162,6 +162,67 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.T
     probs = torch.softmax(scores.masked_fill(~mask[:, :, None], float("-inf")), -1)
     y = probs.to(v.dtype).view(B, Hkv, H // Hkv * T, S) @ v
     return y.view(B, Hkv, H // Hkv, T, Dh).permute(0, 3, 1, 2, 4).reshape(B, T, H, Dh)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotary embedding (Su et al. 2021) of x [..., Dh] by cos, sin [..., Dh/2], in float32."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+
+def angles(positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos, sin float32 [B, T, 1, Dh/2] of positions int64 [B, T]: a few hundred numbers, cheaper than a table."""
+    angle = positions[:, :, None, None] * inv_freq
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+
+def embed_reference(
+    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float = 1.0, first: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of `decode_kernels.embed`: any number of tokens."""
+    if first is None:
+        return F.embedding(tokens, table), *angles(positions, inv_freq, factor)
+    tokens = tokens - first
+    inside = (tokens >= 0) & (tokens < table.shape[0])
+    x = F.embedding(tokens.where(inside, 0), table) * inside[..., None]
+    return x, *angles(positions, inv_freq, factor)
+
+
+def decode_attention_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    window: int = 0,
+) -> Tensor:
+    """Twin of `decode_kernels.decode_attention`: any T and positions; reads every slot that it is given, so pass a
+    narrowed cache.
+    """
+    b, t = positions.shape
+    kv_heads, slots, dim = k_cache.shape[1:]
+    qkv = qkv.view(b, t, -1, dim).transpose(1, 2)
+    heads = qkv.shape[1] - 2 * kv_heads
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    q = q if q_norm is None else rms_norm_reference(q, q_norm, eps)
+    k = k if k_norm is None else rms_norm_reference(k, k_norm, eps)
+    cos, sin = cos.view(b, 1, t, -1), sin.view(b, 1, t, -1)
+    q, k = (rotate(x, cos, sin) for x in (q, k))
+    rows = torch.arange(b, device=qkv.device)[:, None]
+    k_cache[rows, :, positions] = k.transpose(1, 2).to(k_cache.dtype)
+    v_cache[rows, :, positions] = v.transpose(1, 2).to(v_cache.dtype)
+    slot = torch.arange(slots, device=qkv.device)
+    mask = slot <= positions[..., None]
+    mask = mask if window == 0 else mask & (slot > positions[..., None] - window)
+    group = heads // kv_heads  # the query heads of a group become rows: K and V are not repeated
+    q = q.reshape(b, kv_heads, group * t, dim)
+    out = F.scaled_dot_product_attention(q, k_cache.to(q.dtype), v_cache.to(q.dtype), mask.repeat(1, group, 1)[:, None])
+    return out.reshape(b, heads, t, dim).transpose(1, 2).reshape(b * t, heads * dim)
 
 
 class Attention(nn.Module):
@@ -191,14 +252,11 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         B, T, _ = x.shape
         qkv = self.qkv_proj(x, norm=norm)
-        if self.use_kernels and T <= kernels.MAX_ROWS:
-            y = kernels.decode_attention(
-                qkv.view(B * T, -1),
-                cos.view(B * T, -1),
-                sin.view(B * T, -1),
-                positions,
-                cache.k,
-                cache.v,
+        if self.use_kernels and T <= decode_kernels.MAX_ROWS:
+            operands = qkv.view(B * T, -1), cos.view(B * T, -1), sin.view(B * T, -1), positions, cache.k, cache.v
+            fits = decode_kernels.fits_attention(operands[0], positions, cache.k, cache.v)
+            y = (decode_kernels.decode_attention if fits else decode_attention_reference)(
+                *operands,
                 None if self.q_norm is None else self.q_norm.weight,
                 None if self.k_norm is None else self.k_norm.weight,
                 0.0 if self.q_norm is None else self.q_norm.eps,
@@ -209,7 +267,7 @@ class Attention(nn.Module):
             q, k, v = qkv.view(B, T, -1, self.head_dim).split(heads, 2)
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             rows = torch.arange(B, device=x.device)[:, None]
             cache.k[rows, :, positions] = k
             cache.v[rows, :, positions] = v
@@ -267,10 +325,10 @@ class MoE(nn.Module):
         weights, chosen = torch.softmax(self.gate(h).float(), -1).topk(self.top_k, -1)  # [M, k]
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        if h.shape[0] <= kernels.MAX_ROWS:
+        if h.shape[0] <= decode_kernels.MAX_ROWS:
             y = self.experts(h.repeat_interleave(self.top_k, 0), chosen.flatten()).view(*chosen.shape, -1)
             y = (y * weights.unsqueeze(-1)).sum(1)
-        elif x.shape[1] <= kernels.MAX_ROWS:
+        elif x.shape[1] <= decode_kernels.MAX_ROWS:
             y = torch.zeros_like(h, dtype=torch.float32)
             for e in range(self.experts.gate_up_proj.num_experts):
                 share = (weights * (chosen == e)).sum(-1, keepdim=True)
@@ -334,14 +392,15 @@ class Transformer(nn.Module):
         vocabulary and the others add zeros.
         """
         first = None if self.tp.size == 1 else self.tp.rank * self.vocab_local
-        few = self.use_kernels and tokens.shape[1] <= kernels.MAX_ROWS
-        begin = kernels.embed if few else kernels.embed_reference
-        x, cos, sin = begin(tokens, positions, self.embed_tokens.weight, self.inv_freq, self.rope_factor, first)
+        table = self.embed_tokens.weight
+        few = self.use_kernels and tokens.shape[1] <= decode_kernels.MAX_ROWS and decode_kernels.reaches(table)
+        begin = decode_kernels.embed if few else embed_reference
+        x, cos, sin = begin(tokens, positions, table, self.inv_freq, self.rope_factor, first)
         return self.tp.all_reduce(x), cos, sin
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin float32 [B, T, 1, Dh / 2]."""
-        return kernels.angles(positions, self.inv_freq, self.rope_factor)
+        return angles(positions, self.inv_freq, self.rope_factor)
 
     def forward(
         self,

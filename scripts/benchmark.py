@@ -12,6 +12,7 @@ ends of the loop. Under torchrun every rank takes part, the first one reports, a
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import json
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
 import checkpoint  # noqa: E402
-import kernels  # noqa: E402
+import decode_kernels  # noqa: E402
 import tp  # noqa: E402
 from generate import DTYPES, Engine, Ids, Parser, at_least, draft_tokens, pick_device  # noqa: E402
 from linear import Linear  # noqa: E402
@@ -92,8 +93,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         p.error("--transformers needs --shape and --prefill")
     if args.checkpoint and args.simulated_acceptance:
         p.error("--simulated-acceptance is for random weights (--shape); a checkpoint shows its own")
-    if args.rows_table and (args.rows_table[0] != 1 or max(args.rows_table) > kernels.MAX_ROWS):
-        p.error(f"--rows-table starts with 1 and goes to {kernels.MAX_ROWS} at most, not {args.rows_table}")
+    if args.rows_table and (args.rows_table[0] != 1 or max(args.rows_table) > decode_kernels.MAX_ROWS):
+        p.error(f"--rows-table starts with 1 and goes to {decode_kernels.MAX_ROWS} at most, not {args.rows_table}")
     return args
 
 
@@ -151,7 +152,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Engine:
     options = {"compile": args.compile, "compile_prefill": args.compile_prefill}
     if args.checkpoint:
         return Engine.load(args.checkpoint, device=device.type, dtype=args.dtype, kernel_choice=args.kernels, **options)
-    config, size, fused = checkpoint.shape_config(args.shape), args.group_size, kernels.supported(device)
+    config, size, fused = checkpoint.shape_config(args.shape), args.group_size, decode_kernels.supported(device)
     if args.kernels == "triton" and not fused:
         raise ValueError(f"--kernels triton does not run on {device}")
     if size != -1 and (size < 1 or config.hidden_size % size):
@@ -336,9 +337,9 @@ def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any
     a decode step is; and how many one-row steps that is.
     """
     position, times = args.prompt_len, 50 if engine.device.type == "cuda" else 3
-    engine.reserve(1, max(position + 2 * kernels.MAX_ROWS, args.cache_len or 1))
+    engine.reserve(1, max(position + 2 * decode_kernels.MAX_ROWS, args.cache_len or 1))
     sampling, out = SamplingParams(temperature=args.temperature, top_k=args.top_k), []
-    state, chosen = engine.state, torch.zeros(kernels.MAX_ROWS, dtype=torch.int64, device=engine.device)
+    state, chosen = engine.state, torch.zeros(decode_kernels.MAX_ROWS, dtype=torch.int64, device=engine.device)
     structure, fused = sampling.structure, engine.fused(sampling.structure)
     state.knobs.copy_(sampling.knobs(engine.device))
 
@@ -384,6 +385,15 @@ def commit_hash() -> str:
     return head.decode().strip() + ("+dirty" if changes else "")
 
 
+def triton_version() -> str | None:
+    """None where there is no Triton."""
+    with contextlib.suppress(ImportError):
+        import triton
+
+        return triton.__version__
+    return None
+
+
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows under the header, which is their keys; the file is replaced whole. ValueError for another header."""
     columns = list(rows[0])
@@ -404,7 +414,7 @@ def describe(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
         "commit": args.commit or commit_hash(),
         "device": device_name(engine.device),
         "torch": torch.__version__,
-        "triton": getattr(kernels.triton, "__version__", None),
+        "triton": triton_version(),
         "tp": engine.model.tp.size,
         "shape": Path(args.checkpoint).resolve().name if local else args.shape or args.checkpoint,
         "mode": args.mode or ("bf16" if args.shape else "checkpoint"),

@@ -32,7 +32,9 @@ from triton.backends.nvidia.compiler import get_ptxas_version
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-import kernels  # noqa: E402
+from decode_kernels import INTERPRETED, dense, quantized  # noqa: E402
+from decode_kernels import attention as attending  # noqa: E402
+from decode_kernels import step as ends  # noqa: E402
 from generate import Parser, at_least  # noqa: E402
 
 RECORD = ROOT / "tests" / "decode_kernels" / "machine_code.csv"
@@ -86,18 +88,28 @@ class Driver:
 
 
 def linear(
-    rows: int, k: int, n: int, mode: str = "bf16", *, norm: bool = False, residual: bool = False, bias: bool = False,
-    silu_mul: bool = False, experts: int = 0,
-) -> Callable[[], object]:  # fmt: skip
-    """A Linear of N x K weights. mode: bf16, fp16, int8, or int4 with its group size, and z with zero points."""
-    dtype, lead = torch.float16 if mode == "fp16" else torch.bfloat16, (experts,) if experts else ()
+    rows: int,
+    shape: tuple[int, int],
+    mode: str = "bf16",
+    *,
+    norm: bool = False,
+    residual: bool = False,
+    bias: bool = False,
+    silu_mul: bool = False,
+    experts: int = 0,
+) -> Callable[[], object]:
+    """A Linear with weights of shape (K inputs, N outputs). mode: bf16, fp16, int8, or int4 with its group size, and z
+    with zero points.
+    """
+    (k, n), lead = shape, (experts,) if experts else ()
+    dtype = torch.float16 if mode == "fp16" else torch.bfloat16
     scale = zero = None
     if mode in ("bf16", "fp16"):
         weight = torch.empty((*lead, n, k), dtype=dtype)
     else:
         int8 = mode == "int8"
-        shape = (*lead, -(-n // 16), -(-k // 128), 2048 if int8 else 1024)
-        weight = torch.empty(shape, dtype=torch.int8 if int8 else torch.uint8)
+        packed = (*lead, -(-n // 16), -(-k // 128), 2048 if int8 else 1024)
+        weight = torch.empty(packed, dtype=torch.int8 if int8 else torch.uint8)
         group = int(mode.removeprefix("int4-g").strip("z") or k) if not int8 else k
         scale = torch.empty((*lead, n) if int8 else (*lead, n, k // group), dtype=dtype)
         zero = torch.empty_like(scale) if mode.endswith("z") else None
@@ -108,7 +120,9 @@ def linear(
         added = torch.empty(rows, out, dtype=dtype) if residual else None
         offset = torch.empty(n, dtype=dtype) if bias else None
         chosen = torch.zeros(rows, dtype=torch.int64) if experts else None
-        return kernels._linear(x, weight, scale, zero, offset, gain, 1e-5, added, silu_mul, chosen)
+        if scale is None:
+            return dense.linear(x, weight, offset, gain, 1e-5, added, silu_mul, chosen)
+        return quantized.linear(x, weight, scale, zero, offset, gain, 1e-5, added, silu_mul, chosen)
 
     return run
 
@@ -124,7 +138,7 @@ def attention(
         angle, positions = torch.empty(batch * tokens, dim // 2), torch.zeros(batch, tokens, dtype=torch.int64)
         gain = make(dim) if norm else None
         caches = make(batch, kv_heads, slots, dim), make(batch, kv_heads, slots, dim)
-        return kernels._attention(qkv, angle, angle, positions, *caches, gain, gain, 1e-6, window)
+        return attending.attention(qkv, angle, angle, positions, *caches, gain, gain, 1e-6, window)
 
     return run
 
@@ -135,7 +149,7 @@ def dequantize(k: int, n: int, bits: int) -> Callable[[], object]:
     def run() -> Tensor:
         weight = torch.empty(n // 16, k // 128, 256 * bits, dtype=torch.int8 if bits == 8 else torch.uint8)
         scale = torch.empty((n,) if bits == 8 else (n, k // 128), dtype=torch.bfloat16)
-        return kernels._dequantize(weight, scale, None, n, k, torch.bfloat16)
+        return quantized.dequantize(weight, scale, None, n, k, torch.bfloat16)
 
     return run
 
@@ -146,9 +160,9 @@ def step(vocabulary: int, width: int, half: int, top_k: int) -> Callable[[], obj
     def run() -> None:
         token = torch.zeros(1, 1, dtype=torch.int64)
         table, logits = (torch.empty(vocabulary, n, dtype=torch.bfloat16) for n in (width, 1))
-        kernels._embed(token, token, table, torch.empty(half), 1.0, 0)
-        kernels._sample(logits.view(1, -1), torch.empty(3), token[0], token[0], top_k)
-        kernels._advance_(token[0], token, token, token[0], torch.zeros(1, 256, dtype=torch.int64))
+        ends.embed(token, token, table, torch.empty(half), 1.0, 0)
+        ends.sample(logits.view(1, -1), torch.empty(3), token[0], token[0], top_k)
+        ends.advance_(token[0], token, token, token[0], torch.zeros(1, 256, dtype=torch.int64))
 
     return run
 
@@ -165,17 +179,17 @@ def cases() -> dict[str, Callable[[], object]]:
     for mode in ("bf16", "int8", "int4-g128"):
         for rows in (1, 4, 8, 16):
             for name, (k, n, extra) in layer.items():
-                out[f"llama-2-7b {name} {mode} {rows}"] = linear(rows, k, n, mode, **extra)
+                out[f"llama-2-7b {name} {mode} {rows}"] = linear(rows, (k, n), mode, **extra)
     out |= {
-        "llama-2-7b head bf16 1": linear(1, 4096, 32000, norm=True),
-        "llama-3.2-1b down bf16 1": linear(1, 8192, 2048, residual=True),
-        "llama-3.2-1b gate_up fp16 1": linear(1, 2048, 16384, "fp16", norm=True, silu_mul=True),
-        "qwen2.5-7b qkv bf16 1": linear(1, 3584, 4608, norm=True, bias=True),
-        "mixtral-8x7b gate_up bf16 2": linear(2, 4096, 28672, silu_mul=True, experts=8),
-        "mixtral-8x7b down int8 2": linear(2, 14336, 4096, "int8", experts=8),
-        "llama-2-7b o int4-g32z 1": linear(1, 4096, 4096, "int4-g32z", residual=True),
-        "llama-2-7b o int4-g64 5": linear(5, 4096, 4096, "int4-g64", residual=True),
-        "llama-2-7b down int4-g 1": linear(1, 11008, 4096, "int4-g", residual=True),
+        "llama-2-7b head bf16 1": linear(1, (4096, 32000), norm=True),
+        "llama-3.2-1b down bf16 1": linear(1, (8192, 2048), residual=True),
+        "llama-3.2-1b gate_up fp16 1": linear(1, (2048, 16384), "fp16", norm=True, silu_mul=True),
+        "qwen2.5-7b qkv bf16 1": linear(1, (3584, 4608), norm=True, bias=True),
+        "mixtral-8x7b gate_up bf16 2": linear(2, (4096, 28672), silu_mul=True, experts=8),
+        "mixtral-8x7b down int8 2": linear(2, (14336, 4096), "int8", experts=8),
+        "llama-2-7b o int4-g32z 1": linear(1, (4096, 4096), "int4-g32z", residual=True),
+        "llama-2-7b o int4-g64 5": linear(5, (4096, 4096), "int4-g64", residual=True),
+        "llama-2-7b down int4-g 1": linear(1, (11008, 4096), "int4-g", residual=True),
         "llama-2-7b dequantize int8": dequantize(4096, 4096, 8),
         "llama-2-7b dequantize int4-g128": dequantize(4096, 4096, 4),
         "llama-2-7b attention 1 of 256": attention(1, 1, 32, 32, 128, 256),
@@ -277,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--quick", action="store_true", help="only one or two cases of every kernel")
     p.add_argument("--write", action="store_true", help="record instead of comparing")
     args = p.parse_args(argv)
-    if kernels.interpreted():
+    if INTERPRETED:
         p.error("TRITON_INTERPRET is set, and the interpreter makes no machine code; unset it")
     if args.quick and args.write:
         p.error("--write records every case; leave out --quick")

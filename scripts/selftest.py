@@ -10,6 +10,7 @@ answer that was recorded elsewhere, as
 """
 
 import argparse
+import contextlib
 import itertools
 import platform
 import sys
@@ -20,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules are used from the checkout, not installed
 
+
 import checkpoint  # noqa: E402
-import kernels  # noqa: E402
 from generate import Engine, parse  # noqa: E402
 from linear import Linear  # noqa: E402
 from model import Attention  # noqa: E402
@@ -44,7 +45,11 @@ def ids_of(engine: Engine, prompt: list[int], sampling: SamplingParams, count: i
 def versions(engine: Engine) -> str:
     gpu = engine.device.type == "cuda"
     device = torch.cuda.get_device_name(engine.device) if gpu else f"cpu, {torch.get_num_threads()} threads"
-    triton = getattr(getattr(kernels, "triton", None), "__version__", "absent")
+    triton = "absent"
+    with contextlib.suppress(ImportError):
+        import triton as package
+
+        triton = package.__version__
     return (
         f"     python {platform.python_version()}, torch {torch.__version__}, triton {triton}, {device}, "
         f"{str(engine.dtype).removeprefix('torch.')}, kernels {'triton' if engine.use_kernels else 'plain PyTorch'}, "

@@ -78,8 +78,10 @@ def recipes(size: str) -> tuple[Recipe, Recipe]:
         target, draft = llama(384, 1024, 4, 6, 2), llama(128, 512, 2, 2, 1)
         return Recipe(target, 30, 3e-3, dropout=0.15, weight_decay=0.3, batch=16), Recipe(draft, 30, 5e-3)
     target, draft = llama(1024, 3072, 24, 16, 4), llama(512, 1536, 6, 8, 2)  # 294 M and 20 M
-    return (Recipe(target, 6, 5e-4, dropout=0.1, weight_decay=0.3, batch=8, minutes=3.4),
-            Recipe(draft, 6, 1.5e-3, batch=16, minutes=0.9))  # fmt: skip
+    return (
+        Recipe(target, 6, 5e-4, dropout=0.1, weight_decay=0.3, batch=8, minutes=3.4),
+        Recipe(draft, 6, 1.5e-3, batch=16, minutes=0.9),
+    )
 
 
 def replacing(path: Path, write: Callable[[Path], object]) -> None:
@@ -93,10 +95,21 @@ def train_tokenizer(text: str, vocab_size: int) -> SentencePieceProcessor:
     """Llama 2's recipe: BPE, byte fallback, identity normalization, single digits. Newlines are byte pieces."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter([line for line in text.split("\n") if line]), model_writer=model, model_type="bpe",
-        vocab_size=vocab_size, byte_fallback=True, character_coverage=0.99995, required_chars="0123456789",
-        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, minloglevel=2, num_threads=1)  # fmt: skip
+        sentence_iterator=iter([line for line in text.split("\n") if line]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=0.99995,
+        required_chars="0123456789",
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=1 << 16,
+        minloglevel=2,
+        num_threads=1,
+    )
     return SentencePieceProcessor(model_proto=model.getvalue())
 
 
@@ -197,8 +210,14 @@ def loss_of(model: LlamaForCausalLM, rows: Tensor, labels: Tensor, teacher: Llam
     return F.cross_entropy(logits_of(model, rows), taught)
 
 
-def epochs(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, recipe: Recipe, documents: list[Tensor],
-           done: Progress, teacher: LlamaForCausalLM | None) -> Iterator[None]:  # fmt: skip
+def epochs(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    documents: list[Tensor],
+    done: Progress,
+    teacher: LlamaForCausalLM | None,
+) -> Iterator[None]:
     """Train, yielding after each epoch. Cosine schedule over the epochs or the minutes, whichever end first."""
     # a run that used up its time goes no further
     began, progress = time.perf_counter() - done.seconds, done.seconds / 60 / recipe.minutes
@@ -239,8 +258,13 @@ def resume_(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
     return done
 
 
-def train(folder: Path, recipe: Recipe, documents: list[Tensor], valid: tuple[Tensor, Tensor],
-          teacher: LlamaForCausalLM | None = None) -> LlamaForCausalLM:  # fmt: skip
+def train(
+    folder: Path,
+    recipe: Recipe,
+    documents: list[Tensor],
+    valid: tuple[Tensor, Tensor],
+    teacher: LlamaForCausalLM | None = None,
+) -> LlamaForCausalLM:
     """Train or resume in `folder`; return the model of the best held-out loss, weights rounded to bf16, to evaluate.
 
     `folder` holds best.safetensors (bf16), state.safetensors (to resume) and log.jsonl.
@@ -249,8 +273,13 @@ def train(folder: Path, recipe: Recipe, documents: list[Tensor], valid: tuple[Te
     torch.manual_seed(0)
     torch.compiler.reset()  # forget the models before this one: a limit counts the graphs of one function
     model, done = build(recipe, valid[0].device), Progress()
-    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
-               "weight_decay": recipe.weight_decay * matrix} for matrix in (True, False)]  # fmt: skip
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
+            "weight_decay": recipe.weight_decay * matrix,
+        }
+        for matrix in (True, False)
+    ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     if (folder / "state.safetensors").exists():
         done = resume_(folder / "state.safetensors", model, optimizer)
@@ -283,8 +312,13 @@ def export(model: LlamaForCausalLM, pieces: SentencePieceProcessor, folder: Path
     model.to(torch.bfloat16).save_pretrained(folder)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     # PreTrainedTokenizerFast takes tokenizer.json as it is; LlamaTokenizer would rebuild it and lose leading spaces.
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_eos_token": False, **names,
-              "model_max_length": model.config.max_position_embeddings}  # fmt: skip
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **names,
+        "model_max_length": model.config.max_position_embeddings,
+    }
     fast_tokenizer(pieces).save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "tokenizer.model").write_bytes(pieces.serialized_model_proto())
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

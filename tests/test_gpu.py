@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import checkpoint
-import kernels
 from generate import DEFAULT_CHECKPOINT, Engine, Ids
-from linear import Linear, RMSNorm, from_linear
+from linear import Linear, RMSNorm, from_linear, linear_reference
 from model import KVCache, Transformer
 from sampling import SamplingParams
 from speculative import Speculation
@@ -103,7 +102,7 @@ def test_tiles_of_real_shapes(name, bits, rows):
     x, first = torch.randn(rows, k, **cuda), silu_mul or name == "qkv"
     residual = None if first else torch.randn(rows, n, **cuda)
     got = linear(x, norm=norm if first else None, residual=residual, silu_mul=silu_mul)
-    wanted = kernels.linear_reference(
+    wanted = linear_reference(
         x.float(),
         linear.dequantize(torch.float32),
         norm_weight=norm.weight.float() if first else None,

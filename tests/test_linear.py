@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
-from linear import Int4Linear, Int8Linear, Linear, RMSNorm, from_linear, quantize_rtn
+from linear import Int4Linear, Int8Linear, Linear, RMSNorm, from_linear, pack_int4, quantize_rtn, unpack
 
 FORMATS = ["plain", "int8", "int8-packed", "int4-g32", "int4-g128", "int4-row", "int4-zero", "int4-permuted"]
 SHAPES = [(128, 64), (256, 48), (384, 130), (640, 16)]  # in, out
@@ -208,4 +207,4 @@ def test_rms_norm_casts_before_it_scales():
 
 def test_int4_packing_round_trip_with_padding():
     q = torch.randint(-8, 8, (3, 21, 70), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    assert torch.equal(kernels.unpack(kernels.pack_int4(q))[:, :21, :70], q)
+    assert torch.equal(unpack(pack_int4(q))[:, :21, :70], q)

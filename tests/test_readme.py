@@ -149,7 +149,7 @@ def quantization_table():
 
 def rendered(text):
     """The README with line counts and measurements as they are in the tree."""
-    story = sum(code_lines(ROOT / f"{name}.py") for name in STORY)
+    story = sum(code_lines(ROOT / name) for name in STORY if exists(name))
     text, found = re.subn(r"\d+ lines of code(?= in `model\.py`)", f"{story} lines of code", text)
     assert found == 1
     text = SOURCE_LINE.sub(lambda m: f"{m[1]}{code_lines(ROOT / m[1]):>{len(m[2])}}" if exists(m[1]) else m[0], text)

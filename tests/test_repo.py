@@ -1,4 +1,4 @@
-"""The shape of the house: budgets, imports, side effects, sizes and words."""
+"""The shape of the house: sizes, imports, side effects and words."""
 
 import ast
 import io
@@ -12,38 +12,73 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = {  # code lines; raising one is a reviewed change of a number, with its reason
-    "model": 330,
-    "kernels": 1650,  # 16-bit rows, few and several; integers; attention, of one token or several; both ends of a step
-    "linear": 260,
-    "formats": 310,  # three file formats, act-order, dynamic rules and per-group overrides of their writers, ill-typed
-    "tp": 120,
-    "checkpoint": 610,  # config.json, unknown keys and ill-typed values refused; Hub errors, memory checks, shapes
-    "tokenizer": 160,  # two kinds of files, templates in a child process, a broken file named
-    "sampling": 95,  # noise without random state, top-k in two selections, or all of it in kernels
-    "speculative": 395,  # ragged rows, automatic length under a bound, rests, catching up, what a round costs
-    "generate": 625,  # the command alone has thirty flags
-    "quantize": 500,  # a report, streaming, and a folder that is whole or absent, beside the algorithms
-    "scripts": 1300,  # eight programs
+# Code lines (no blanks, comments, docstrings): what a file may have at most. Raising a number is a reviewed change.
+LIMITS = {
+    "model.py": 340,
+    "linear.py": 250,
+    "sampling.py": 110,
+    "engine.py": 440,
+    "generate.py": 300,
+    "speculative.py": 380,
+    "tp.py": 180,
+    "architectures.py": 260,
+    "checkpoint.py": 460,
+    "formats.py": 330,
+    "tokenizer.py": 290,
+    "quantize.py": 440,
+    "gptq.py": 120,
+    "decode_kernels/__init__.py": 100,
+    "decode_kernels/launch.py": 130,
+    "decode_kernels/tiles.py": 160,
+    "decode_kernels/dense.py": 350,
+    "decode_kernels/quantized.py": 420,
+    "decode_kernels/attention.py": 420,
+    "decode_kernels/step.py": 230,
 }
-MAY_IMPORT = {
-    "model": {"tp", "linear", "kernels"},
-    "kernels": set(),
-    "linear": {"kernels"},
-    "formats": set(),
+SCRIPT_LIMIT = 400
+STORY_LIMIT = 1100
+# What is over its limit, with its size: a ratchet, which only falls, and which is empty when the house is in order.
+OVER = {"linear.py": 256, "generate.py": 612, "checkpoint.py": 607}
+FUNCTION, KERNEL, PARAMETERS = 50, 120, 8  # code lines of a function, of a Triton kernel; parameters of a function
+LONG = {
+    "generate.py:generate": (58, "the whole of a generation, in its order"),
+    "generate.py:load": (52, "two ways to a model, and three to a draft"),
+    "decode_kernels/quantized.py:_quantized_kernel": (132, "int8 and int4, with and without zero points"),
+    "decode_kernels/attention.py:_attention_kernel": (152, "one new token and several, whole prefixes and splits"),
+}  # file:function -> (code lines, why it is longer)
+WIDE = {
+    "model.py:decode_attention_reference": 10,
+    "linear.py:linear": 10,
+    "linear.py:linear_reference": 10,
+    "generate.py:load": 11,
+}  # file:function -> parameters
+
+STORY = ("model.py", "linear.py", "sampling.py", "engine.py", "tp.py")  # what a visitor reads first
+KERNELS = {"decode_kernels"}
+MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
+    "linear": KERNELS,
+    "sampling": KERNELS,
     "tp": set(),
-    "checkpoint": {"tp", "model", "linear", "formats"},
+    "formats": set(),
     "tokenizer": set(),
-    "sampling": {"kernels"},
+    "gptq": {"linear"},
+    "model": {"tp", "linear", *KERNELS},
+    "architectures": {"model"},
     "speculative": {"sampling"},
-    "generate": {"tp", "model", "linear", "formats", "kernels", "checkpoint", "tokenizer", "sampling", "speculative"},
-    "quantize": {"tp", "model", "linear", "formats", "checkpoint", "tokenizer", "generate"},
+    "checkpoint": {"architectures", "model", "linear", "formats", "sampling", "tp"},
+    "engine": {*"model linear sampling speculative tokenizer tp checkpoint architectures".split(), *KERNELS},
+    "generate": {*"checkpoint linear model sampling speculative tokenizer tp".split(), *KERNELS},
+    "quantize": {*"gptq generate tp model linear formats checkpoint architectures tokenizer".split()},
+    "decode_kernels": KERNELS,
 }
-STORY = ("model", "sampling", "generate", "tp")  # what a visitor reads first
-PRESENT = [name for name in MAY_IMPORT if (ROOT / f"{name}.py").is_file()]
+
 LEAVES = sorted((ROOT / "scripts").glob("*.py"))
-SCRIPTS = {path.stem for path in LEAVES}
-FILES = [ROOT / f"{name}.py" for name in PRESENT] + LEAVES
+FILES = [path for name in LIMITS if (path := ROOT / name).is_file()] + LEAVES
+OURS = {*MAY_IMPORT, *(path.stem for path in LEAVES)}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def docstring_lines(tree: ast.AST) -> set[int]:
@@ -88,44 +123,83 @@ def test_lines_of_code():
     assert lines_of_code(source) == {5, 6, 9, 11, 12, 13}
 
 
-@pytest.mark.parametrize("name", [*PRESENT, "scripts"])
-def test_budgets(name):
-    files = LEAVES if name == "scripts" else [ROOT / f"{name}.py"]
-    lines = sum(map(code_lines, files))
-    assert lines <= BUDGETS[name], f"{name}: {lines} code lines, the budget is {BUDGETS[name]}"
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_are_short(path):
+    name, lines = name_of(path), code_lines(path)
+    limit = LIMITS.get(name, SCRIPT_LIMIT)
+    if name in OVER:
+        assert OVER[name] > limit, f"{name} is within its limit; it has no place in OVER"
+        assert lines == OVER[name], f"{name}: {lines} code lines, OVER says {OVER[name]}; it may only fall"
+    else:
+        assert lines <= limit, f"{name}: {lines} code lines, the limit is {limit}"
 
 
 def test_the_visitors_story_is_short():
-    assert sum(code_lines(ROOT / f"{name}.py") for name in STORY) < 1000
+    assert sum(code_lines(ROOT / name) for name in STORY if (ROOT / name).is_file()) <= STORY_LIMIT
 
 
 def test_no_other_modules():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(PRESENT), "every module has its place in BUDGETS"
+    found = {name_of(path) for glob in ("*.py", "decode_kernels/*.py") for path in ROOT.glob(glob)}
+    assert found <= set(LIMITS), "every module has its place in LIMITS"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_down(path):
     tree = ast.parse(path.read_text("utf-8"))
-    ours = {name for node in ast.walk(tree) for name in imported(node)} & {*MAY_IMPORT, *SCRIPTS}
-    allowed = MAY_IMPORT.get(path.stem, set(MAY_IMPORT))
+    kernels = path.parent.name in KERNELS
+    allowed = MAY_IMPORT.get("decode_kernels" if kernels else path.stem, OURS)
+    ours = {name for node in ast.walk(tree) for name in imported(node)} & OURS
     assert ours <= allowed, f"{path.name} may not import {', '.join(sorted(ours - allowed))}"
-    inner = {name for f in functions(tree) for node in ast.walk(f) for name in imported(node)}
-    assert not inner & {*MAY_IMPORT, *SCRIPTS}
-    # only what may be absent: a third party of a leaf, and `resource`, which Windows lacks
-    assert path in LEAVES or inner <= {"resource"}
+    for f in functions(tree):
+        inner = {name for node in ast.walk(f) for name in imported(node)}
+        # the front door imports its files when they are wanted; a leaf may import what may be absent; Windows lacks one
+        assert not inner & OURS or (kernels and path.stem == "__init__"), f"{path.name}: {f.name}"
+        assert inner <= {"resource"} | (KERNELS if kernels else set()) or path in LEAVES, f"{path.name}: {f.name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def is_kernel(f: ast.FunctionDef) -> bool:
+    """A Triton kernel is one function: its values live in registers."""
+    return any(ast.unparse(d).startswith("triton.jit") for d in f.decorator_list)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_functions_are_short(path):
+    source = path.read_text("utf-8")
+    code = lines_of_code(source)
+    for f in functions(ast.parse(source)):
+        name, limit = f"{name_of(path)}:{f.name}", KERNEL if is_kernel(f) else FUNCTION
+        length = len(code & set(range(f.lineno, (f.end_lineno or 0) + 1)))
+        if name in LONG:
+            assert limit < length == LONG[name][0], f"{name}: {length} code lines, LONG says {LONG[name][0]}"
+        else:
+            assert length <= limit, f"{name}: {length} code lines, the limit is {limit}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_functions_take_few_parameters(path):
+    if path.parent.name in KERNELS:
+        return  # kernels, operators and their shapes
+    for f in functions(ast.parse(path.read_text("utf-8"))):
+        a, name = f.args, f"{name_of(path)}:{f.name}"
+        count = len([*a.posonlyargs, *a.args, *a.kwonlyargs]) - (bool(a.args) and a.args[0].arg in ("self", "cls"))
+        if name in WIDE:
+            assert PARAMETERS < count == WIDE[name], f"{name}: {count} parameters, WIDE says {WIDE[name]}"
+        else:
+            assert count <= PARAMETERS, f"{name}: {count} parameters, the limit is {PARAMETERS}"
+
+
+def test_exceptions_are_of_functions_that_exist():
+    names = {f"{name_of(path)}:{f.name}" for path in FILES for f in functions(ast.parse(path.read_text("utf-8")))}
+    assert {*LONG, *WIDE} <= names and {*OVER} <= {name_of(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_house_rules(path):
     source = path.read_text("utf-8")
     tree = ast.parse(source)
-    code = lines_of_code(source)
-    for f in functions(tree):
-        if any(ast.unparse(d).startswith("triton.jit") for d in f.decorator_list):
-            continue  # a fused kernel is one function: its values live in registers
-        length = len(code & set(range(f.lineno, f.end_lineno + 1)))
-        assert length <= 60, f"{path.name}: {f.name} has {length} lines"
     assert ast.get_docstring(tree), f"{path.name} does not say what it knows and what it refuses to know"
+    assert "fmt: " + "skip" not in source or path.parent.name in KERNELS, path.name
+    assert max(len(line.partition("  # noqa")[0]) for line in source.splitlines()) <= 120, path.name
     for node in ast.walk(tree):
         where = f"{path.name}:{getattr(node, 'lineno', 0)}"
         assert not isinstance(node, ast.Global), where
@@ -166,7 +240,8 @@ print(json.dumps(found))
 def test_importing_has_no_side_effects(tmp_path):
     """No output, no device touched, no default, seed, limit, signal, thread or environment variable changed."""
     own_packages = ("train_demo", "llm_compressor", "machine_code")  # need what the project does not depend on
-    names = [path.stem for path in FILES if path.stem not in own_packages]
+    names = [path.stem for path in FILES if path.parent.name not in KERNELS and path.stem not in own_packages]
+    names += ["decode_kernels", "decode_kernels.tiles"]
     path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'scripts')!r}]"
     argv = [sys.executable, "-c", path + PROBE, *names]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=120)

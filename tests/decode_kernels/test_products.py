@@ -1,0 +1,191 @@
+"""The twins of the products against plain formulas; the kernels against their twins, and what they compile to."""
+
+import pytest
+import torch
+from kernel_checks import DEVICE, DTYPES, HAS_TRITON, compiled, needs_compiler, needs_kernels, relative_error, unhinted
+
+import linear
+from decode_kernels import INTERPRETED, tiles
+
+if HAS_TRITON:
+    from decode_kernels import dense, quantized
+
+PACK = {8: linear.pack_int8, 4: linear.pack_int4}
+
+
+@pytest.mark.parametrize("bits", PACK)
+@pytest.mark.parametrize("shape", [(16, 128), (3, 32, 256), (2, 2, 16, 384)])
+def test_packing_round_trip(shape, bits):
+    q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8)
+    packed = PACK[bits](q)
+    assert packed.dtype == {8: torch.int8, 4: torch.uint8}[bits] and packed.numel() * 8 == q.numel() * bits
+    assert torch.equal(linear.unpack(packed), q)
+
+
+@pytest.mark.parametrize("bits", PACK)
+def test_packing_pads_with_zeros(bits):
+    q = torch.randint(-8, 8, (40, 96), dtype=torch.int8)
+    wide = linear.unpack(PACK[bits](q))
+    assert wide.shape == (48, 128)
+    assert torch.equal(wide[:40, :96], q)
+    assert not wide[40:].any() and not wide[:, 96:].any()
+
+
+def make_linear(fmt, m, n, k, dtype, experts=0, seed=0):
+    """Random operands and the [.., N, K] float64 matrix they stand for; formats: dense, int8, g<size>, z = zeros."""
+    gen = torch.Generator().manual_seed(seed)
+    lead = (experts,) if experts else ()
+    x = torch.randn(m, k, generator=gen).to(dtype)
+    if fmt == "dense":
+        w = torch.randn(*lead, n, k, generator=gen).to(dtype) / k**0.5
+        return x, w, None, None, w.double()
+    if fmt == "int8":
+        w = torch.randint(-128, 128, (*lead, n, k), generator=gen, dtype=torch.int8)
+        scale = ((torch.rand(*lead, n, generator=gen) + 0.5) / 80 / k**0.5).to(dtype)
+        return x, linear.pack_int8(w), scale, None, w.double() * scale.double()[..., None]
+    group = int(fmt.strip("gz") or k)
+    q = torch.randint(-8, 8, (*lead, n, k), generator=gen, dtype=torch.int8)
+    scale = ((torch.rand(*lead, n, k // group, generator=gen) + 0.5) / 5 / k**0.5).to(dtype)
+    zero = torch.randint(-8, 8, scale.shape, generator=gen).to(dtype) if "z" in fmt else None
+    centered = q.double() - (0 if zero is None else zero.double().repeat_interleave(group, -1))
+    w = centered * scale.double().repeat_interleave(group, -1)
+    return x, linear.pack_int4(q), scale, zero, w
+
+
+def expected_linear(x, w, bias, norm_weight, eps, residual, silu_mul, experts):
+    x = x.double()
+    if norm_weight is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm_weight.double()
+    y = x @ w.T if experts is None else torch.stack([w[e] @ row for e, row in zip(experts.tolist(), x)])
+    if bias is not None:
+        y = y + bias.double()
+    if silu_mul:
+        gate, up = y.chunk(2, -1)
+        y = gate * gate.sigmoid() * up
+    return y if residual is None else y + residual.double()
+
+
+def check_linear(
+    function, fmt, m, n, k, dtype, device, bound, norm=False, bias=False, silu_mul=False, residual=False, experts=0
+):
+    x, weight, scale, zero, w = make_linear(fmt, m, n, k, dtype, experts)
+    norm_weight = (torch.rand(k) + 0.5).to(dtype) if norm else None
+    b = torch.randn(n).to(dtype) if bias else None
+    r = torch.randn(m, n // 2 if silu_mul else n).to(dtype) if residual else None
+    chosen = torch.randint(0, experts, (m,)) if experts else None
+    move = [t if t is None else t.to(device) for t in (x, weight, scale, zero, b, norm_weight, r, chosen)]
+    y = function(*move[:5], norm_weight=move[5], eps=1e-5, residual=move[6], silu_mul=silu_mul, experts=move[7])
+    assert y.dtype == dtype
+    assert relative_error(y.cpu(), expected_linear(x, w, b, norm_weight, 1e-5, r, silu_mul, chosen)) < bound
+
+
+FORMATS = ["dense", "int8", "g32", "g64", "g128", "g", "g64z", "gz"]
+EXTRAS = [{}, {"norm": True, "silu_mul": True}, {"bias": True, "residual": True}, {"experts": 3, "norm": True}]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("extra", EXTRAS, ids=str)
+def test_linear_twin_is_the_formula(fmt, extra):
+    check_linear(linear.linear_reference, fmt, 5, 64, 256, torch.float32, "cpu", 1e-5, **extra)
+
+
+SHAPES = [(1, 64, 256), (3, 96, 1152), (9, 32, 640), (16, 64, 2176), (8, 40, 384), (2, 32, 4352)]
+CASES = [(fmt, i) for i in range(len(SHAPES)) for fmt in FORMATS]
+if INTERPRETED:  # slow: half of them, a checkerboard
+    CASES = [(fmt, i) for fmt, i in CASES if (FORMATS.index(fmt) + i) % 2]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt, shape", CASES)
+def test_linear_equals_twin(dtype, fmt, shape):
+    (m, n, k), extra = SHAPES[shape], EXTRAS[(shape // 2 + FORMATS.index(fmt)) % len(EXTRAS)]
+    bound = 8e-3 if dtype == torch.bfloat16 else 2e-3
+    check_linear(linear.linear, fmt, m, n, k, dtype, DEVICE, bound, **extra)
+
+
+@needs_kernels
+@pytest.mark.parametrize("extra", EXTRAS[:3], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_parts_of_tiles_equals_twin(rows, extra):
+    check_linear(linear.linear, "dense", rows, 66, 4360, DTYPES[0], DEVICE, 8e-3, **extra)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", ["dense", "int8", "g128"])
+def test_a_large_activation_is_normed_and_equals_twin(fmt, rows, dtype):
+    """One channel of a residual stream often holds thousands; times the norm's weight that is too much for float16."""
+    x, weight, scale, zero, _ = make_linear(fmt, rows, 64, 256, dtype)
+    x[:, 200] = 30_000
+    gain = torch.linspace(1, 8, 256).to(dtype)
+    move = [t if t is None else t.to(DEVICE) for t in (x, weight, scale, zero)]
+    y = linear.linear(*move, norm_weight=gain.to(DEVICE), eps=1e-5).cpu().float()
+    wide = [t if t is None or t.dtype in (torch.int8, torch.uint8) else t.float() for t in (x, weight, scale, zero)]
+    assert relative_error(y, linear.linear_reference(*wide, norm_weight=gain.float(), eps=1e-5)) < 8e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("fmt", [*FORMATS[1:], "g96", "g40z"])
+def test_dequantize_equals_its_twin_and_the_formula(fmt):
+    sizes = {"g96": [(32, 192), (40, 1152)], "g40z": [(32, 40), (24, 520)], "int8": [(32, 40), (24, 1152)]}
+    for n, k in sizes.get(fmt, [(64, 256), (40, 384), (24, 1152)]):
+        _, weight, scale, zero, w = make_linear(fmt, 1, n, k, torch.float16)
+        operands = [t if t is None else t.to(DEVICE) for t in (weight, scale, zero)]
+        y = linear.dequantize(*operands, n, k, torch.float32).cpu()
+        assert torch.equal(y, linear.dequantize_reference(weight, scale, zero, n, k, torch.float32))
+        assert relative_error(y, w) < 1e-6
+        integers = linear.dequantize(operands[0], None, None, n, k, torch.float16).cpu()
+        assert torch.equal(integers, linear.unpack(weight)[:n, :k].half())
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize(
+    "k, n, silu_mul", [(4096, 4096, False), (11008, 4096, False), (4096, 12288, False), (4096, 22016, True)]
+)
+@pytest.mark.parametrize("sm, shared", [(86, 99), (90, 227)])
+def test_tiles_fit_shared_memory(rows, k, n, silu_mul, sm, shared):
+    types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"}
+    block, span, warps, stages, early = tiles.rows_tile(k, n, rows, silu_mul, shared * 1024)
+    values = {"bias_ptr": None, "residual_ptr": None, "N": n, "K": k, "SILU": silu_mul, "M": rows}
+    values |= {"BLOCK": block, "SPAN": span, "STAGES": stages, "EARLY": early, "PDL": False, "ASM": True}
+    kernel = compiled(dense._rows_kernel, types, values, sm, warps)
+    assert 0 < kernel.metadata.shared <= shared * 1024
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_go_straight_to_the_tensor_cores(bits):
+    """Only the sums over warps are exchanged through shared memory."""
+    types = {"rows": "i32", "eps": "fp32", "step_ptr": "*fp32", "digits_ptr": "*i8"}
+    types |= {"w_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
+    values = dict.fromkeys(("squares_ptr", "zero_ptr", "bias_ptr", "residual_ptr", "experts_ptr"))
+    values |= {"N": 4096, "K": 2048, "GROUP": 128 if bits == 4 else 2048, "BITS": bits, "SILU": False, "COLUMNS": 8}
+    values |= {"TILES": 1, "WARPS": 4, "AHEAD": 4, "NEAR": 4, "PDL": True, "ASM": True}
+    kernel = compiled(quantized._quantized_kernel, types, values, 90, 4)
+    ptx = kernel.asm["ptx"]
+    assert not unhinted(kernel)
+    assert ptx.count("mma.sync") == 16 * 4 / 4  # 16 chunks, four products each, shared by four warps
+    assert ptx.count("ld.global") >= 16 and ptx.count("bar.sync") < 8
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("k, n, silu_mul", [(4096, 4096, False), (4096, 22016, True), (11008, 4096, False)])
+def test_rows_are_multiplied_where_they_were_loaded(rows, k, n, silu_mul):
+    """Neither operand passes through shared memory or another lane."""
+    types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "eps": "fp32"}
+    block, warps, each, ahead, near = tiles.row_tile(k, n, rows, silu_mul)
+    values = dict.fromkeys(("bias_ptr", "norm_ptr", "residual_ptr", "experts_ptr"))
+    values |= {"N": n, "K": k, "SILU": silu_mul, "M": rows, "BLOCK": block, "WARPS": warps, "EACH": each}
+    values |= {"AHEAD": ahead, "NEAR": near, "PDL": True, "ASM": True}
+    kernel = compiled(dense._row_kernel, types, values, 90, warps)
+    assert not unhinted(kernel)
+    ptx = kernel.asm["ptx"]
+    steps = -(-k // (warps * each))
+    loads = block * (1 + silu_mul) * each // 256  # of weights, 512 bytes a warp
+    assert ptx.count("ld.global") == steps * (loads + rows * each // 256)
+    assert ptx.count("mma.sync") == steps * loads and ptx.count("bar.sync") <= 4
+    assert "ld.shared.v4" not in ptx and "ldmatrix" not in ptx

@@ -1,0 +1,101 @@
+"""The two ends of a step: embedding, sampling and advancing by kernels and by their twins."""
+
+import pytest
+import torch
+from kernel_checks import DEVICE, needs_kernels
+
+import decode_kernels
+import generate
+import model
+from decode_kernels import INTERPRETED
+from sampling import SamplingParams, sample
+
+
+@needs_kernels
+@pytest.mark.parametrize("first", [None, 40])
+@pytest.mark.parametrize("dim, half, factor", [(64, 32, 1.0), (96, 20, 1.25)])
+def test_embed_equals_twin(first, dim, half, factor):
+    gen = torch.Generator().manual_seed(dim)
+    table, frequencies = torch.randn(50, dim, generator=gen).half(), 1e4 ** -(torch.arange(half) / half)
+    tokens = torch.randint(50, (2, 3), generator=gen) + (0 if first is None else 20)
+    positions = torch.tensor([[0, 1, 2], [131_069, 131_070, 131_071]])
+    args = [t.to(DEVICE) for t in (tokens, positions, table, frequencies)]
+    x, cos, sin = decode_kernels.embed(*args, factor, first)
+    assert torch.equal(x, model.embed_reference(*args, factor, first)[0])
+    assert (x == 0).all(-1).any() == (first is not None)
+    exact = positions.double()[..., None, None] * frequencies.double()
+    for got, want, turn in zip((cos, sin), model.angles(args[1], args[3], factor), (exact.cos(), exact.sin())):
+        assert got.shape == (2, 3, 1, half) and (got - want).abs().max() < 1e-6
+        assert (got[0].cpu() - factor * turn[0]).abs().max() < 1e-6
+
+
+SAMPLES = [(1000, 1), (1000, 7), (1024, 200), (4000, 200), (33_000, 200), (300, 256), (70, 50)]
+
+
+def make_logits(rows, vocabulary, dtype, coarse):
+    """coarse: many ties, zeros of both signs among them."""
+    logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    logits = (logits.round() * 0.5 if coarse else logits).to(dtype)
+    return torch.where((logits == 0) & (torch.arange(vocabulary) % 2 == 0), -logits, logits).to(DEVICE)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocabulary, k", SAMPLES)
+def test_sample_equals_twin(vocabulary, k, dtype):
+    """The same tokens but where two candidates are as good as equal: 16-bit logits tie, and a tie at the threshold of
+    top-k is broken by the lowest id here.
+    """
+    params = [SamplingParams(0.0 if k == 1 else t, k, min_p=m) for t, m in ((0.8, 0.0), (1.7, 0.0), (1.0, 0.05))]
+    rows = 3 if INTERPRETED else 16  # the interpreter takes half a second for a row of 33,000
+    for coarse in (False, True):
+        logits = make_logits(rows, vocabulary, dtype, coarse)
+        seeds, positions = torch.arange(rows, device=DEVICE) << 20, torch.arange(rows, device=DEVICE)[:, None] * 7
+        for p in params:
+            assert decode_kernels.samples(dtype, vocabulary, p.structure)
+            args = logits, p.structure, p.knobs(DEVICE), seeds, positions[:, 0]
+            # among equals the first ids stay: a millionth less for every id says so to the twin, in float64
+            order = logits.double() - 1e-9 * torch.arange(vocabulary, device=DEVICE)
+            got, twin = sample(*args, fused=True), sample(order, *args[1:])
+            assert torch.equal(got, twin)
+            assert torch.equal(got[2:3], sample(logits[2:3], *args[1:3], seeds[2:3], positions[2:3, 0], fused=True))
+
+
+@needs_kernels
+def test_sample_says_where_logits_are_not_finite_and_equals_twin():
+    structure, knobs = (False, 50, False, False), SamplingParams(0.8, 50).knobs(DEVICE)
+    for value in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+        logits = make_logits(3, 2000, torch.float16, False)
+        logits[1, 1234] = value
+        args = structure, knobs, torch.arange(3, device=DEVICE), torch.arange(3, device=DEVICE)
+        got = sample(logits, *args, fused=True)
+        assert got[1] == -1 and (got >= 0).sum() == 2
+        assert torch.equal(got, sample(logits, *args))
+
+
+@needs_kernels
+def test_sample_draws_what_it_should():
+    """20,000 draws of one row, for which the interpreter is too slow: chi-square against the top-k probabilities."""
+    n, k, vocabulary = 20_000, 8, 64
+    row, params = torch.linspace(-2, 1, vocabulary).to(torch.float16), SamplingParams(0.9, k)
+    logits = row.to(DEVICE).expand(n, -1)
+    seeds, positions = torch.arange(n, device=DEVICE), torch.zeros(n, dtype=torch.int64, device=DEVICE)
+    tokens = sample(logits, params.structure, params.knobs(DEVICE), seeds, positions, fused=True).cpu()
+    expected = torch.softmax(row[-k:].double() / 0.9, -1) * n
+    counts = torch.bincount(tokens - (vocabulary - k), minlength=k)
+    assert len(counts) == k and counts.sum() == n
+    assert ((counts - expected) ** 2 / expected).sum() < 26  # 7 degrees of freedom: one in two thousand
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 5])
+def test_advance_equals_twin(rows):
+    results = []
+    for function in (decode_kernels.advance_, generate.advance_reference_):
+        tokens = torch.arange(rows, device=DEVICE) * 100 - 1
+        state = [torch.full((rows, 1), 9, device=DEVICE), torch.full((rows, 1), 40, device=DEVICE)]
+        state += [torch.tensor([2], device=DEVICE), torch.zeros((rows, 6), dtype=torch.int64, device=DEVICE)]
+        for _ in range(2):
+            function(tokens, *state)
+        results.append(state)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
