@@ -2,7 +2,7 @@
 the host.
 
 Knows how to emit several tokens per step of the target without changing what the target says. Refuses to know models,
-files and text: it drives two engines (`generate.py`) through their models, caches and captured programs.
+files and text: it drives two engines (`engine.py`) through their models, caches and captured programs.
 
 A round: the drafter proposes K tokens; the target scores the last token and the K proposals in one step of K + 1 rows;
 the longest accepted run and one more token of the target's own come out. Legend: B rows, S cache slots, K

@@ -18,7 +18,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,64 @@ class Tokenizer:
         text = self.render_chat(messages)
         text.encode()  # as in `encode`
         return self.file.encode(text, bos=False, control=True)
+
+
+class Ids:
+    """Stands in for a tokenizer where a model has none (`--shape`): UTF-8 bytes in, numbers out."""
+
+    stop_ids: frozenset[int] = frozenset()
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [b % self.vocab_size for b in text.encode()] or [0]
+
+    def decoder(self, prompt: Sequence[int] = ()) -> "Ids":
+        return self
+
+    def piece(self, i: int) -> bytes:
+        return b"%d " % i
+
+    def add(self, ids: list[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+    def flush(self) -> str:
+        return ""
+
+
+class Answer:
+    """One row's answer as it grows: ids, certain text, stop ids and stop strings (also across token boundaries)."""
+
+    def __init__(self, decoder: Decoder | Ids, stop_ids: frozenset[int], stop: Sequence[str], limit: int) -> None:
+        self.decoder, self.stop_ids, self.stop, self.limit = decoder, stop_ids, tuple(stop), limit
+        self.ids: list[int] = []
+        self.held = ""  # text that may be the beginning of a stop string
+        self.stop_reason: str | None = None
+
+    def add(self, ids: list[int]) -> tuple[list[int], str]:
+        """Take ids until the answer ends; returns those taken and the text that became certain."""
+        taken: list[int] = []
+        for token in ids:
+            if self.stop_reason is not None:
+                break
+            taken.append(token)
+            if token in self.stop_ids:
+                self.stop_reason = "eos"
+            else:
+                self.held += self.decoder.add([token])
+                if len(self.ids) + len(taken) == self.limit:
+                    self.stop_reason = "length"
+            if self.stop_reason is not None:
+                self.held += self.decoder.flush()
+            if found := [i for s in self.stop if (i := self.held.find(s)) >= 0]:
+                self.held, self.stop_reason = self.held[: min(found)], "stop"
+        self.ids += taken
+        keep = 0
+        if self.stop_reason is None:
+            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return taken, text
 
 
 def text_of(path: Path) -> str:

@@ -31,12 +31,15 @@ from torch._dynamo.utils import counters
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
+import architectures  # noqa: E402
 import checkpoint  # noqa: E402
 import decode_kernels  # noqa: E402
 import tp  # noqa: E402
-from generate import DTYPES, Engine, Ids, Parser, at_least, draft_tokens, pick_device  # noqa: E402
+from engine import DTYPES, Engine, pick_device  # noqa: E402
+from generate import Parser, at_least, draft_tokens  # noqa: E402
 from linear import Linear  # noqa: E402
 from sampling import SamplingParams, sample  # noqa: E402
+from tokenizer import Ids  # noqa: E402
 
 # Bytes per second that the best read-only kernel reached; a slower measurement must not flatter MBU.
 KNOWN_READ = {"NVIDIA H200": 4.68e12, "NVIDIA H100 80GB HBM3": 3.17e12}
@@ -59,7 +62,7 @@ def rates(text: str) -> list[float]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="benchmark.py", description="Measure decoding against memory bandwidth.", allow_abbrev=False)
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--shape", choices=tuple(checkpoint.SHAPES), help="a named shape with random weights")
+    which.add_argument("--shape", choices=tuple(architectures.SHAPES), help="a named shape with random weights")
     which.add_argument("--checkpoint", help="folder or Hub id")
     p.add_argument("--mode", choices=tuple(BITS), help="weights of a --shape (default bf16: not quantized)")
     for name, default in (("batch", 1), ("prompt-len", 5), ("new-tokens", 200), ("repeats", 4)):
@@ -152,7 +155,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Engine:
     options = {"compile": args.compile, "compile_prefill": args.compile_prefill}
     if args.checkpoint:
         return Engine.load(args.checkpoint, device=device.type, dtype=args.dtype, kernel_choice=args.kernels, **options)
-    config, size, fused = checkpoint.shape_config(args.shape), args.group_size, decode_kernels.supported(device)
+    config, size, fused = architectures.shape_config(args.shape), args.group_size, decode_kernels.supported(device)
     if args.kernels == "triton" and not fused:
         raise ValueError(f"--kernels triton does not run on {device}")
     if size != -1 and (size < 1 or config.hidden_size % size):
@@ -302,7 +305,7 @@ def transformers_prefill(args: argparse.Namespace, device: torch.device, dtype: 
     """The prefill of T ids by transformers (SDPA attention, eager) of a llama-like --shape with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**checkpoint.shape_json(args.shape))
+    config = AutoConfig.for_model(**architectures.shape_json(args.shape))
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 

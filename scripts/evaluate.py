@@ -26,8 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
 import quantize  # noqa: E402
-from checkpoint import config_from_hf, read_config  # noqa: E402
-from generate import Engine, Parser, at_least, pick_device  # noqa: E402
+from architectures import config_from_hf  # noqa: E402
+from checkpoint import read_config  # noqa: E402
+from engine import Engine, pick_device  # noqa: E402
+from generate import Parser, at_least  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1")

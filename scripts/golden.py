@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
 import checkpoint  # noqa: E402
-from generate import DEFAULT_CHECKPOINT, Engine, Parser  # noqa: E402
+from engine import DEFAULT_CHECKPOINT, Engine  # noqa: E402
+from generate import Parser  # noqa: E402
 from sampling import SamplingParams  # noqa: E402
 
 RECORD = ROOT / "tests" / "golden.json"

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
 import quantize  # noqa: E402
-from checkpoint import SHAPES, config_from_hf, shape_json  # noqa: E402
+from architectures import SHAPES, config_from_hf, shape_json  # noqa: E402
 from generate import Parser  # noqa: E402
 
 

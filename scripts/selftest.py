@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules a
 
 
 import checkpoint  # noqa: E402
-from generate import Engine, parse  # noqa: E402
+from engine import Engine  # noqa: E402
+from generate import parse  # noqa: E402
 from linear import Linear  # noqa: E402
 from model import Attention  # noqa: E402
 from sampling import SamplingParams  # noqa: E402

@@ -12,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import benchmark
 
+import architectures
 import checkpoint
-from generate import DEFAULT_CHECKPOINT, Engine, Ids
+from engine import DEFAULT_CHECKPOINT, Engine
+from tokenizer import Ids
 
 QUICK = ["--shape", "tiny", "--device", "cpu", "--no-compile", "--new-tokens", "9", "--repeats", "1"]
 FIELDS = (
@@ -80,14 +82,14 @@ def test_a_batch_reads_the_weights_once(capsys):
 
 
 def test_prefill_flops():
-    engine = Engine(checkpoint.random_model(checkpoint.shape_config("tiny")), Ids(512), compile=False)
+    engine = Engine(checkpoint.random_model(architectures.shape_config("tiny")), Ids(512), compile=False)
     linears = 2 * (256 * (4 + 2 * 2) * 64 + 256 * 256 + 3 * 256 * 512)
     attention = 2 * 4 * 4 * 64 * (10 * 11 / 2)  # two layers, two products of two operations, four heads of 64
     assert benchmark.prefill_flops(engine, 10) == 2 * 10 * linears + 2 * 256 * 512 + attention
 
 
 def test_prompts_never_repeat():
-    engine = Engine(checkpoint.random_model(checkpoint.shape_config("tiny")), Ids(512), compile=False)
+    engine = Engine(checkpoint.random_model(architectures.shape_config("tiny")), Ids(512), compile=False)
     first = [benchmark.random_prompts(engine, 2, 5, seed) for seed in (1, 2)]
     assert first[0][0][0] != first[1][0][0]
     assert first[0] == benchmark.random_prompts(engine, 2, 5, 1)

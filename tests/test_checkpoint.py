@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import checkpoint_dtype, config_from_hf, rope_from_hf
+from architectures import config_from_hf, rope_from_hf
+from checkpoint import checkpoint_dtype
+from engine import Engine
 from formats import QuantConfig
-from generate import Engine, Ids
 from model import KVCache, Rope
+from tokenizer import Ids
 
 ROOT = Path(__file__).parent.parent
 
@@ -369,7 +371,7 @@ def test_configs_of_real_models(config, want):
 
 @pytest.mark.parametrize("theta", [500_000, 2804339835.0, 45_900_000_000])
 def test_rope_theta_of_long_contexts(theta):
-    assert checkpoint.config_from_hf(LLAMA_31_8B | {"rope_theta": theta}).rope.rope_theta == theta
+    assert config_from_hf(LLAMA_31_8B | {"rope_theta": theta}).rope.rope_theta == theta
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from scripted import SPECIAL, VOCAB, add_tokenizer, recital, write_json
 
 import checkpoint
 import generate
+from engine import Engine
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
@@ -290,13 +292,13 @@ def test_each_filter_can_leave_the_argmax_alone(records, dice, flags):
 
 
 def test_sampling_defaults_come_from_generation_config(monkeypatch, call, tmp_path):
-    used, real = [], generate.Engine.generate
+    used, real = [], Engine.generate
 
     def spy(self, prompts, sampling, **options):
         used.append(sampling)
         return real(self, prompts, sampling, **options)
 
-    monkeypatch.setattr(generate.Engine, "generate", spy)
+    monkeypatch.setattr(Engine, "generate", spy)
     bare = recital(tmp_path / "bare", "abc", "<|eos|>")
     call("--checkpoint", bare)
     rich = recital(tmp_path / "rich", "abc", "<|eos|>", temperature=0.6, top_k=20, top_p=0.9, min_p=0.01)
@@ -360,9 +362,9 @@ def test_compile_prefill_refuses_a_mixture_of_experts(fails, tiny):
 
 @pytest.mark.parametrize("name, dtype", [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
 def test_dtype_on_a_cpu(monkeypatch, records, tmp_path, name, dtype):
-    engines, real = [], generate.Engine.load.__func__
+    engines, real = [], Engine.load.__func__
     monkeypatch.setattr(
-        generate.Engine, "load", classmethod(lambda cls, *a, **k: engines.append(real(cls, *a, **k)) or engines[-1])
+        Engine, "load", classmethod(lambda cls, *a, **k: engines.append(real(cls, *a, **k)) or engines[-1])
     )
     folder = recital(tmp_path, "abc", "<|eos|>")
     config = json.loads((folder / "config.json").read_text())
@@ -446,7 +448,7 @@ def test_help_names_every_flag(call):
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_loaded(fails, abc, argv, named, monkeypatch):
-    monkeypatch.setattr(generate.Engine, "load", None)
+    monkeypatch.setattr(Engine, "load", None)
     assert named in fails("--checkpoint", abc, *argv)
 
 
@@ -577,16 +579,16 @@ def test_closed_streams(abc):
 
 def interrupt_after(monkeypatch, count):
     """The next answer ends in Ctrl-C after `count` pieces."""
-    real = generate.Engine.generate
+    real = Engine.generate
 
     def interrupted(self, *args, **options):
-        monkeypatch.setattr(generate.Engine, "generate", real)
+        monkeypatch.setattr(Engine, "generate", real)
         for i, piece in enumerate(real(self, *args, **options)):
             if i == count:
                 raise KeyboardInterrupt
             yield piece
 
-    monkeypatch.setattr(generate.Engine, "generate", interrupted)
+    monkeypatch.setattr(Engine, "generate", interrupted)
 
 
 def test_interrupt_keeps_what_was_generated(call, abc, monkeypatch):
@@ -651,7 +653,7 @@ FORGETFUL = PLAIN.replace(
 @pytest.fixture
 def turns(monkeypatch):
     """What each turn of a chat passed to the engine: [prompt ids, ids answered, tokens prefilled]."""
-    seen, real = [], generate.Engine.generate
+    seen, real = [], Engine.generate
 
     def spy(self, prompts, *args, **options):
         ids = []
@@ -661,7 +663,7 @@ def turns(monkeypatch):
             seen[-1][2] = self.stats.prefill_tokens
             yield piece
 
-    monkeypatch.setattr(generate.Engine, "generate", spy)
+    monkeypatch.setattr(Engine, "generate", spy)
     return seen
 
 
@@ -676,7 +678,7 @@ def test_chat_reuses_the_common_prefix_and_answers_as_a_fresh_prefill(call, tiny
     argv = ("--checkpoint", folder, "--temperature", 0, "--max-new-tokens", 9)
     out, _ = call(*argv, "--chat", "--system", "Be brief.", stdin="hello\nwhat is that?\n\nbye\n")
     assert out.count("> ") == 5 and len(turns) == 4
-    engine, said, cached = generate.Engine.load(folder), list(turns), []
+    engine, said, cached = Engine.load(folder), list(turns), []
     for prompt, answer, prefilled in said:
         fresh = [i for p in engine.generate([prompt], generate.SamplingParams(0.0), max_new_tokens=9) for i in p.ids]
         engine._cached = []
@@ -701,7 +703,7 @@ def test_chat_interrupt_stops_the_answer_and_not_the_program(call, tmp_path, tur
     out, _ = call(
         "--checkpoint", folder, "--chat", "--temperature", 0, "--ignore-eos", "--max-new-tokens", 4, stdin="a\nb\n"
     )
-    decode = generate.Engine.load(folder).tokenizer.file.model.decode
+    decode = Engine.load(folder).tokenizer.file.model.decode
     second = decode(turns[-1][0], skip_special_tokens=False)
     assert out.count("> ") == 3
     assert second.startswith("<|bos|>u:a<|eot|>a:") and second.endswith("<|eot|>u:b<|eot|>a:")
@@ -717,7 +719,7 @@ def test_chat_ctrl_c_before_the_answer_forgets_the_question(call, tmp_path, turn
             raise KeyboardInterrupt
         return real(self, messages)
 
-    monkeypatch.setattr(generate.Tokenizer, "encode_chat", interrupted)
+    monkeypatch.setattr(Tokenizer, "encode_chat", interrupted)
     out, _ = call("--checkpoint", folder, "--chat", "--temperature", 0, stdin="x\ny\nz\n")
     assert out == "> abc\n> \n> abc\n> \n" and asked == [["x"], ["x", "abc", "y"], ["x", "abc", "z"]]
 
@@ -741,8 +743,8 @@ def test_chat_ends_clearly_when_the_conversation_is_full(call, tiny, turns):
 
 
 def test_chat_context_is_the_models_or_8192(call, tmp_path, monkeypatch):
-    sizes, real = [], generate.Engine.limit
-    monkeypatch.setattr(generate.Engine, "limit", lambda self, b, s: sizes.append(s) or real(self, b, s))
+    sizes, real = [], Engine.limit
+    monkeypatch.setattr(Engine, "limit", lambda self, b, s: sizes.append(s) or real(self, b, s))
     for context in (512, 20_000):
         folder = recital(tmp_path / str(context), "abc", "<|eos|>", template=PLAIN, context=context)
         call("--checkpoint", folder, "--chat", stdin="a\n")
@@ -770,7 +772,7 @@ def test_selftest_interrupted(selftest, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "call", ctrl_c)
-    monkeypatch.setattr(generate.Engine, "load", ctrl_c)
+    monkeypatch.setattr(Engine, "load", ctrl_c)
     assert generate.main(["--selftest"]) == 130
     assert selftest() == (130, [])
 
@@ -811,7 +813,7 @@ def test_selftest_compares_a_recorded_answer(selftest, call, tmp_path):
 
 
 def test_selftest_notices_an_engine_that_is_wrong(selftest, dice, monkeypatch):
-    real, made = generate.Engine.load.__func__, []
+    real, made = Engine.load.__func__, []
 
     def load(cls, *args, **options):
         made.append(real(cls, *args, **options))
@@ -819,7 +821,7 @@ def test_selftest_notices_an_engine_that_is_wrong(selftest, dice, monkeypatch):
             made[0].model.layers[1].mlp.down_proj.weight[3, 5] += 0.3
         return made[-1]
 
-    monkeypatch.setattr(generate.Engine, "load", classmethod(load))
+    monkeypatch.setattr(Engine, "load", classmethod(load))
     status, lines = selftest("--checkpoint", dice, "--device", "cpu")
     assert status == 1 and sum(line.startswith("FAIL ") for line in lines) >= 4
 

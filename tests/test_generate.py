@@ -14,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import golden
 
+import architectures
 import checkpoint
-from generate import DEFAULT_CHECKPOINT, Answer, Engine, Ids, Increment
+from engine import DEFAULT_CHECKPOINT, Engine, Increment
 from model import Transformer
 from sampling import SamplingParams
+from tokenizer import Answer, Ids
 
 STORIES = Path(__file__).resolve().parent.parent.parent / "shared" / "models" / "stories260K"
 GOLDEN = (
@@ -293,7 +295,7 @@ def test_not_finite_logits_raise_and_do_not_poison_the_next_answer(tmp_path):
 def random_engine(i: int, **options) -> Engine:
     config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 8 + i, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 30 + i}
-    config = checkpoint.config_from_hf(config | {"max_position_embeddings": 2048})
+    config = architectures.config_from_hf(config | {"max_position_embeddings": 2048})
     model = checkpoint.random_model(config, dtype=torch.float32, device=torch.device("cpu"))
     return Engine(model, Ids(30 + i), compile=True, **options)
 
@@ -458,7 +460,7 @@ def test_golden_on_a_gpu_with_captured_graphs():
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_quantized_weights_without_a_kernel_are_announced_once(bits, capsys):
     """int8 and int4 are right everywhere; where they are slow, one line says so."""
-    config = checkpoint.shape_config("tiny")
+    config = architectures.shape_config("tiny")
     model = checkpoint.random_model(config, bits=bits, dtype=torch.float32)
     Engine(model, Ids(config.vocab_size)).warn()
     err = capsys.readouterr().err

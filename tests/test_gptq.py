@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import quantize
 from formats import Quantized
+from gptq import fit_scale, gptq, inverse_factor, relative_errors
 from linear import quantize_rtn
-from quantize import Settings, fit_scale, gptq, inverse_factor, relative_errors
 
 
 def problem(n=48, k=128, tokens=2000, seed=0):
@@ -17,8 +16,8 @@ def problem(n=48, k=128, tokens=2000, seed=0):
 
 
 def solve(w, h, **changes):
-    settings = Settings(**({"group_size": 32, "clip_search": False} | changes))
-    solved = gptq(w, h, settings, torch.float32)
+    options = {"group_size": 32, "clip_search": False} | changes
+    solved = gptq(w, h, options.pop("group_size"), torch.float32, **options)
     assert solved is not None
     return solved
 
@@ -131,8 +130,8 @@ def test_what_cannot_be_solved_says_so():
     for bad in (float("nan"), float("inf")):
         broken = h.clone()
         broken[5, 5] = bad
-        assert gptq(w, broken, Settings(group_size=32), torch.float32) is None
-    assert gptq(w, -h, Settings(group_size=32), torch.float32) is None
+        assert gptq(w, broken, 32, torch.float32) is None
+    assert gptq(w, -h, 32, torch.float32) is None
 
 
 def test_inverse_factor():
@@ -180,4 +179,4 @@ def test_matches_the_paper_one_column_at_a_time():
         expected[:, j] = level.to(torch.int8)
         rest[:, j:] -= torch.outer((rest[:, j] - level * scale[:, 0]) / u[j, j], u[j, j:])
     assert (q != expected).float().mean() < 0.01
-    assert quantize.relative_errors(w, w, h) == (0.0, pytest.approx(0.0, abs=1e-10))
+    assert relative_errors(w, w, h) == (0.0, pytest.approx(0.0, abs=1e-10))

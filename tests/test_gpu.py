@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+import architectures
 import checkpoint
-from generate import DEFAULT_CHECKPOINT, Engine, Ids
+from engine import DEFAULT_CHECKPOINT, Engine
 from linear import Linear, RMSNorm, from_linear, linear_reference
 from model import KVCache, Transformer
 from sampling import SamplingParams
 from speculative import Speculation
+from tokenizer import Ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GREEDY = SamplingParams(temperature=0.0)
@@ -27,7 +29,7 @@ KINDS = {
 def config_of(kind: str):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 1000, "head_dim": 64}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    return checkpoint.config_from_hf({"model_type": kind} | sizes | heads | KINDS[kind])
+    return architectures.config_from_hf({"model_type": kind} | sizes | heads | KINDS[kind])
 
 
 def switch_kernels(model: Transformer, on: bool) -> None:

@@ -22,7 +22,9 @@ import evaluate
 
 import checkpoint
 import generate
+import gptq
 import quantize
+from engine import Engine
 from formats import QuantConfig, suffixes, unpack
 from model import KVCache
 
@@ -209,7 +211,7 @@ def test_streamed_perplexity_is_that_of_the_whole_model(mode, tiny, text, tmp_pa
     tokenizer = quantize.Tokenizer.from_folder(tiny)
     rows = quantize.text_rows(text, tokenizer, checkpoint.load(str(tiny)).config, 8, 128)
     for folder, when in ((tiny, "before"), (tmp_path / "out", "after")):
-        engine = generate.Engine.load(str(folder), device="cpu", compile=False)
+        engine = Engine.load(str(folder), device="cpu", compile=False)
         whole = float(engine.score(rows).mean().neg().exp())
         assert report[f"perplexity_{when}"] == pytest.approx(whole, rel=1e-4)
 
@@ -332,7 +334,7 @@ def test_starved_expert_is_reported(text, tmp_path):
 
 
 def test_unsolvable_layer_is_rounded_and_reported(tiny, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quantize, "inverse_factor", lambda hessian, damp: None)
+    monkeypatch.setattr(gptq, "inverse_factor", lambda hessian, damp: None)
     report = run(tiny, tmp_path / "out", text, "int4-gptq")
     assert all(row["notes"] == ["not solvable, rounded to nearest"] for row in report["layers"])
     assert all(row["output_error"] == row["output_error_rtn"] for row in report["layers"])

@@ -15,11 +15,13 @@ import torch
 from scripted import VOCAB, add_tokenizer, byte_ids, recital, write_json
 from test_sampling import p_value
 
+import architectures
 import checkpoint
 import generate
-from generate import DEFAULT_CHECKPOINT, Engine, Ids
+from engine import DEFAULT_CHECKPOINT, Engine
 from sampling import SamplingParams, distribution, draw
 from speculative import CHOICES, DRAFT, Chooser, Speculation, accept, lookup, spread
+from tokenizer import Ids
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(temperature=0.0)
@@ -42,7 +44,7 @@ LINE = re.compile(
 def config_of(vocab: int = 12, context: int = 4096, **changes):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": vocab, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": context}
-    return checkpoint.config_from_hf({"model_type": "llama"} | sizes | heads | changes)
+    return architectures.config_from_hf({"model_type": "llama"} | sizes | heads | changes)
 
 
 def peaked(seed: int = 0, vocab: int = 12, **changes):

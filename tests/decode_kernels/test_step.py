@@ -5,7 +5,7 @@ import torch
 from kernel_checks import DEVICE, needs_kernels
 
 import decode_kernels
-import generate
+import engine
 import model
 from decode_kernels import INTERPRETED
 from sampling import SamplingParams, sample
@@ -91,7 +91,7 @@ def test_sample_draws_what_it_should():
 @pytest.mark.parametrize("rows", [1, 5])
 def test_advance_equals_twin(rows):
     results = []
-    for function in (decode_kernels.advance_, generate.advance_reference_):
+    for function in (decode_kernels.advance_, engine.advance_reference_):
         tokens = torch.arange(rows, device=DEVICE) * 100 - 1
         state = [torch.full((rows, 1), 9, device=DEVICE), torch.full((rows, 1), 40, device=DEVICE)]
         state += [torch.tensor([2], device=DEVICE), torch.zeros((rows, 6), dtype=torch.int64, device=DEVICE)]
