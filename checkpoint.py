@@ -422,13 +422,6 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def refusal(error: Exception) -> str:
-    """What a user is told of an error, in one line; a RuntimeError that is not of memory is ours, and raised again."""
-    if isinstance(error, RuntimeError) and not re.search("DefaultCPUAllocator|out of memory", str(error)):
-        raise error
-    return " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
-
-
 def peak_bytes(device: torch.device) -> int:
     """The most memory this process has used, on a GPU or else of the host (0 where nobody says)."""
     if device.type == "cuda":

@@ -5,6 +5,7 @@ its mathematics (`model.py`), its files (`checkpoint.py`), its words (`tokenizer
 (`generate.py`).
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -490,6 +491,17 @@ class Engine:
             logits = self.model(tokens[:, a:b], positions, self.cache, end=b).float()
             out.append(torch.log_softmax(logits, -1).gather(-1, tokens[:, a + 1 : b + 1, None]).squeeze(-1))
         return torch.cat(out, 1)
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process has used: of its GPU, or else of the host."""
+        return checkpoint.peak_bytes(self.device)
+
+    @contextlib.contextmanager
+    def profile(self, file: str) -> Iterator[None]:
+        """Write a Chrome trace of the body."""
+        with torch.profiler.profile() as trace:
+            yield
+        trace.export_chrome_trace(file)
 
     def _bytes_per_step(self, prefix: int) -> int:
         """Bytes one decode step must read: every weight and scale used (of one embedding row), and the KV prefix

@@ -3,25 +3,36 @@
 Knows words: flags, prompts, what is printed where. Refuses to know how a step runs (`engine.py`).
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+if TYPE_CHECKING:  # nothing here may import PyTorch before the arguments are known to be good
+    from engine import Engine
+    from sampling import SamplingParams
 
-import checkpoint
-import decode_kernels
-from engine import DEFAULT_CHECKPOINT, DTYPES, Engine
-from sampling import SamplingParams
-from tokenizer import Tokenizer
+# what argparse needs to know of `engine` and `decode_kernels`; a test compares
+DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tales"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_ROWS = 16
+SAMPLING: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]] = {  # type, range, the range in words
+    "temperature": (float, lambda t: t == 0 or 1e-3 <= t < float("inf"), "0 (greedy) or at least 0.001"),
+    "top_k": (int, lambda k: k >= 0, "0 (off) or more"),
+    "top_p": (float, lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
+    "min_p": (float, lambda p: 0 <= p < 1, "at least 0 (off) and below 1"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +57,38 @@ def at_least(low: int, high: int = 1 << 40, auto: bool = False) -> Callable[[str
     return integer
 
 
-draft_tokens = at_least(1, decode_kernels.MAX_ROWS, auto=True)
+draft_tokens = at_least(1, MAX_ROWS, auto=True)
+
+
+def sampling_parameter(name: str) -> Callable[[str], float]:
+    """An argparse type: a value that SamplingParams takes."""
+    kind, fits, range_ = SAMPLING[name]
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{name} is {value}; it must be {range_}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse says "invalid float value"
+    return number
+
+
+def begin(parse: Callable[[None], object]) -> None:
+    """What a program does before it imports PyTorch: --help, or an argument that cannot be right, ends it here. Then,
+    until `ready`, Ctrl-C ends it without a word: an import cannot be unwound.
+    """
+    # a stream is None where the shell closed it
+    sys.stdin, sys.stderr = sys.stdin or open(os.devnull), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    parse(None)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def ready() -> None:
+    """Ctrl-C is Python's KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,8 +102,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("--chat", action="store_true", help="talk, with the checkpoint's chat template")
     p.add_argument("--system", metavar="TEXT", help="the system message of a chat")
     p.add_argument("--max-new-tokens", type=at_least(1), default=200)
-    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float)):
-        p.add_argument(f"--{name}", type=kind, help="default: generation_config.json's, else 0.8 / 200 / 1.0 / 0")
+    for name in SAMPLING:
+        flag = f"--{name.replace('_', '-')}"
+        p.add_argument(
+            flag, type=sampling_parameter(name), help="default: generation_config.json's, else 0.8 / 200 / 1.0 / 0"
+        )
     p.add_argument("--seed", type=at_least(0), help="repeat a run (default: a new one each time)")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
     p.add_argument("--ignore-eos", action="store_true", help="do not end at the model's own stop ids")
@@ -75,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--num-draft-tokens", type=draft_tokens, metavar="K", help="1..15, or auto: what pays (default)")
     p.add_argument("--compare", action="store_true", help="with --draft: decode plainly too, and report the speed-up")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"))
-    p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="auto: the checkpoint's; float32 on a CPU")
+    p.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's; float32 on a CPU")
     p.add_argument("--json", action="store_true", help="standard output is one JSON object per answer")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the generation")
     p.add_argument("--selftest", action="store_true", help="check this machine; exit status 1 on a failure")
@@ -110,7 +155,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def summary(engine: Engine) -> str:
     """The last generation in one line, and its speculation in another."""
     s, gb, rate = engine.stats, engine.stats.bytes_per_step / 1e9, engine.stats.decode_tok_s
-    memory = checkpoint.peak_bytes(engine.device) / 1e9
+    memory = engine.peak_bytes() / 1e9
     return (
         f"load {s.load_s:.1f} s | compile {s.compile_s:.1f} s | "
         f"TTFT {s.ttft_s * 1e3:.0f} ms ({s.prefill_tokens} tokens) | decode {rate * s.batch_size:.1f} tok/s | "
@@ -163,7 +208,7 @@ def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> 
     it neither does the question.
     """
     tokenizer = engine.tokenizer
-    if not isinstance(tokenizer, Tokenizer) or not tokenizer.has_chat_template:
+    if not tokenizer.has_chat_template:
         raise ValueError("this checkpoint has no chat template; leave out --chat and use --prompt")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     for turn in itertools.count(args.seed):
@@ -193,6 +238,24 @@ def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> 
     return 0
 
 
+def refusal(error: Exception) -> str:
+    """What a user is told of an error, in one line; a RuntimeError that is not of memory is ours, and raised again."""
+    if isinstance(error, RuntimeError) and not re.search("DefaultCPUAllocator|out of memory", str(error)):
+        raise error
+    return " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
+
+
+def answer(engine: Engine, args: argparse.Namespace, prompts: list[str], chosen: dict[str, Any]) -> int:
+    """Generate or chat, on rank 0 alone visibly. Returns the exit status."""
+    sampling = replace(engine.defaults, **chosen)
+    if args.chat and args.max_seq_len is None:
+        engine.limit(1, min(engine.max_seq_len, 8192))
+    rank = engine.model.tp.rank  # one rank speaks
+    trace = engine.profile(args.profile) if args.profile else contextlib.nullcontext()
+    with trace, open(os.devnull, "w") as null, contextlib.redirect_stdout(null if rank else sys.stdout):
+        return chat(engine, args, sampling) if args.chat else run(engine, args, sampling, prompts)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 a failed selftest, 2 bad input (one line), 130 interrupted (what was generated is printed), 141
     the reader left.
@@ -204,13 +267,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.selftest:  # a program of its own, which uses this one
             program = Path(__file__).resolve().parent / "scripts" / "selftest.py"
             return subprocess.call([sys.executable, str(program), *(sys.argv[1:] if argv is None else argv)])
-        chosen = {
-            n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p") if getattr(args, n) is not None
-        }
-        SamplingParams(**chosen)  # a bad value is refused before anything is loaded
         prompts = [] if args.chat else read_prompts(args)
         if args.profile:
             open(args.profile, "ab").close()  # refused now, not after the generation
+        from engine import Engine
+
+        ready()
+        chosen = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
         same = "device dtype shape max_seq_len draft num_draft_tokens compile compile_prefill prefill_chunk".split()
         engine = Engine.load(
             args.checkpoint,
@@ -220,27 +283,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen=chosen,
             **{name: getattr(args, name) for name in same},
         )
-        sampling = replace(engine.defaults, **chosen)
-        if args.chat and args.max_seq_len is None:
-            engine.limit(1, min(engine.max_seq_len, 8192))
-        rank = engine.model.tp.rank  # one rank speaks
-        trace = torch.profiler.profile() if args.profile else contextlib.nullcontext()
-        with trace, open(os.devnull, "w") as null, contextlib.redirect_stdout(null if rank else sys.stdout):
-            status = chat(engine, args, sampling) if args.chat else run(engine, args, sampling, prompts)
-        if isinstance(trace, torch.profiler.profile):
-            trace.export_chrome_trace(args.profile)
+        return answer(engine, args, prompts, chosen)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has left, as `head` does: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"generate.py: error: {checkpoint.refusal(error)}", file=sys.stderr)
+        print(f"generate.py: error: {refusal(error)}", file=sys.stderr)
         return 2
-    return status
 
 
 if __name__ == "__main__":
-    # either is None where the shell closed it
-    sys.stdin, sys.stderr = sys.stdin or open(os.devnull), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    begin(parse)
     sys.exit(main())

@@ -24,6 +24,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from generate import DEFAULT_CHECKPOINT, Parser, at_least, begin, ready
+from generate import DTYPES as DTYPE_NAMES
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="quantize.py", description="Quantize a Hugging Face checkpoint.", allow_abbrev=False)
+    flag, data = argparse.BooleanOptionalAction, Path(__file__).resolve().parent / "data"
+    p.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision]")
+    p.add_argument("--mode", choices=("int8", "int4", "int4-gptq"), required=True)
+    p.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128, -1), default=128, help="of int4; -1: one group per row"
+    )
+    p.add_argument("--output", type=Path, help="folder to write (default: NAME-MODE here)")
+    p.add_argument("--force", action="store_true", help="replace an existing --output")
+    p.add_argument("--format", choices=("compressed-tensors", "gptq"), default="compressed-tensors")
+    p.add_argument("--calibration", type=Path, default=data / "calibration.txt", metavar="FILE", help="any UTF-8 text")
+    p.add_argument("--rows", type=at_least(1), help="calibration rows (default: 128; 8 where they only measure errors)")
+    p.add_argument("--row-length", type=at_least(16), default=2048, help="tokens in a row, at most the model's context")
+    p.add_argument("--heldout", type=Path, default=data / "heldout.txt", metavar="FILE", help="text for the perplexity")
+    p.add_argument("--heldout-tokens", type=at_least(0), default=32768, help="0: no perplexity")
+    p.add_argument("--act-order", action=flag, default=False, help="GPTQ: inputs with large activations first")
+    p.add_argument("--clip-search", action=flag, default=True, help="GPTQ: search the range of every group")
+    p.add_argument(
+        "--quantize-head", action=flag, default=False, help="lm_head too (a tied one becomes a tensor of its own)"
+    )
+    p.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="Linears to leave, such as '*.layers.0.*'")
+    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="of activations; auto: as in generate.py")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    begin(parse)  # before PyTorch is imported
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -33,9 +67,8 @@ from tqdm import tqdm
 
 from architectures import config_from_hf
 from checkpoint import Loader, Weights, checkpoint_dtype, read_config, resolve, sources
-from engine import DEFAULT_CHECKPOINT, DTYPES, pick_device
+from engine import DTYPES, pick_device
 from formats import QuantConfig, Quantized, Scheme, pack
-from generate import Parser, at_least
 from gptq import gptq, relative_errors
 from linear import Linear, quantize_rtn
 from model import LayerCache, ModelConfig, Transformer
@@ -438,35 +471,9 @@ def quantize(
     return report
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="quantize.py", description="Quantize a Hugging Face checkpoint.", allow_abbrev=False)
-    flag, data = argparse.BooleanOptionalAction, Path(__file__).resolve().parent / "data"
-    p.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision]")
-    p.add_argument("--mode", choices=("int8", "int4", "int4-gptq"), required=True)
-    p.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128, -1), default=128, help="of int4; -1: one group per row"
-    )
-    p.add_argument("--output", type=Path, help="folder to write (default: NAME-MODE here)")
-    p.add_argument("--force", action="store_true", help="replace an existing --output")
-    p.add_argument("--format", choices=("compressed-tensors", "gptq"), default="compressed-tensors")
-    p.add_argument("--calibration", type=Path, default=data / "calibration.txt", metavar="FILE", help="any UTF-8 text")
-    p.add_argument("--rows", type=at_least(1), help="calibration rows (default: 128; 8 where they only measure errors)")
-    p.add_argument("--row-length", type=at_least(16), default=2048, help="tokens in a row, at most the model's context")
-    p.add_argument("--heldout", type=Path, default=data / "heldout.txt", metavar="FILE", help="text for the perplexity")
-    p.add_argument("--heldout-tokens", type=at_least(0), default=32768, help="0: no perplexity")
-    p.add_argument("--act-order", action=flag, default=False, help="GPTQ: inputs with large activations first")
-    p.add_argument("--clip-search", action=flag, default=True, help="GPTQ: search the range of every group")
-    p.add_argument(
-        "--quantize-head", action=flag, default=False, help="lm_head too (a tied one becomes a tensor of its own)"
-    )
-    p.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="Linears to leave, such as '*.layers.0.*'")
-    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
-    p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="of activations; auto: as in generate.py")
-    return p.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 bad input or a full disk (one line), 130 interrupted."""
+    ready()
     args = parse(argv)
     size = args.group_size if args.mode != "int8" else -1
     try:

@@ -174,12 +174,17 @@ class Ids:
     """Stands in for a tokenizer where a model has none (`--shape`): UTF-8 bytes in, numbers out."""
 
     stop_ids: frozenset[int] = frozenset()
+    has_chat_template = False
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> list[int]:
         return [b % self.vocab_size for b in text.encode()] or [0]
+
+    def encode_chat(self, messages: list[Json]) -> list[int]:
+        """ValueError: there is no template."""
+        raise ValueError("random weights have no chat template")
 
     def decoder(self, prompt: Sequence[int] = ()) -> "Ids":
         return self

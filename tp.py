@@ -27,17 +27,18 @@ SHARD_DIM = {
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-@torch.library.custom_op("decode::broadcast", mutates_args=())
 def _broadcast(x: torch.Tensor) -> torch.Tensor:
-    """An operator, for torch.compile can trace the other two collectives, but not this one."""
     x = x.clone()
     dist.broadcast(x, src=0)
     return x
 
 
-@_broadcast.register_fake
-def _broadcast_shape(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+# an operator, for torch.compile can trace the other two collectives, but not this one; not `custom_op`, whose first
+# call imports Dynamo and sympy, 1.3 s of every start
+_LIBRARY = torch.library.Library("decode", "FRAGMENT")
+_LIBRARY.define("broadcast(Tensor x) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.impl("broadcast", _broadcast, "CompositeExplicitAutograd")
+torch.library.register_fake("decode::broadcast", torch.empty_like, lib=_LIBRARY)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class TensorParallel:
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's x on every rank."""
-        return x if self.size == 1 else _broadcast(x)
+        return x if self.size == 1 else torch.ops.decode.broadcast(x)
 
     def local(self, n: int, what: str) -> int:
         """This rank's share of n. ValueError when n does not divide."""

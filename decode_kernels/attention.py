@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from decode_kernels import INTERPRETED, tiles
-from decode_kernels.launch import _at, _dot, _halved, _launch
+from decode_kernels.launch import _at, _dot, _halved, _launch, operator
 
 
 @triton.jit
@@ -310,8 +310,7 @@ def _combine_kernel(
     tl.store(out_ptr + (token * HEADS + head) * DIM + d, out.to(out_ptr.dtype.element_ty), d < DIM)
 
 
-@torch.library.custom_op("decode::attention", mutates_args=("k_cache", "v_cache"))
-def attention(
+def _attention(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -349,9 +348,11 @@ def attention(
     return out
 
 
-@attention.register_fake
 def _attention_shape(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor,
     q_norm: Tensor | None, k_norm: Tensor | None, eps: float, window: int,
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[1] * k_cache.shape[3])
+
+
+attention = operator("attention", _attention, _attention_shape, ("k_cache", "v_cache"))

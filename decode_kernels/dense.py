@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from decode_kernels import INTERPRETED, tiles
-from decode_kernels.launch import _at, _dot, _launch, _shared_memory
+from decode_kernels.launch import _at, _dot, _launch, _shared_memory, operator
 
 
 @triton.jit
@@ -222,8 +222,7 @@ def _finish(
     tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), (n < OUT) & (m < rows))
 
 
-@torch.library.custom_op("decode::dense_linear", mutates_args=())
-def linear(
+def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -261,9 +260,11 @@ def linear(
     return out
 
 
-@linear.register_fake
 def _linear_shape(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None,
     silu_mul: bool, experts: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], weight.shape[-2] // (2 if silu_mul else 1))
+
+
+linear = operator("dense_linear", _linear, _linear_shape)

@@ -3,10 +3,28 @@
 Knows Triton, its launch options and its compiler's habits. Refuses to know matrices, caches and tokens.
 """
 
+from collections.abc import Callable, Sequence
+
+import torch
 import triton
 import triton.language as tl
 
 from decode_kernels import INTERPRETED
+
+LIBRARY = torch.library.Library("decode", "FRAGMENT")
+
+
+def operator(name: str, launch: Callable, shape: Callable, mutates: Sequence[str] = ()) -> Callable:
+    """The operator `torch.ops.decode.<name>`, which torch.compile takes as a whole. launch runs it; shape gives its
+    results without contents, for tracing; mutates names the arguments that it changes.
+
+    Not `torch.library.custom_op`, whose first call imports Dynamo and sympy, 1.3 s of every start.
+    """
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=mutates), tags=tags)
+    LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"decode::{name}", shape, lib=LIBRARY)
+    return getattr(torch.ops.decode, name)
 
 
 def _shared_memory() -> int:

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from decode_kernels import INTERPRETED, group_size, out_features
 from decode_kernels.dense import _added, _finish, _row
-from decode_kernels.launch import _at, _halved, _launch
+from decode_kernels.launch import _at, _halved, _launch, operator
 from decode_kernels.tiles import quantized_tile
 
 
@@ -274,8 +274,9 @@ def _dequantize_kernel(
     tl.store(out_ptr + n.to(tl.int64) * K + k, w, (n < N) & (k < K))
 
 
-@torch.library.custom_op("decode::dequantize", mutates_args=())
-def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype) -> Tensor:
+def _dequantize(
+    weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype
+) -> Tensor:
     out = torch.empty(n, k, dtype=dtype, device=weight.device)
     group = group_size(weight, scale, k)
     bits, chunks = 8 if weight.dtype == torch.int8 else 4, 4
@@ -285,15 +286,16 @@ def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int
     return out
 
 
-@dequantize.register_fake
 def _dequantize_shape(
     weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype
 ) -> Tensor:
     return weight.new_empty(n, k, dtype=dtype)
 
 
-@torch.library.custom_op("decode::quantized_linear", mutates_args=())
-def linear(
+dequantize = operator("dequantize", _dequantize, _dequantize_shape)
+
+
+def _linear(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -331,9 +333,11 @@ def linear(
     return out
 
 
-@linear.register_fake
 def _linear_shape(
     x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, norm_weight: Tensor | None,
     eps: float, residual: Tensor | None, silu_mul: bool, experts: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], out_features(weight, scale) // (2 if silu_mul else 1))
+
+
+linear = operator("quantized_linear", _linear, _linear_shape)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from decode_kernels.launch import _launch
+from decode_kernels.launch import _launch, operator
 
 
 @triton.jit
@@ -135,8 +135,7 @@ def _advance_kernel(
     tl.store(step_ptr, step + 1)
 
 
-@torch.library.custom_op("decode::embed", mutates_args=())
-def embed(
+def _embed(
     tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     (b, t), d, half = tokens.shape, table.shape[1], inv_freq.shape[0]
@@ -150,7 +149,6 @@ def embed(
     return x, cos, sin
 
 
-@embed.register_fake
 def _embed_shape(
     tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,8 +156,10 @@ def _embed_shape(
     return table.new_empty(*tokens.shape, table.shape[1]), cos, sin
 
 
-@torch.library.custom_op("decode::sample", mutates_args=())
-def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
+embed = operator("embed", _embed, _embed_shape)
+
+
+def _sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
     logits, (b, v) = logits.contiguous(), logits.shape
     blocks, most = triton.cdiv(v, 16), min(top_k, triton.cdiv(v, 16))
     key = torch.empty(b, blocks, dtype=torch.int32, device=logits.device)
@@ -174,12 +174,20 @@ def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_
     return out
 
 
-@sample.register_fake
 def _sample_shape(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
     return positions.new_empty(logits.shape[0])
 
 
-@torch.library.custom_op("decode::advance_", mutates_args=("token", "position", "step", "out"))
-def advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
+sample = operator("sample", _sample, _sample_shape)
+
+
+def _advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
     width = triton.next_power_of_2(len(tokens))
     _advance_kernel[(1,)](tokens, token, position, step, out, *out.shape, width, **_launch(1))
+
+
+def _advance_shape(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
+    """Nothing comes out."""
+
+
+advance_ = operator("advance_", _advance_, _advance_shape, ("token", "position", "step", "out"))

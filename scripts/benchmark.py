@@ -25,24 +25,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._dynamo.utils import counters
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-import architectures  # noqa: E402
-import checkpoint  # noqa: E402
-import decode_kernels  # noqa: E402
-import tp  # noqa: E402
-from engine import DTYPES, Engine, pick_device  # noqa: E402
-from generate import Parser, at_least, draft_tokens  # noqa: E402
-from linear import Linear  # noqa: E402
-from sampling import SamplingParams, sample  # noqa: E402
-from tokenizer import Ids  # noqa: E402
+from generate import DTYPES as DTYPE_NAMES
+from generate import MAX_ROWS, Parser, at_least, begin, draft_tokens
 
-# Bytes per second that the best read-only kernel reached; a slower measurement must not flatter MBU.
-KNOWN_READ = {"NVIDIA H200": 4.68e12, "NVIDIA H100 80GB HBM3": 3.17e12}
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
 
@@ -62,7 +50,7 @@ def rates(text: str) -> list[float]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="benchmark.py", description="Measure decoding against memory bandwidth.", allow_abbrev=False)
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--shape", choices=tuple(architectures.SHAPES), help="a named shape with random weights")
+    which.add_argument("--shape", help="a named shape with random weights")
     which.add_argument("--checkpoint", help="folder or Hub id")
     p.add_argument("--mode", choices=tuple(BITS), help="weights of a --shape (default bf16: not quantized)")
     for name, default in (("batch", 1), ("prompt-len", 5), ("new-tokens", 200), ("repeats", 4)):
@@ -83,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--num-draft-tokens", type=draft_tokens, metavar="K", help="as generate.py's")
     p.add_argument("--simulated-acceptance", type=rates, default=[], metavar="P,P", help="of random weights")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"))
-    p.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--csv", metavar="FILE", default=str(ROOT / "benchmarks" / "decode.csv"))
     p.add_argument("--no-csv", action="store_true", help="append no rows")
     p.add_argument("--commit", metavar="HASH", help="what to record where there is no git repository")
@@ -96,10 +84,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         p.error("--transformers needs --shape and --prefill")
     if args.checkpoint and args.simulated_acceptance:
         p.error("--simulated-acceptance is for random weights (--shape); a checkpoint shows its own")
-    if args.rows_table and (args.rows_table[0] != 1 or max(args.rows_table) > decode_kernels.MAX_ROWS):
-        p.error(f"--rows-table starts with 1 and goes to {decode_kernels.MAX_ROWS} at most, not {args.rows_table}")
+    if args.rows_table and (args.rows_table[0] != 1 or max(args.rows_table) > MAX_ROWS):
+        p.error(f"--rows-table starts with 1 and goes to {MAX_ROWS} at most, not {args.rows_table}")
     return args
 
+
+if __name__ == "__main__":
+    begin(parse)  # before PyTorch is imported
+
+import torch
+from torch._dynamo.utils import counters
+
+import architectures
+import checkpoint
+import decode_kernels
+import tp
+from engine import DTYPES, Engine, pick_device
+from linear import Linear
+from sampling import SamplingParams, sample
+from tokenizer import Ids
+
+# Bytes per second that the best read-only kernel reached; a slower measurement must not flatter MBU.
+KNOWN_READ = {"NVIDIA H200": 4.68e12, "NVIDIA H100 80GB HBM3": 3.17e12}
 
 # -- the device ----------------
 
@@ -340,9 +346,9 @@ def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any
     a decode step is; and how many one-row steps that is.
     """
     position, times = args.prompt_len, 50 if engine.device.type == "cuda" else 3
-    engine.reserve(1, max(position + 2 * decode_kernels.MAX_ROWS, args.cache_len or 1))
+    engine.reserve(1, max(position + 2 * MAX_ROWS, args.cache_len or 1))
     sampling, out = SamplingParams(temperature=args.temperature, top_k=args.top_k), []
-    state, chosen = engine.state, torch.zeros(decode_kernels.MAX_ROWS, dtype=torch.int64, device=engine.device)
+    state, chosen = engine.state, torch.zeros(MAX_ROWS, dtype=torch.int64, device=engine.device)
     structure, fused = sampling.structure, engine.fused(sampling.structure)
     state.knobs.copy_(sampling.knobs(engine.device))
 
@@ -446,6 +452,8 @@ def report(args: argparse.Namespace, setting: dict[str, Any], decoded: dict[str,
 def measure(args: argparse.Namespace) -> None:
     """Bandwidth first, then the model, then whatever was asked for."""
     SamplingParams(temperature=args.temperature, top_k=args.top_k)  # a bad value is refused before the work
+    if args.shape:
+        architectures.shape_json(args.shape)  # and an unknown shape
     if not args.no_csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)

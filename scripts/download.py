@@ -8,17 +8,28 @@ and what each failure means, is `checkpoint.resolve`'s knowledge, which `--check
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules are used from the checkout, not installed
 
-from checkpoint import resolve  # noqa: E402
+from generate import Parser, begin
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="download.py", description="Download a checkpoint and print its folder.")
+    p.add_argument("checkpoint", metavar="ORG/NAME[@REVISION]")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    begin(parse)  # before PyTorch is imported
+
+from checkpoint import resolve
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="download.py", description="Download a checkpoint and print its folder.")
-    parser.add_argument("checkpoint", metavar="ORG/NAME[@REVISION]")
-    checkpoint = parser.parse_args().checkpoint
+    checkpoint = parse(None).checkpoint
     try:
         folder = resolve(checkpoint)
         if next(folder.glob("*.safetensors"), None) is None:

@@ -19,18 +19,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-import quantize  # noqa: E402
-from architectures import config_from_hf  # noqa: E402
-from checkpoint import read_config  # noqa: E402
-from engine import Engine, pick_device  # noqa: E402
-from generate import Parser, at_least  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from generate import Parser, at_least, begin, ready
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="evaluate.py", description="Perplexity of checkpoints.", allow_abbrev=False)
+    p.add_argument("checkpoints", nargs="*", default=[str(ROOT / "checkpoints" / "tales")], help="folders or Hub ids")
+    p.add_argument("--text", type=Path, default=ROOT / "data" / "heldout.txt", metavar="FILE")
+    p.add_argument("--row-length", type=at_least(16), default=2048, help="tokens in a row, at most the model's context")
+    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    p.add_argument("--table", type=Path, metavar="CSV", help="compare ways to quantize the first checkpoint")
+    p.add_argument("--environment", type=Path, default=Path("llm-compressor"), help="its virtual environment")
+    p.add_argument("--rows", type=at_least(1), default=128, help="calibration rows of the table")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    begin(parse)  # before PyTorch is imported
+
+import torch
+from safetensors.torch import save_file
+
+import quantize
+from architectures import config_from_hf
+from checkpoint import read_config
+from engine import Engine, pick_device
+from tokenizer import Tokenizer
 
 PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1")
 
@@ -106,15 +123,8 @@ def table(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = Parser(prog="evaluate.py", description="Perplexity of checkpoints.", allow_abbrev=False)
-    p.add_argument("checkpoints", nargs="*", default=[str(ROOT / "checkpoints" / "tales")], help="folders or Hub ids")
-    p.add_argument("--text", type=Path, default=ROOT / "data" / "heldout.txt", metavar="FILE")
-    p.add_argument("--row-length", type=at_least(16), default=2048, help="tokens in a row, at most the model's context")
-    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
-    p.add_argument("--table", type=Path, metavar="CSV", help="compare ways to quantize the first checkpoint")
-    p.add_argument("--environment", type=Path, default=Path("llm-compressor"), help="its virtual environment")
-    p.add_argument("--rows", type=at_least(1), default=128, help="calibration rows of the table")
-    args = p.parse_args(argv)
+    ready()
+    args = parse(argv)
     try:
         if args.table:
             table(args)
@@ -122,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in args.checkpoints:
                 value, tokens = perplexity(name, args.text, args.row_length, args.device)
                 print(f"{name}: perplexity {value:.4f} over {tokens} tokens")
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -19,10 +19,30 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-import checkpoint  # noqa: E402
-from engine import DEFAULT_CHECKPOINT, Engine  # noqa: E402
-from generate import Parser  # noqa: E402
-from sampling import SamplingParams  # noqa: E402
+from generate import Parser, begin
+
+RANKS = "two ranks"  # the mode that needs processes
+DRAFTERS = ("ngram", "draft model", "self-int8", "self-int4")
+NAMES = ("plain", "compiled", "int8", "int4", *DRAFTERS, RANKS)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="golden.py", description="Golden ids of the embedded pair.", allow_abbrev=False)
+    p.add_argument("modes", nargs="*", metavar="MODE", help=f"of {', '.join(NAMES)}; none: all")
+    p.add_argument("--write", action="store_true", help="record instead of comparing")
+    p.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # one process of the mode `two ranks`
+    args = p.parse_args(argv)
+    if unknown := sorted({*args.modes} - {*NAMES}):
+        p.error(f"{', '.join(unknown)}: modes are {', '.join(NAMES)}")
+    return args
+
+
+if __name__ == "__main__":
+    begin(parse)  # before PyTorch is imported
+
+import checkpoint
+from engine import DEFAULT_CHECKPOINT, Engine
+from sampling import SamplingParams
 
 RECORD = ROOT / "tests" / "golden.json"
 PROMPT, TOKENS, SEED = "Once upon a time", 64, 7
@@ -51,7 +71,6 @@ MODES: dict[str, Callable[[], Engine]] = {
     "self-int8": lambda: load(draft="self-int8", num_draft_tokens=3),
     "self-int4": lambda: load(draft="self-int4", num_draft_tokens=3),
 }
-RANKS = "two ranks"  # the mode that needs processes
 
 
 def answers(engine: Engine) -> Answers:
@@ -74,22 +93,16 @@ def golden(mode: str) -> Answers:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where ids differ from the record, 2 bad input."""
-    p = Parser(prog="golden.py", description="Golden ids of the embedded pair.", allow_abbrev=False)
-    p.add_argument("modes", nargs="*", metavar="MODE", help=f"of {', '.join([*MODES, RANKS])}; none: all")
-    p.add_argument("--write", action="store_true", help="record instead of comparing")
-    p.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # one process of the mode `two ranks`
-    args = p.parse_args(argv)
+    args = parse(argv)
     if args.rank:
         engine = load()
         found = answers(engine)
         if engine.model.tp.rank == 0:
             print(json.dumps(found))
         return 0
-    if unknown := sorted({*args.modes} - {*MODES, RANKS}):
-        p.error(f"{', '.join(unknown)}: modes are {', '.join([*MODES, RANKS])}")
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     wrong = 0
-    for mode in args.modes or [*MODES, RANKS]:
+    for mode in args.modes or NAMES:
         found = golden(mode)
         if args.write:
             record[mode] = found

@@ -11,9 +11,11 @@ architecture: Triton compiles what it would compile there, and the launch does n
 parameters does. Another release of Triton or ptxas makes other code of the same source, so both are part of the key.
 """
 
+import argparse
 import csv
 import functools
 import hashlib
+import os
 import re
 import struct
 import sys
@@ -23,22 +25,42 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
+
+from generate import Parser, at_least, begin
+
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes one program may have, by sm
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="machine_code.py", description="Fingerprints of the kernels' machine code.", allow_abbrev=False)
+    p.add_argument("--sm", type=int, nargs="+", choices=tuple(SHARED_MEMORY), default=[90])
+    p.add_argument("--processes", type=at_least(1), default=2, help="compile side by side in so many")
+    p.add_argument("--quick", action="store_true", help="only one or two cases of every kernel")
+    p.add_argument("--write", action="store_true", help="record instead of comparing")
+    args = p.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        p.error("TRITON_INTERPRET is set, and the interpreter makes no machine code; unset it")
+    if args.quick and args.write:
+        p.error("--write records every case; leave out --quick")
+    return args
+
+
+if __name__ == "__main__":
+    begin(parse)  # before PyTorch is imported
+
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas_version
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
-
-from decode_kernels import INTERPRETED, dense, quantized  # noqa: E402
-from decode_kernels import attention as attending  # noqa: E402
-from decode_kernels import step as ends  # noqa: E402
-from generate import Parser, at_least  # noqa: E402
+from decode_kernels import attention as attending
+from decode_kernels import dense, quantized
+from decode_kernels import step as ends
 
 RECORD = ROOT / "tests" / "decode_kernels" / "machine_code.csv"
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes one program may have, by sm
 Launch = tuple[str, str]  # a kernel's name, the SHA-1 of its code
 Row = dict[str, str]  # case, number (of the launch in its case), kernel, sm, triton, ptxas, sha1
 
@@ -285,16 +307,7 @@ def write(rows: Sequence[Row]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where code differs from the record, 2 bad input."""
-    p = Parser(prog="machine_code.py", description="Fingerprints of the kernels' machine code.", allow_abbrev=False)
-    p.add_argument("--sm", type=int, nargs="+", choices=tuple(SHARED_MEMORY), default=[90])
-    p.add_argument("--processes", type=at_least(1), default=2, help="compile side by side in so many")
-    p.add_argument("--quick", action="store_true", help="only one or two cases of every kernel")
-    p.add_argument("--write", action="store_true", help="record instead of comparing")
-    args = p.parse_args(argv)
-    if INTERPRETED:
-        p.error("TRITON_INTERPRET is set, and the interpreter makes no machine code; unset it")
-    if args.quick and args.write:
-        p.error("--write records every case; leave out --quick")
+    args = parse(argv)
     rows = fingerprints(args.sm, QUICK if args.quick else None, args.processes)
     if args.write:
         write(rows)

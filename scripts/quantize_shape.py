@@ -18,15 +18,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-import quantize  # noqa: E402
-from architectures import SHAPES, config_from_hf, shape_json  # noqa: E402
-from generate import Parser  # noqa: E402
+from generate import Parser, begin
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="quantize_shape.py", description="Measure quantize.py on a public shape.", allow_abbrev=False)
+    p.add_argument("--shape", default="llama-2-7b")
+    p.add_argument("--work", type=Path, required=True, help="folder for the checkpoints; stays")
+    p.add_argument("--mode", action="append", choices=("int8", "int4", "int4-gptq"), required=True)
+    p.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "quantize_shape.csv")
+    p.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags of quantize.py")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    begin(parse)  # before PyTorch is imported
+
+import torch
+from safetensors.torch import save_file
+
+import quantize
+from architectures import config_from_hf, shape_json
 
 
 def write_checkpoint(shape: str, folder: Path) -> None:
@@ -69,13 +84,12 @@ def measure(source: Path, mode: str, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = Parser(prog="quantize_shape.py", description="Measure quantize.py on a public shape.", allow_abbrev=False)
-    p.add_argument("--shape", choices=tuple(SHAPES), default="llama-2-7b")
-    p.add_argument("--work", type=Path, required=True, help="folder for the checkpoints; stays")
-    p.add_argument("--mode", action="append", choices=("int8", "int4", "int4-gptq"), required=True)
-    p.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "quantize_shape.csv")
-    p.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags of quantize.py")
-    args = p.parse_args(argv)
+    args = parse(argv)
+    try:
+        shape_json(args.shape)
+    except ValueError as error:
+        print(f"quantize_shape.py: error: {error}", file=sys.stderr)
+        return 2
     source = args.work / args.shape
     if not (source / "config.json").exists():
         write_checkpoint(args.shape, source)

@@ -17,17 +17,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules are used from the checkout, not installed
 
+from generate import begin, parse, ready, refusal
 
-import checkpoint  # noqa: E402
-from engine import Engine  # noqa: E402
-from generate import parse  # noqa: E402
-from linear import Linear  # noqa: E402
-from model import Attention  # noqa: E402
-from sampling import SamplingParams  # noqa: E402
+if __name__ == "__main__":
+    begin(parse)  # before PyTorch is imported
+
+import torch
+
+import checkpoint
+from engine import Engine
+from linear import Linear
+from model import Attention
+from sampling import SamplingParams
 
 GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=50)
 Check = tuple[str, float, float]  # what, its error, the largest error that passes
@@ -153,13 +156,14 @@ def selftest(args: argparse.Namespace) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    ready()
     args = parse(argv)
     try:
         return 0 if selftest(args) else 1
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"generate.py: error: {checkpoint.refusal(error)}", file=sys.stderr)
+        print(f"generate.py: error: {refusal(error)}", file=sys.stderr)
         return 2
 
 

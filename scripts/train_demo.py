@@ -22,6 +22,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text; three blank lines between documents")
+    parser.add_argument("--valid", type=Path, help="held-out text (default: the last documents of the text)")
+    parser.add_argument("--size", choices=("tiny", "demo", "large"), default="demo")
+    parser.add_argument("--out", type=Path, default=Path("runs/checkpoints"), help="receives tales/ and tales-draft/")
+    parser.add_argument("--work", type=Path, default=Path("runs/train"), help="logs, resume state, numbers")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse()  # --help, or a bad argument, before PyTorch is imported
+
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -340,14 +354,8 @@ def plot_losses(folders: list[Path], image: Path) -> None:
 
 
 def main() -> None:
-    """Parse argv; tokenizer, target, draft; then the folders, the plot and the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text; three blank lines between documents")
-    parser.add_argument("--valid", type=Path, help="held-out text (default: the last documents of the text)")
-    parser.add_argument("--size", choices=("tiny", "demo", "large"), default="demo")
-    parser.add_argument("--out", type=Path, default=Path("runs/checkpoints"), help="receives tales/ and tales-draft/")
-    parser.add_argument("--work", type=Path, default=Path("runs/train"), help="logs, resume state, numbers")
-    args = parser.parse_args()
+    """Tokenizer, target, draft; then the folders, the plot and the numbers."""
+    args = parse()
     # TinyStories came with opening quotes decoded wrongly, as '"oe': 61 places in the demo's text
     texts = [text for text in args.text.read_text(encoding="utf-8").replace('"oe', '"').split("\n\n\n\n") if text]
     held = args.valid.read_text(encoding="utf-8").split("\n\n\n\n") if args.valid else texts[len(texts) * 31 // 32 :]

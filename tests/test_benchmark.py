@@ -98,7 +98,7 @@ def test_prompts_never_repeat():
 @pytest.mark.parametrize(
     ("argv", "needle"),
     [
-        (["--shape", "none"], "invalid choice: 'none'"),
+        (["--shape", "none"], "shape 'none' is not known"),
         ([], "required"),
         (["--checkpoint", "x", "--mode", "int8"], "--mode"),
         (["--checkpoint", "no such folder"], "no such folder"),

@@ -21,6 +21,7 @@ from scripted import SPECIAL, VOCAB, add_tokenizer, recital, write_json
 import checkpoint
 import generate
 from engine import Engine
+from sampling import SamplingParams
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -680,7 +681,7 @@ def test_chat_reuses_the_common_prefix_and_answers_as_a_fresh_prefill(call, tiny
     assert out.count("> ") == 5 and len(turns) == 4
     engine, said, cached = Engine.load(folder), list(turns), []
     for prompt, answer, prefilled in said:
-        fresh = [i for p in engine.generate([prompt], generate.SamplingParams(0.0), max_new_tokens=9) for i in p.ids]
+        fresh = [i for p in engine.generate([prompt], SamplingParams(0.0), max_new_tokens=9) for i in p.ids]
         engine._cached = []
         assert answer == fresh
         common = next((i for i, (a, b) in enumerate(zip(prompt, cached)) if a != b), min(len(prompt) - 1, len(cached)))
@@ -711,7 +712,7 @@ def test_chat_interrupt_stops_the_answer_and_not_the_program(call, tmp_path, tur
 
 
 def test_chat_ctrl_c_before_the_answer_forgets_the_question(call, tmp_path, turns, monkeypatch):
-    folder, real, asked = recital(tmp_path, ":abc", "<|eos|>", template=PLAIN), generate.Tokenizer.encode_chat, []
+    folder, real, asked = recital(tmp_path, ":abc", "<|eos|>", template=PLAIN), Tokenizer.encode_chat, []
 
     def interrupted(self, messages):
         asked.append([m["content"] for m in messages])

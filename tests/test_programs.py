@@ -1,0 +1,123 @@
+"""Every program: what it answers before PyTorch is imported, and what Ctrl-C does until then."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import decode_kernels
+import engine
+import generate
+from sampling import SamplingParams
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["benchmark", "download", "evaluate", "golden", "machine_code", "quantize_shape", "selftest", "train_demo"]
+PROGRAMS = ["generate.py", "quantize.py", *(f"scripts/{name}.py" for name in SCRIPTS)]
+REFUSED = {  # arguments that no machine could take
+    "generate.py": ["--max-new-tokens 0", "--temperature -1", "--top-k -1", "--top-p 0", "--min-p 1", "--no-such-flag"],
+    "quantize.py": ["--mode int4 --rows 0", "--mode int5", ""],
+    "scripts/benchmark.py": ["--shape tiny --batch 0", "--shape tiny --rows-table 1,17", ""],
+    "scripts/evaluate.py": ["--row-length 3"],
+    "scripts/golden.py": ["no-such-mode"],
+    "scripts/machine_code.py": ["--sm 70", "--quick --write"],
+    "scripts/quantize_shape.py": ["--mode int4"],
+    "scripts/selftest.py": ["--num-draft-tokens 99"],
+    "scripts/download.py": [""],
+    "scripts/train_demo.py": [],  # it uses nothing of ours: argparse's own error, of two lines
+}
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """environment(source) -> variables of a process that finds this source in the place of PyTorch."""
+
+    def make(source):
+        (tmp_path / "torch.py").write_text(source)
+        return os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    return make
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_and_refusals_answer_without_pytorch(program, environment):
+    env = environment("raise SystemExit('PyTorch was imported')")
+    run = {"capture_output": True, "text": True, "cwd": ROOT, "env": env}
+    done = subprocess.run([sys.executable, program, "--help"], **run)
+    assert done.returncode == 0 and "usage:" in done.stdout and done.stderr == ""
+    for argv in REFUSED[program]:
+        done = subprocess.run([sys.executable, program, *argv.split()], **run)
+        assert done.returncode == 2 and done.stdout == "", argv
+        assert done.stderr.startswith(f"{Path(program).name.replace('selftest', 'generate')}: error: "), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("program", ["generate.py", "quantize.py --mode int8", "scripts/benchmark.py --shape tiny"])
+def test_ctrl_c_during_the_imports_is_quiet(program, environment):
+    env = environment("import signal\nprint('importing', flush=True)\nsignal.pause()")
+    command = [sys.executable, *program.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=env) as process:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    """A shell starts its background jobs so."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        generate.begin(lambda argv: None)
+        generate.ready()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_an_exception_again_after_the_imports():
+    before = signal.getsignal(signal.SIGINT)
+    generate.begin(lambda argv: None)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    generate.ready()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_constants_of_the_command_are_those_of_the_engine():
+    assert generate.DEFAULT_CHECKPOINT == engine.DEFAULT_CHECKPOINT
+    assert tuple(engine.DTYPES) == generate.DTYPES
+    assert decode_kernels.MAX_ROWS == generate.MAX_ROWS
+
+
+@pytest.mark.parametrize("name", generate.SAMPLING)
+@pytest.mark.parametrize("text", ["-1", "-0.5", "0", "0.0005", "0.001", "0.5", "1", "1.0", "1.5", "200", "inf", "nan"])
+def test_the_command_refuses_what_sampling_refuses(name, text):
+    kind, fits, _ = generate.SAMPLING[name]
+    try:
+        value = kind(text)
+    except ValueError:
+        return  # no number of that kind
+    try:
+        SamplingParams(**{name: value})
+    except ValueError as error:
+        assert not fits(value) and generate.SAMPLING[name][2] in str(error)
+    else:
+        assert fits(value)
+
+
+MODULES = """
+import sys
+import torch
+known = set(sys.modules)
+import architectures, checkpoint, decode_kernels, engine, formats, generate, gptq, linear, model, quantize, sampling
+import speculative, tokenizer, tp
+heavy = ("torch._dynamo", "torch._inductor", "sympy", "triton", "transformers")
+print([name for name in heavy if name in sys.modules and name not in known])
+"""
+
+
+def test_no_module_imports_a_compiler():
+    done = subprocess.run([sys.executable, "-c", MODULES], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
