@@ -24,6 +24,7 @@ import generate  # noqa: E402
 README = ROOT / "README.md"
 SOURCE_LINE = re.compile(r"(?m)^([a-z_]+(?:/[a-z_]+)?\.py)( +\d+)(?=  )")
 INSTALLS = ["pip install -e .", 'pip install -e ".[test]"']  # what a fresh environment runs first; see .ci/run
+INTERPRETER = 'pip install -e ".[interpreter]"'  # beside PyTorch's CPU build
 THE_TESTS = "python -m pytest"  # this suite itself
 MARKED = {  # command (its first words) -> what it needs
     "python generate.py --checkpoint Qwen/Qwen3-0.6B": "hub",
@@ -224,6 +225,10 @@ def test_marked_commands_are_known():
 def test_ci_installs_and_tests_as_the_readme_says():
     script = (ROOT / ".ci" / "run").read_text("utf-8").replace("pip install --quiet", "pip install")
     assert INSTALLS[1] in script
+    assert INTERPRETER in script and INTERPRETER in README.read_text("utf-8")
+    lists = dict(re.findall(r"(?ms)^(\w+) = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text("utf-8")))
+    holders = {name for name, packages in lists.items() if re.search(r'"triton\b[^.]', packages)}
+    assert holders == {"interpreter"}, "an extra that pins Triton may replace the PyTorch that is installed"
     assert script.rstrip().endswith(THE_TESTS)
     assert {c for c, _ in commands() if c.startswith("pip")} == set(INSTALLS)
 
