@@ -2,7 +2,7 @@
 
 Knows which devices, shapes and dtypes the kernels serve, and calls them. Each file here holds the kernels of one
 subject and the operators that launch them; it is imported, and Triton with it, when the first of them is wanted. The
-plain PyTorch that stands beside every kernel is in `linear.py`, `model.py` and `generate.py`. Refuses to know models,
+plain PyTorch that stands beside every kernel is in `linear.py`, `model.py` and `engine.py`. Refuses to know models,
 layers, files, and where weights come from.
 
 How they come near the memory's speed (measurements in benchmarks/NOTES.md):
