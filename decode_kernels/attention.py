@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from decode_kernels import INTERPRETED, tiles
-from decode_kernels.launch import _at, _dot, _halved, _launch, operator
+from decode_kernels.launch import deal_to_lanes, dot, halve_warps, launch_options, operator
 
 
 @triton.jit
@@ -75,8 +75,8 @@ def _share(
 def _old(old: tl.tuple, begin: tl.tensor, end: tl.tensor, WORDS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """One step of K and V: the int32 words of slots begin + slot before `end`."""
     lane, slot, real, v_lane, v_slot, v_real = old
-    k = tl.load(_at(lane, begin * WORDS), real & (slot < end - begin), 0)
-    return k, tl.load(_at(v_lane, begin * WORDS), v_real & (v_slot < end - begin), 0)
+    k = tl.load(deal_to_lanes(lane, begin * WORDS), real & (slot < end - begin), 0)
+    return k, tl.load(deal_to_lanes(v_lane, begin * WORDS), v_real & (v_slot < end - begin), 0)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _attend(
     WIDTH: tl.constexpr = q.shape[2]
     k, v = _pair(k, q.dtype), _pair(v, q.dtype)
     k = k.reshape(4, 8, WARPS, 2, WIDTH // 64, 2, 2, 4).permute(2, 3, 4, 6, 0, 7, 5, 1).reshape(WARPS, WIDTH, 16)
-    s = tl.where(seen, _dot(q, k, tl.zeros([WARPS, BLOCK, 16], tl.float32), ASM) * scale, -1e30)
+    s = tl.where(seen, dot(q, k, tl.zeros([WARPS, BLOCK, 16], tl.float32), ASM) * scale, -1e30)
     top = tl.max(s, 2)
     if m is not None:
         top = tl.maximum(m, top)
@@ -110,7 +110,7 @@ def _attend(
         acc *= fade[:, None, :]
     p = p.to(q.dtype).reshape(WARPS, BLOCK, 2, 4, 2).permute(0, 3, 2, 4, 1).reshape(WARPS, 16, BLOCK)
     v = v.permute(2, 5, 6, 7, 1, 0, 3, 4).reshape(WARPS, WIDTH, 16)  # slots in the order t, h, i, d in c, e, g
-    return top, total, _dot(v, p, acc, ASM)
+    return top, total, dot(v, p, acc, ASM)
 
 
 @triton.jit
@@ -163,8 +163,8 @@ def _attention_kernel(
     v_real = v_word < HALF
     k_ptr += bh.to(tl.int64) * slots * DIM
     v_ptr += bh.to(tl.int64) * slots * DIM
-    k_lane = _at(k_ptr.to(tl.pointer_type(tl.int32), bitcast=True), k_slot * HALF + k_word)
-    v_lane = _at(v_ptr.to(tl.pointer_type(tl.int32), bitcast=True), v_slot * HALF + v_word)
+    k_lane = deal_to_lanes(k_ptr.to(tl.pointer_type(tl.int32), bitcast=True), k_slot * HALF + k_word)
+    v_lane = deal_to_lanes(v_ptr.to(tl.pointer_type(tl.int32), bitcast=True), v_slot * HALF + v_word)
     old = (k_lane, k_slot, k_real, v_lane, v_slot, v_real)
     late = begin + (end - begin - 1) // STEP * STEP if T == 1 else begin
     if EARLY or T == 1:
@@ -201,7 +201,7 @@ def _attention_kernel(
         at = tl.broadcast_to((at + v_word)[None], [4, 8, WARPS, 1, 1, C, 4])
         value = tl.load(tl.max_contiguous(at, [64, 32, 16, 8, 1, 1, 128]), v_real, 0)
     else:
-        at = _at(at + v_slot * (STRIDE // 2), v_word)
+        at = deal_to_lanes(at + v_slot * (STRIDE // 2), v_word)
         value = tl.load(at, v_real & (v_slot < T) & (split == 0), 0)
     if PDL:  # returns at once, and is a fence: the loads above are not moved down to their uses
         gdc_wait()
@@ -230,8 +230,8 @@ def _attention_kernel(
     total = tl.zeros([WARPS, BLOCK], tl.float32)
     acc = tl.zeros([WARPS, WIDTH, BLOCK], tl.float32)
     wanted = k_real & (k_slot < T) & writes & (ROWS == BLOCK or tl.program_id(2) == 0)
-    tl.store(_at(k_lane, first * HALF), key, wanted)
-    tl.store(_at(v_lane, first * HALF), value, v_real & (v_slot < T) & writes)
+    tl.store(deal_to_lanes(k_lane, first * HALF), key, wanted)
+    tl.store(deal_to_lanes(v_lane, first * HALF), value, v_real & (v_slot < T) & writes)
     if T == 1:  # among the last old slots
         old_k = tl.where(k_slot == first - late, key, k)
         old_v = tl.where(v_slot == first - late, value, v)
@@ -258,9 +258,9 @@ def _attention_kernel(
     m, total = tl.broadcast_to(m[:, None, :], acc.shape), tl.broadcast_to(total[:, None, :], acc.shape)
     for _ in tl.static_range(5):
         if m.shape[0] > 1:
-            m, m1 = _halved(m, 0)
-            total, total1 = _halved(total, 0)
-            acc, acc1 = _halved(acc, 0)
+            m, m1 = halve_warps(m)
+            total, total1 = halve_warps(total)
+            acc, acc1 = halve_warps(acc)
             top = tl.maximum(m, m1)
             m, m1 = tl.exp2(m - top), tl.exp2(m1 - top)
             total, acc, m = total * m + total1 * m1, acc * m + acc1 * m1, top
@@ -335,7 +335,7 @@ def _attention(
     part = None
     if splits > 1:
         part = torch.empty(b * kv_heads * splits * rows * (width + 2), dtype=torch.float32, device=qkv.device)
-    launch = _launch(warps)
+    launch = launch_options(warps)
     scale = dim**-0.5 * 1.4426950408889634  # exp(x) = exp2(x log2(e))
     _attention_kernel[(b * kv_heads, splits, rows // block)](
         qkv, cos, sin, positions, k_cache, v_cache, q_norm, k_norm, out, part, eps, scale, slots, t, heads, kv_heads,

@@ -1,136 +1,208 @@
-"""16-bit weights times 1 to 16 rows of activations.
+"""16-bit weights times 1 to 16 rows of activations, with what stands before and after the product fused into it.
 
-Knows how a matrix of bf16 or fp16 is streamed once, and what is fused around that. Refuses to know layers and files.
+Knows how a matrix of bf16 or fp16 is streamed once. Refuses to know layers and files.
+
+    y = x' W^T + bias,    x' = x / rms(x) * gain  (RMSNorm, optional)
+    y = silu(y[:, :N/2]) * y[:, N/2:]  (SwiGLU, optional: rows of W [0, N/2) are gates, the others ups)
+    y = y + residual
+
+x is [M, K], W is [N, K], and every sum is in float32. One row of activations reads all of W and multiplies every weight
+once, so the time is that of reading W, if nothing else takes longer. Two kernels do this, for different M.
+
+**One to four rows: `_gemv_kernel`.** The tensor cores' instruction m16n8k16 multiplies a 16 x 16 block of its first
+operand by a 16 x 8 block of its second, and adds to 16 x 8 sums. One row of activations would fill one of the eight
+columns, and a lane would load 4 bytes here and there. Instead both operands are cut into pieces: of the sixteen rows of
+the first operand, eight are the eight pieces of one row of W and eight those of another, and the eight columns of the
+second operand are the eight pieces of x. A lane then loads 16 bytes in a row, its neighbours the next 16, and what they
+load is the operand as it is. Every piece of W meets every piece of x, the sums of equal pieces are added, and the
+others are thrown away. Seven of eight products are wasted; they are free, while the conversions and additions of
+ordinary multiply-adds took longer than reading (a step of Llama-2-7B: 3.138 ms instead of 3.243 on an H200, with 100 W
+less).
+
+Worked example. K = 16, so a piece has two elements; two rows of W in eight pieces against eight pieces of x:
+
+    a = 1 2 | 3 4 | 5 6 | 7 8 | 9 10 | 11 12 | 13 14 | 15 16
+    b = 1 1 | 1 1 | 1 1 | 1 1 | 1  1 |  1  1 |  1  1 |  1  1
+    x = 1 1 | 2 2 | 3 3 | 4 4 | 5  5 |  6  6 |  7  7 |  8  8
+
+    piece of a times piece of x:   x0   x1   x2   x3   x4   x5   x6   x7
+    a0                              3    6    9   12   15   18   21   24
+    a1                              7   14   21   28   35   42   49   56
+    ...
+    a7                             31   62   93  124  155  186  217  248
+
+The diagonal, 3 + 14 + 33 + 60 + 95 + 138 + 189 + 248 = 780, is a x^T; the one below it, 2 + 4 + 6 + ... + 16 = 72, is
+b x^T. Four rows of activations are cut into two pieces each, which fill the eight columns as well, and four rows of W
+fill eight of the sixteen rows. (Two rows in four pieces each would be summed over lanes 1, 4 and 8 apart, for which
+Triton 3.6 makes shuffles of 1, 2 and 4, so two and three rows run the kernel for four.)
+
+**Five to sixteen rows: `_gemm_kernel`.** The tensor cores' usual product with W as the wide operand, whose loads pass
+through shared memory several steps ahead. x is normed by a kernel of its own.
+
+The loads of both kernels are issued before the wait for the kernel that computes x (`launch.wait_for_previous`), as far
+as registers reach. How many rows of W a program takes and how far ahead it loads is in `tiles.py`.
 """
+
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def"
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from decode_kernels import INTERPRETED, tiles
-from decode_kernels.launch import _at, _dot, _launch, _shared_memory, operator
+from decode_kernels.launch import (
+    always_true,
+    deal_to_lanes,
+    dot,
+    keep_loads_here,
+    launch_next,
+    launch_options,
+    operator,
+    shared_memory,
+    wait_for_previous,
+)
 
 
 @triton.jit
-def _row_kernel(
-    x_ptr: tl.tensor, w_ptr: tl.tensor, bias_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor,
-    experts_ptr: tl.tensor, out_ptr: tl.tensor, rows: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr,
-    SILU: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr,
-    AHEAD: tl.constexpr, NEAR: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
-) -> None:  # fmt: skip
-    """BLOCK results of M (1 or 4) rows of activations: every warp takes each WARPS-th chunk of EACH k, asks for
-    its weights AHEAD steps before it multiplies them and for its activations NEAR steps before.
+def _gemv_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    experts_ptr,
+    out_ptr,
+    rows,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SILU: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WARPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    W_AHEAD: tl.constexpr,
+    X_AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """BLOCK_N results for M rows of activations (M is 1, or 4 for two to four rows).
 
-    The eight columns of m16n8k16 are M rows of activations cut into PIECES = 8 / M, the sixteen rows 2 M rows of
-    the matrix, cut likewise. What a lane loads, 512 / M bytes of a row with its neighbours, is its operand, and of
-    the sums those of a row's piece with another piece of the activations are thrown away. (M = 2 would be summed
-    over lanes that are no neighbours, 1, 4 and 8 apart, which Triton 3.6 does wrongly, over 1, 2 and 4.)
+    Warp i takes the pieces of BLOCK_K columns i, i + WARPS, i + 2 WARPS, ... of the matrix. The loop is unrolled: it
+    loads the weights of a step W_AHEAD steps before it multiplies them, the activations X_AHEAD steps before.
     """
     OUT: tl.constexpr = N // 2 if SILU else N
     PIECES: tl.constexpr = 8 // M
-    SUB: tl.constexpr = EACH // (PIECES * 32)
-    PAIRS: tl.constexpr = BLOCK // M if SILU else BLOCK // (2 * M)  # of M rows, with SILU gates and ups
-    SPAN: tl.constexpr = WARPS * EACH
-    STEPS: tl.constexpr = (K + SPAN - 1) // SPAN
+    SUB: tl.constexpr = BLOCK_K // (PIECES * 32)
+    PAIRS: tl.constexpr = (
+        BLOCK_N // M if SILU else BLOCK_N // (2 * M)
+    )  # 2 M rows of the matrix, with SILU M gates and M ups
+    STEP_K: tl.constexpr = WARPS * BLOCK_K
+    STEPS: tl.constexpr = (K + STEP_K - 1) // STEP_K
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    if PDL:
-        gdc_launch_dependents()
-    first = tl.program_id(1)
-    if experts_ptr is not None:
-        if PDL:
-            gdc_wait()
-        w_ptr += tl.load(experts_ptr + first) * N * K
+    launch_next(PDL)
+    first_row = tl.program_id(1)
+    if experts_ptr is not None:  # every row of activations has a matrix of its own
+        wait_for_previous(PDL)
+        w_ptr += tl.load(experts_ptr + first_row) * N * K
         rows = 1
-    start = tl.program_id(0) * BLOCK
+    start = tl.program_id(0) * BLOCK_N
     w_ptr += start.to(tl.int64) * K
-    x_ptr += first * K
-    # activations [4 t, PIECES, M, WARPS, SUB, 8], weights [.., WARPS, PAIRS, 2, SUB, 8]: lanes, then warps, are
-    # dealt to the axes in order
+    x_ptr += first_row * K
+
+    # activations [4 t, PIECES, M, WARPS, SUB, 8], weights [4 t, PIECES, M, WARPS, PAIRS, 2, SUB, 8]: `deal_to_lanes`
+    # gives t, the piece and m to a lane, so that a lane holds 8 numbers in a row of both
     k = tl.arange(0, PIECES)[:, None, None, None, None] * 4 + tl.arange(0, 4)[:, None, None, None, None, None]
     k = k * 8 + tl.arange(0, 8) + tl.arange(0, SUB)[:, None] * (PIECES * 32)
-    k += tl.arange(0, WARPS)[:, None, None] * EACH
+    k += tl.arange(0, WARPS)[:, None, None] * BLOCK_K
     m = tl.arange(0, M)[:, None, None, None]
     w_k = k[:, :, :, :, None, None]
     half = tl.arange(0, 2)[:, None, None]
-    row = tl.arange(0, PAIRS)[:, None, None, None] * (M if SILU else 2 * M) + m[:, :, :, :, None, None]
-    row = row if SILU else row + half * M
-    there = start + row < OUT
-    row = row + half * OUT if SILU else row
-    n = start + tl.arange(0, BLOCK)[:, None]
+    w_row = tl.arange(0, PAIRS)[:, None, None, None] * (M if SILU else 2 * M) + m[:, :, :, :, None, None]
+    w_row = w_row if SILU else w_row + half * M
+    w_exists = start + w_row < OUT
+    w_row = w_row + half * OUT if SILU else w_row
+    n = start + tl.arange(0, BLOCK_N)[:, None]
     column = tl.arange(0, M)
-    here = (n < OUT) & (column < rows)
-    at = (first + column) * OUT + n
-    residual = tl.zeros([BLOCK, M], dtype)
+    result_exists = (n < OUT) & (column < rows)
+    result = (first_row + column) * OUT + n
+    residual = tl.zeros([BLOCK_N, M], dtype)
     acc = tl.zeros([WARPS, PAIRS * 16, 8], tl.float32)
     squares = tl.zeros([4, PIECES, M, WARPS], tl.float32)
     weights, gains, xs = tl.tuple([]), tl.tuple([]), tl.tuple([])
-    for i in tl.static_range(STEPS + AHEAD):
+    for i in tl.static_range(STEPS + W_AHEAD):
         if i < STEPS:
-            ptr = tl.max_contiguous(w_ptr + i * SPAN + (row * K + w_k), [64, 32, 16, 8, 1, 1, 1, 128])
-            if (i + 1) * SPAN <= K and OUT % BLOCK == 0:
+            ptr = deal_to_lanes(w_ptr + i * STEP_K, w_row * K + w_k)
+            if (i + 1) * STEP_K <= K and OUT % BLOCK_N == 0:
                 weights = weights + (tl.load(ptr, eviction_policy="evict_first"),)
             else:
-                valid = there & (i * SPAN + w_k < K)
-                weights = weights + (tl.load(ptr, valid, 0, eviction_policy="evict_first"),)
+                exists = w_exists & (i * STEP_K + w_k < K)
+                weights = weights + (tl.load(ptr, exists, 0, eviction_policy="evict_first"),)
             if norm_ptr is not None:
-                ptr = _at(norm_ptr + i * SPAN, tl.broadcast_to(k, [4, PIECES, M, WARPS, SUB, 8]))
-                gains = gains + (tl.load(ptr, i * SPAN + k < K, 0),)
-        if i == AHEAD - 1:
-            if PDL:
-                gdc_wait()
+                ptr = deal_to_lanes(norm_ptr + i * STEP_K, tl.broadcast_to(k, [4, PIECES, M, WARPS, SUB, 8]))
+                gains = gains + (tl.load(ptr, i * STEP_K + k < K, 0),)
+        if i == W_AHEAD - 1:
+            wait_for_previous(PDL)
             if residual_ptr is not None:
-                residual = tl.load(residual_ptr + at, here, 0)
-        # at first the activations of NEAR steps, then those of one step more each time
-        for j in tl.static_range(0 if i < AHEAD else i - AHEAD + NEAR, 0 if i < AHEAD - 1 else i - AHEAD + 1 + NEAR):
+                residual = tl.load(residual_ptr + result, result_exists, 0)
+        # the activations of the first X_AHEAD steps after the wait, then those of one step more each time
+        for j in tl.static_range(
+            0 if i < W_AHEAD else i - W_AHEAD + X_AHEAD, 0 if i < W_AHEAD - 1 else i - W_AHEAD + X_AHEAD + 1
+        ):
             if j < STEPS:
-                xs = xs + (tl.load(_at(x_ptr + j * SPAN, m * K + k), (m < rows) & (j * SPAN + k < K), 0),)
-        if PDL and i >= AHEAD:  # returns at once, but keeps the compiler from moving the loads down to their uses
-            gdc_wait()
-        if i >= AHEAD:  # noqa: SIM102
-            if eps != -1 - i:  # always: but the compiler moves no product up across a branch, in front of a load
-                x = xs[i - AHEAD]
+                ptr = deal_to_lanes(x_ptr + j * STEP_K, m * K + k)
+                xs = xs + (tl.load(ptr, (m < rows) & (j * STEP_K + k < K), 0),)
+        if i >= W_AHEAD:
+            keep_loads_here(PDL)
+            if always_true(eps, i):
+                x = xs[i - W_AHEAD]
                 if norm_ptr is not None:
                     x = x.to(tl.float32)
                     squares += tl.sum(tl.sum(x * x, 5), 4)
-                    x = (x * gains[i - AHEAD].to(tl.float32)).to(dtype)
-                w = weights[i - AHEAD].reshape(4, PIECES, M, WARPS, PAIRS, 2, SUB, 2, 2, 2)
+                    x = (x * gains[i - W_AHEAD].to(tl.float32)).to(dtype)
+                w = weights[i - W_AHEAD].reshape(4, PIECES, M, WARPS, PAIRS, 2, SUB, 2, 2, 2)
                 w = w.permute(3, 4, 5, 2, 1, 6, 7, 8, 0, 9).reshape(WARPS, PAIRS * 16, SUB * 32)
                 x = x.reshape(4, PIECES, M, WARPS, SUB, 2, 2, 2).permute(3, 4, 5, 6, 0, 7, 2, 1)
-                acc = _dot(w, x.reshape(WARPS, SUB * 32, 8), acc, ASM)
-    y = acc.reshape(WARPS, PAIRS * 2 * M, PIECES, M, PIECES)
-    y = tl.where(tl.arange(0, PIECES)[:, None, None] == tl.arange(0, PIECES), y, 0.0)
-    y = tl.sum(y.permute(1, 3, 0, 2, 4).reshape(PAIRS * 2 * M, M, WARPS * PIECES * PIECES), 2)
+                acc = dot(w, x.reshape(WARPS, SUB * 32, 8), acc, ASM)
+    y = _sum_equal_pieces(acc, PIECES, M)
     if norm_ptr is not None:
         squares = tl.sum(squares.permute(2, 0, 1, 3).reshape(M, 4 * PIECES * WARPS), 1)
         y *= tl.rsqrt(squares / K + eps)
-    other = y
+    up = y
     if SILU:
-        y, other = tl.split(y.reshape(PAIRS, 2, M, M).permute(0, 2, 3, 1))
-        y, other = y.reshape(BLOCK, M), other.reshape(BLOCK, M)
+        y, up = tl.split(y.reshape(PAIRS, 2, M, M).permute(0, 2, 3, 1))
+        y, up = y.reshape(BLOCK_N, M), up.reshape(BLOCK_N, M)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, n < OUT, 0).to(tl.float32)
     if SILU:
         if bias_ptr is not None:
-            other += tl.load(bias_ptr + OUT + n, n < OUT, 0).to(tl.float32)
-        y = y / (1 + tl.exp(-y)) * other
+            up += tl.load(bias_ptr + OUT + n, n < OUT, 0).to(tl.float32)
+        y = y / (1 + tl.exp(-y)) * up
     y += residual.to(tl.float32)
-    tl.store(out_ptr + at, y.to(dtype), here)
+    tl.store(out_ptr + result, y.to(dtype), result_exists)
 
 
 @triton.jit
-def _norm_kernel(
-    x_ptr: tl.tensor, norm_ptr: tl.tensor, out_ptr: tl.tensor, eps: tl.tensor, K: tl.constexpr, WIDTH: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:  # fmt: skip
-    """RMSNorm of one row."""
+def _sum_equal_pieces(acc, PIECES: tl.constexpr, M: tl.constexpr):
+    """Sums [WARPS, rows of the matrix x PIECES, M x PIECES] of all pairs of pieces -> [rows of the matrix, M]: those
+    of equal pieces are added over all warps, the others are dropped.
+    """
+    WARPS: tl.constexpr = acc.shape[0]
+    ROWS: tl.constexpr = acc.shape[1] // PIECES
+    y = acc.reshape(WARPS, ROWS, PIECES, M, PIECES)
+    y = tl.where(tl.arange(0, PIECES)[:, None, None] == tl.arange(0, PIECES), y, 0.0)
+    return tl.sum(y.permute(1, 3, 0, 2, 4).reshape(ROWS, M, WARPS * PIECES * PIECES), 2)
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, norm_ptr, out_ptr, eps, K: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
+    """RMSNorm of one row, for `_gemm_kernel`, and for float16, where gain * x of a row not yet normed may overflow."""
     k = tl.arange(0, WIDTH)
-    if PDL:
-        gdc_launch_dependents()
+    launch_next(PDL)
     gain = tl.load(norm_ptr + k, k < K, 0).to(tl.float32)
-    if PDL:
-        gdc_wait()
+    wait_for_previous(PDL)
     at = tl.program_id(0) * K + k
     x = tl.load(x_ptr + at, k < K, 0).to(tl.float32)
     x *= gain * tl.rsqrt(tl.sum(x * x) / K + eps)
@@ -138,62 +210,84 @@ def _norm_kernel(
 
 
 @triton.jit
-def _rows_kernel(
-    x_ptr: tl.tensor, w_ptr: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, out_ptr: tl.tensor,
-    rows: tl.tensor, N: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-    SPAN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
-) -> None:  # fmt: skip
-    """Several rows: BLOCK rows of the matrix are the wide operand of the tensor cores, the activations the narrow
-    one; the weights of EARLY steps are asked for before the wait, then the loads of STAGES steps are on their way
-    through shared memory.
+def _gemm_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SILU: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """BLOCK_N rows of the matrix times M (8 or 16) rows of activations, BLOCK_K columns a step.
+
+    The weights of the first EARLY steps are loaded into registers before the wait. The loop is Triton's own pipeline,
+    which has the loads of STAGES steps under way through shared memory; the early steps are multiplied after it.
     """
     OUT: tl.constexpr = N // 2 if SILU else N
-    start = tl.program_id(0) * (BLOCK // 2 if SILU else BLOCK)
-    row = _row(tl.arange(0, BLOCK), OUT, SILU)[:, None]
+    start = tl.program_id(0) * (BLOCK_N // 2 if SILU else BLOCK_N)
+    w_row = interleave_gates(tl.arange(0, BLOCK_N), OUT, SILU)[:, None]
     m = tl.arange(0, M)[:, None]
-    k = tl.arange(0, SPAN)
+    k = tl.arange(0, BLOCK_K)
     w_ptr += start.to(tl.int64) * K  # what differs between lanes is 32 bits wide: half of the loop was addresses
-    if PDL:
-        gdc_launch_dependents()
+    launch_next(PDL)
     weights, xs = tl.tuple([]), tl.tuple([])
     for i in tl.static_range(EARLY):
-        weights = weights + (tl.load(w_ptr + i * SPAN + (row * K + k), (start + row < N) & (i * SPAN + k < K), 0),)
-    if PDL:
-        gdc_wait()
+        ptr = w_ptr + i * BLOCK_K + (w_row * K + k)
+        weights = weights + (tl.load(ptr, (start + w_row < N) & (i * BLOCK_K + k < K), 0),)
+    wait_for_previous(PDL)
     for i in tl.static_range(EARLY):
-        xs = xs + (tl.load(x_ptr + i * SPAN + (m * K + k), (m < rows) & (i * SPAN + k < K), 0),)
-    bias, residual = _added(start, rows, bias_ptr, residual_ptr, out_ptr, N, BLOCK, M, SILU)
-    acc = tl.zeros([BLOCK, M], tl.float32)
-    for first in tl.range(EARLY * SPAN, K, SPAN, num_stages=STAGES):
-        if K % SPAN == 0 and N % BLOCK == 0:
-            w = tl.load(w_ptr + first + (row * K + k))
+        xs = xs + (tl.load(x_ptr + i * BLOCK_K + (m * K + k), (m < rows) & (i * BLOCK_K + k < K), 0),)
+    bias, residual = load_bias_and_residual(start, rows, bias_ptr, residual_ptr, out_ptr, N, BLOCK_N, M, SILU)
+    acc = tl.zeros([BLOCK_N, M], tl.float32)
+    for first in tl.range(EARLY * BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+        if K % BLOCK_K == 0 and N % BLOCK_N == 0:
+            w = tl.load(w_ptr + first + (w_row * K + k))
         else:
-            w = tl.load(w_ptr + first + (row * K + k), (start + row < N) & (first + k < K), 0)
+            w = tl.load(w_ptr + first + (w_row * K + k), (start + w_row < N) & (first + k < K), 0)
         x = tl.load(x_ptr + first + (m * K + k), (m < rows) & (first + k < K), 0)
-        acc = _dot(w, x.T, acc, ASM)
+        acc = dot(w, x.T, acc, ASM)
     for i in tl.static_range(EARLY):
-        acc = _dot(weights[i], xs[i].T, acc, ASM)
-    _finish(acc, bias, residual, start, rows, out_ptr, N, SILU)
+        acc = dot(weights[i], xs[i].T, acc, ASM)
+    store_result(acc, bias, residual, start, rows, out_ptr, N, SILU)
 
 
 @triton.jit
-def _row(i: tl.tensor, OUT: tl.constexpr, SILU: tl.constexpr) -> tl.tensor:
-    """Which row of the matrix comes i-th: with SILU 16 gates, their 16 ups, and so on."""
+def interleave_gates(i, OUT: tl.constexpr, SILU: tl.constexpr):
+    """Which row of the matrix is the i-th of a block. With SILU 16 gates and their 16 ups take turns, so that a lane
+    has both: rows 0..15, OUT..OUT + 15, 16..31, OUT + 16..OUT + 31, and so on.
+    """
     return i // 32 * 16 + i // 16 % 2 * OUT + i % 16 if SILU else i
 
 
 @triton.jit
-def _added(
-    start: tl.tensor, rows: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, out_ptr: tl.tensor,
-    N: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, SILU: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """(bias [BLOCK], residual [results, M]), or zeros: asked for long before `_finish` needs them."""
+def load_bias_and_residual(
+    start,
+    rows,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    M: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """(bias [BLOCK_N], residual [results, M]) or zeros, loaded long before `store_result` adds them."""
     OUT: tl.constexpr = N // 2 if SILU else N
-    RESULTS: tl.constexpr = BLOCK // 2 if SILU else BLOCK
-    bias = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+    RESULTS: tl.constexpr = BLOCK_N // 2 if SILU else BLOCK_N
+    bias = tl.zeros([BLOCK_N], out_ptr.dtype.element_ty)
     residual = tl.zeros([RESULTS, M], out_ptr.dtype.element_ty)
     if bias_ptr is not None:
-        n = start + _row(tl.arange(0, BLOCK), OUT, SILU)
+        n = start + interleave_gates(tl.arange(0, BLOCK_N), OUT, SILU)
         bias = tl.load(bias_ptr + n, n < N, 0)
     if residual_ptr is not None:
         n = start + tl.arange(0, RESULTS)[:, None]
@@ -203,18 +297,15 @@ def _added(
 
 
 @triton.jit
-def _finish(
-    y: tl.tensor, bias: tl.tensor, residual: tl.tensor, start: tl.tensor, rows: tl.tensor, out_ptr: tl.tensor,
-    N: tl.constexpr, SILU: tl.constexpr,
-) -> None:  # fmt: skip
-    """Bias, silu(gate) * up, residual and store of y [rows of the matrix in the order of `_row`, tokens]."""
-    BLOCK: tl.constexpr = y.shape[0]
+def store_result(y, bias, residual, start, rows, out_ptr, N: tl.constexpr, SILU: tl.constexpr):
+    """Bias, silu(gate) * up, residual and store of y [rows of the matrix as `interleave_gates` says, activations]."""
+    BLOCK_N: tl.constexpr = y.shape[0]
     M: tl.constexpr = y.shape[1]
     OUT: tl.constexpr = N // 2 if SILU else N
-    RESULTS: tl.constexpr = BLOCK // 2 if SILU else BLOCK
+    RESULTS: tl.constexpr = BLOCK_N // 2 if SILU else BLOCK_N
     y += bias.to(tl.float32)[:, None]
     if SILU:
-        gate, up = tl.split(y.reshape(BLOCK // 32, 2, 16, M).permute(0, 2, 3, 1))
+        gate, up = tl.split(y.reshape(BLOCK_N // 32, 2, 16, M).permute(0, 2, 3, 1))
         y = (gate / (1 + tl.exp(-gate)) * up).reshape(RESULTS, M)
     y += residual.to(tl.float32)
     n = start + tl.arange(0, RESULTS)[:, None]
@@ -222,7 +313,7 @@ def _finish(
     tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), (n < OUT) & (m < rows))
 
 
-def _linear(
+def _launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -232,39 +323,119 @@ def _linear(
     silu_mul: bool,
     experts: Tensor | None,
 ) -> Tensor:
-    rows, k = x.shape
+    rows, n = x.shape[0], weight.shape[-2]
     x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
-    n = weight.shape[-2]
-    n_out = n // 2 if silu_mul else n
-    out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
-    together = rows if experts is None else 1
-    if norm_weight is not None and (together > 1 or x.dtype == torch.float16):  # gain * x may not fit float16
-        width, normed = triton.next_power_of_2(k), torch.empty_like(x)
-        _norm_kernel[(rows,)](x, norm_weight, normed, eps, k, width, **_launch(8))
-        x, norm_weight = normed, None
+    together = rows if experts is None else 1  # rows of activations that share a matrix
+    if norm_weight is not None and (together > 1 or x.dtype == torch.float16):
+        x, norm_weight = _launch_rms_norm(x, norm_weight, eps), None
+    out = torch.empty(rows, n // 2 if silu_mul else n, dtype=x.dtype, device=x.device)
     if together <= 4:
-        block, warps, each, ahead, near = tiles.row_tile(k, n, together, silu_mul)
-        most = triton.cdiv(k, warps * each)
-        _row_kernel[(triton.cdiv(n_out, block), rows // together)](
-            x, weight, bias, norm_weight, residual, experts, out, rows, eps, n, k, silu_mul,
-            1 if together == 1 else 4, block, warps, each, min(ahead, most), min(near, most),
-            ASM=not INTERPRETED, **_launch(warps),
-        )  # fmt: skip
-        return out
-    shared = 0 if INTERPRETED else _shared_memory()
-    block, span, warps, stages, early = tiles.rows_tile(k, n, rows, silu_mul, shared)
-    _rows_kernel[(triton.cdiv(n_out, block // 2 if silu_mul else block),)](
-        x, weight, bias, residual, out, rows, n, k, silu_mul, 8 if rows <= 8 else 16, block, span, stages, early,
-        ASM=not INTERPRETED, **_launch(warps, stages),
-    )  # fmt: skip
+        _launch_gemv(x, weight, bias, norm_weight, residual, experts, out, eps, silu_mul)
+    else:
+        _launch_gemm(x, weight, bias, residual, out, silu_mul)
     return out
 
 
-def _linear_shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None,
-    silu_mul: bool, experts: Tensor | None,
-) -> Tensor:  # fmt: skip
+def _launch_rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+    (rows, k), out = x.shape, torch.empty_like(x)
+    _rms_norm_kernel[(rows,)](x, norm_weight, out, eps, K=k, WIDTH=triton.next_power_of_2(k), **launch_options(8))
+    return out
+
+
+def _launch_gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    experts: Tensor | None,
+    out: Tensor,
+    eps: float,
+    silu_mul: bool,
+) -> None:
+    rows, k = x.shape
+    together = rows if experts is None else 1
+    block, warps, each, ahead, near = tiles.row_tile(k, weight.shape[-2], together, silu_mul)
+    steps = triton.cdiv(k, warps * each)
+    _gemv_kernel[(triton.cdiv(out.shape[1], block), rows // together)](
+        x,
+        weight,
+        bias,
+        norm_weight,
+        residual,
+        experts,
+        out,
+        rows,
+        eps,
+        N=weight.shape[-2],
+        K=k,
+        SILU=silu_mul,
+        M=1 if together == 1 else 4,
+        BLOCK_N=block,
+        WARPS=warps,
+        BLOCK_K=each,
+        W_AHEAD=min(ahead, steps),
+        X_AHEAD=min(near, steps),
+        ASM=not INTERPRETED,
+        **launch_options(warps),
+    )
+
+
+def _launch_gemm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, silu_mul: bool
+) -> None:
+    (rows, k), n = x.shape, weight.shape[-2]
+    shared = 0 if INTERPRETED else shared_memory()
+    block, span, warps, stages, early = tiles.rows_tile(k, n, rows, silu_mul, shared)
+    _gemm_kernel[(triton.cdiv(out.shape[1], block // 2 if silu_mul else block),)](
+        x,
+        weight,
+        bias,
+        residual,
+        out,
+        rows,
+        N=n,
+        K=k,
+        SILU=silu_mul,
+        M=8 if rows <= 8 else 16,
+        BLOCK_N=block,
+        BLOCK_K=span,
+        STAGES=stages,
+        EARLY=early,
+        ASM=not INTERPRETED,
+        **launch_options(warps, stages),
+    )
+
+
+def _shape(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    silu_mul: bool,
+    experts: Tensor | None,
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[-2] // (2 if silu_mul else 1))
 
 
-linear = operator("dense_linear", _linear, _linear_shape)
+_dense_linear = operator("dense_linear", _launch, _shape)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    silu_mul: bool,
+    experts: Tensor | None,
+) -> Tensor:
+    """The equations above in one pass over the weights: x [M, K], M <= 16 -> [M, N], or [M, N/2] with silu_mul.
+
+    weight [N, K] in x's dtype, K a multiple of 8; with experts (int64 [M]) weight is [E, N, K] and row m of x uses
+    matrix experts[m]. bias is [N], norm_weight [K], residual of the result's shape.
+    """
+    return _dense_linear(x, weight, bias, norm_weight, eps, residual, silu_mul, experts)

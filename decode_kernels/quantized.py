@@ -13,8 +13,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from decode_kernels import INTERPRETED, group_size, out_features
-from decode_kernels.dense import _added, _finish, _row
-from decode_kernels.launch import _at, _halved, _launch, operator
+from decode_kernels.dense import interleave_gates as _row
+from decode_kernels.dense import load_bias_and_residual as _added
+from decode_kernels.dense import store_result as _finish
+from decode_kernels.launch import deal_to_lanes, halve_warps, launch_options, operator
 from decode_kernels.tiles import quantized_tile
 
 
@@ -139,7 +141,7 @@ def _quantized_kernel(
         channel = tl.load(scale_ptr + channel, channel < N, 0)
     for i in tl.static_range(STEPS + AHEAD):
         for e in tl.static_range(LOADS if i < STEPS else 0):
-            at = _at(w_ptr + (i * WARPS * BYTES + e * 1024), inner)
+            at = deal_to_lanes(w_ptr + (i * WARPS * BYTES + e * 1024), inner)
             if i < FULL and OUT % BLOCK == 0:
                 weights = weights + (tl.load(at, eviction_policy="evict_first"),)
             else:
@@ -159,7 +161,7 @@ def _quantized_kernel(
         for j in tl.static_range(0 if i < AHEAD else i - AHEAD + NEAR, 0 if i < AHEAD - 1 else i - AHEAD + 1 + NEAR):
             if j < STEPS:
                 for e in tl.static_range(2):
-                    at = _at(digits_ptr + (j * WARPS * 1024 + e * 512), block)
+                    at = deal_to_lanes(digits_ptr + (j * WARPS * 1024 + e * 512), block)
                     if COLUMNS > 8 and j < FULL:  # the columns of no row may hold anything
                         digits = digits + (tl.load(at),)
                     else:
@@ -204,7 +206,7 @@ def _quantized_kernel(
     # the sums of all warps into one: tl.sum would meet itself in shared memory's banks
     for _ in tl.static_range(5):
         if y.shape[0] > 1:
-            y, other = _halved(y, 0)
+            y, other = halve_warps(y)
             y += other
     y = y.reshape(TILES * 16, COLUMNS // 2)
     if squares_ptr is not None:
@@ -320,7 +322,7 @@ def _linear(
     squares = None
     if norm_weight is not None:
         squares = torch.empty(rows, chunks, dtype=torch.float32, device=x.device)
-    _digits_kernel[(rows, chunks)](x, norm_weight, digits, step, squares, k, spacing, **_launch(1))
+    _digits_kernel[(rows, chunks)](x, norm_weight, digits, step, squares, k, spacing, **launch_options(1))
     bits = 8 if weight.dtype == torch.int8 else 4
     tiles, warps, ahead, near = quantized_tile(bits, k, n, rows if experts is None else 1, silu_mul)
     most = triton.cdiv(chunks, warps)
@@ -328,7 +330,7 @@ def _linear(
     _quantized_kernel[grid](
         digits, step, squares, weight, scale, zero, bias, residual, experts, out, rows, eps, n, k,
         group_size(weight, scale, k), bits, silu_mul, columns, tiles, warps, min(ahead, most), min(near, most),
-        ASM=not INTERPRETED, **_launch(warps),
+        ASM=not INTERPRETED, **launch_options(warps),
     )  # fmt: skip
     return out
 

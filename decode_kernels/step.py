@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from decode_kernels.launch import _launch, operator
+from decode_kernels.launch import launch_options, operator
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def _embed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (b, t), d, half = tokens.shape, table.shape[1], inv_freq.shape[0]
     x, (cos, sin) = table.new_empty(b, t, d), (inv_freq.new_empty(b, t, 1, half) for _ in range(2))
-    launch = _launch(4)
+    launch = launch_options(4)
     launch.pop("launch_pdl", None)  # begins when all before it has ended: later kernels need not wait for positions
     _embed_kernel[(b * t,)](
         tokens.contiguous(), positions.contiguous(), table, inv_freq, x, cos, sin, factor, first, table.shape[0], d,
@@ -166,10 +166,10 @@ def _sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top
     chosen = torch.empty(b, most, dtype=torch.int32, device=logits.device)
     out = torch.empty(b, dtype=torch.int64, device=logits.device)
     inf, part = (0x7F80 if logits.dtype == torch.bfloat16 else 0x7C00), 64
-    _maxima_kernel[(triton.cdiv(blocks, part), b)](logits, key, v, part, inf, **_launch(4))
+    _maxima_kernel[(triton.cdiv(blocks, part), b)](logits, key, v, part, inf, **launch_options(4))
     _sample_kernel[(b,)](
         logits, key, chosen, knobs, seeds, positions, out, seeds.expand(b).stride(0), positions.stride(0), v,
-        top_k, triton.next_power_of_2(blocks), triton.next_power_of_2(most), inf, **_launch(16),
+        top_k, triton.next_power_of_2(blocks), triton.next_power_of_2(most), inf, **launch_options(16),
     )  # fmt: skip
     return out
 
@@ -183,7 +183,7 @@ sample = operator("sample", _sample, _sample_shape)
 
 def _advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
     width = triton.next_power_of_2(len(tokens))
-    _advance_kernel[(1,)](tokens, token, position, step, out, *out.shape, width, **_launch(1))
+    _advance_kernel[(1,)](tokens, token, position, step, out, *out.shape, width, **launch_options(1))
 
 
 def _advance_shape(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:

@@ -150,8 +150,8 @@ def test_tiles_fit_shared_memory(rows, k, n, silu_mul, sm, shared):
     types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"}
     block, span, warps, stages, early = tiles.rows_tile(k, n, rows, silu_mul, shared * 1024)
     values = {"bias_ptr": None, "residual_ptr": None, "N": n, "K": k, "SILU": silu_mul, "M": rows}
-    values |= {"BLOCK": block, "SPAN": span, "STAGES": stages, "EARLY": early, "PDL": False, "ASM": True}
-    kernel = compiled(dense._rows_kernel, types, values, sm, warps)
+    values |= {"BLOCK_N": block, "BLOCK_K": span, "STAGES": stages, "EARLY": early, "PDL": False, "ASM": True}
+    kernel = compiled(dense._gemm_kernel, types, values, sm, warps)
     assert 0 < kernel.metadata.shared <= shared * 1024
 
 
@@ -179,9 +179,9 @@ def test_rows_are_multiplied_where_they_were_loaded(rows, k, n, silu_mul):
     types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "eps": "fp32"}
     block, warps, each, ahead, near = tiles.row_tile(k, n, rows, silu_mul)
     values = dict.fromkeys(("bias_ptr", "norm_ptr", "residual_ptr", "experts_ptr"))
-    values |= {"N": n, "K": k, "SILU": silu_mul, "M": rows, "BLOCK": block, "WARPS": warps, "EACH": each}
-    values |= {"AHEAD": ahead, "NEAR": near, "PDL": True, "ASM": True}
-    kernel = compiled(dense._row_kernel, types, values, 90, warps)
+    values |= {"N": n, "K": k, "SILU": silu_mul, "M": rows, "BLOCK_N": block, "WARPS": warps, "BLOCK_K": each}
+    values |= {"W_AHEAD": ahead, "X_AHEAD": near, "PDL": True, "ASM": True}
+    kernel = compiled(dense._gemv_kernel, types, values, 90, warps)
     assert not unhinted(kernel)
     ptx = kernel.asm["ptx"]
     steps = -(-k // (warps * each))
