@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import HAS_TRITON, compiled, needs_compiler
+from kernel_checks import DEVICE, HAS_TRITON, compiled, needs_compiler, needs_kernels
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from decode_kernels import dense, launch
+    from decode_kernels import dense, launch, step
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install -e '.[interpreter]'")
 FOLDER = Path(__file__).resolve().parents[2] / "decode_kernels"
-KERNELS = ("dense.py",)
+KERNELS = ("dense.py", "step.py")
 
 
 def said(module, *sentences):
@@ -63,6 +63,56 @@ def test_two_rows_in_eight_pieces():
     assert [sum(part) for part in parts] == [a @ x, b @ x]
     assert said(dense, f"{' + '.join(map(str, parts[0]))} = {a @ x}, is a x^T")
     assert said(dense, f"{' + '.join(map(str, parts[1][:3]))} + ... + {parts[1][-1]} = {b @ x}, is b x^T")
+
+
+# -- step.py ----------------
+
+
+@needs_triton
+def test_a_race():
+    p, e = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([2.0, 0.4, 0.05])
+    told = [", ".join(f"{n:.3g}" if n < 2 else f"{n:.1f}" for n in x.tolist()) for x in (p, e, p / e)]
+    assert (p / e).argmax() == 2
+    assert said(step, "p = {} and E = {} give p / E = {}, so the third wins".format(*told))
+
+
+@needs_triton
+def test_the_largest_are_in_the_blocks_with_the_largest_maxima():
+    blocks = [[5, 1, 0, 2], [4, 3, 3, 1], [2, 2, 0, 1]]
+    maxima = [max(block) for block in blocks]
+    told = [" ".join(map(str, block)) for block in blocks]
+    assert said(step, f"logits {' | '.join(told)} have the maxima {maxima[0]}, {maxima[1]} and {maxima[2]}")
+    best = sorted(sorted(range(3), key=lambda i: -maxima[i])[:2])
+    assert said(step, f"The blocks with the two largest are {told[best[0]]} and {told[best[1]]}")
+    assert sorted(sum(blocks, []))[-2:] == sorted(blocks[best[0]] + blocks[best[1]])[-2:] == [4, 5]
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def keys_kernel(x_ptr, key_ptr, chosen_ptr, place_ptr, N: tl.constexpr, K: tl.constexpr):
+        i = tl.arange(0, N)
+        key = step._sortable_keys(tl.load(x_ptr + i), 0x7C00)
+        chosen, place = step._k_largest(key, K)
+        tl.store(key_ptr + i, key)
+        tl.store(chosen_ptr + i, chosen.to(tl.int32))
+        tl.store(place_ptr + i, place)
+
+
+@needs_kernels
+def test_keys_and_the_k_largest_equals_twin():
+    x = torch.tensor([1.0, 0.0, -0.0, -1.0, float("inf"), -float("inf"), float("nan"), 1.0], dtype=torch.float16)
+    key, chosen, place = (torch.empty(8, dtype=torch.int32, device=DEVICE) for _ in range(3))
+    keys_kernel[(1,)](x.to(DEVICE), key, chosen, place, 8, 5)
+    one, zero, negative_zero, minus_one, *others, again = key.tolist()
+    assert said(
+        step, f"1.0 is 0x3C00 and becomes {one}, 0.0 and -0.0 become {zero}, and -1.0, 0xBC00, becomes {minus_one}"
+    )
+    assert one == again and zero == negative_zero and others == [65535] * 3
+    assert chosen.bool().tolist() == [True, False, False, False, True, True, True, True]
+    assert place[chosen.bool()].tolist() == [0, 1, 2, 3, 4]
+    keys_kernel[(1,)](x.to(DEVICE), key, chosen, place, 8, 4)  # one of the two 1.0 only: the first
+    assert chosen.bool().tolist() == [True, False, False, False, True, True, True, False]
 
 
 # -- the files ----------------
