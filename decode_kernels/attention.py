@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from decode_kernels import INTERPRETED, tiles
-from decode_kernels.launch import deal_to_lanes, dot, halve_warps, launch_options, operator
+from decode_kernels.launch import deal_to_lanes, dot, halve_warps, operator
+from decode_kernels.launch import options as launch_options
 
 
 @triton.jit
@@ -355,4 +356,4 @@ def _attention_shape(
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[1] * k_cache.shape[3])
 
 
-attention = operator("attention", _attention, _attention_shape, ("k_cache", "v_cache"))
+attention = operator("attention", _attention_shape, ("k_cache", "v_cache"))(_attention)

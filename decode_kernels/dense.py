@@ -51,18 +51,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels import INTERPRETED, tiles
-from decode_kernels.launch import (
-    always_true,
-    deal_to_lanes,
-    dot,
-    keep_loads_here,
-    launch_next,
-    launch_options,
-    operator,
-    shared_memory,
-    wait_for_previous,
-)
+from decode_kernels import INTERPRETED, launch, tiles
 
 
 @triton.jit
@@ -102,10 +91,10 @@ def _gemv_kernel(
     STEP_K: tl.constexpr = WARPS * BLOCK_K
     STEPS: tl.constexpr = (K + STEP_K - 1) // STEP_K
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    launch_next(PDL)
+    launch.launch_next(PDL)
     first_row = tl.program_id(1)
     if experts_ptr is not None:  # every row of activations has a matrix of its own
-        wait_for_previous(PDL)
+        launch.wait_for_previous(PDL)
         w_ptr += tl.load(experts_ptr + first_row) * N * K
         rows = 1
     start = tl.program_id(0) * BLOCK_N
@@ -134,17 +123,17 @@ def _gemv_kernel(
     weights, gains, xs = tl.tuple([]), tl.tuple([]), tl.tuple([])
     for i in tl.static_range(STEPS + W_AHEAD):
         if i < STEPS:
-            ptr = deal_to_lanes(w_ptr + i * STEP_K, w_row * K + w_k)
+            ptr = launch.deal_to_lanes(w_ptr + i * STEP_K, w_row * K + w_k)
             if (i + 1) * STEP_K <= K and OUT % BLOCK_N == 0:
                 weights = weights + (tl.load(ptr, eviction_policy="evict_first"),)
             else:
                 exists = w_exists & (i * STEP_K + w_k < K)
                 weights = weights + (tl.load(ptr, exists, 0, eviction_policy="evict_first"),)
             if norm_ptr is not None:
-                ptr = deal_to_lanes(norm_ptr + i * STEP_K, tl.broadcast_to(k, [4, PIECES, M, WARPS, SUB, 8]))
+                ptr = launch.deal_to_lanes(norm_ptr + i * STEP_K, tl.broadcast_to(k, [4, PIECES, M, WARPS, SUB, 8]))
                 gains = gains + (tl.load(ptr, i * STEP_K + k < K, 0),)
         if i == W_AHEAD - 1:
-            wait_for_previous(PDL)
+            launch.wait_for_previous(PDL)
             if residual_ptr is not None:
                 residual = tl.load(residual_ptr + result, result_exists, 0)
         # the activations of the first X_AHEAD steps after the wait, then those of one step more each time
@@ -152,11 +141,11 @@ def _gemv_kernel(
             0 if i < W_AHEAD else i - W_AHEAD + X_AHEAD, 0 if i < W_AHEAD - 1 else i - W_AHEAD + X_AHEAD + 1
         ):
             if j < STEPS:
-                ptr = deal_to_lanes(x_ptr + j * STEP_K, m * K + k)
+                ptr = launch.deal_to_lanes(x_ptr + j * STEP_K, m * K + k)
                 xs = xs + (tl.load(ptr, (m < rows) & (j * STEP_K + k < K), 0),)
         if i >= W_AHEAD:
-            keep_loads_here(PDL)
-            if always_true(eps, i):
+            launch.keep_loads_here(PDL)
+            if launch.always_true(eps, i):
                 x = xs[i - W_AHEAD]
                 if norm_ptr is not None:
                     x = x.to(tl.float32)
@@ -165,7 +154,7 @@ def _gemv_kernel(
                 w = weights[i - W_AHEAD].reshape(4, PIECES, M, WARPS, PAIRS, 2, SUB, 2, 2, 2)
                 w = w.permute(3, 4, 5, 2, 1, 6, 7, 8, 0, 9).reshape(WARPS, PAIRS * 16, SUB * 32)
                 x = x.reshape(4, PIECES, M, WARPS, SUB, 2, 2, 2).permute(3, 4, 5, 6, 0, 7, 2, 1)
-                acc = dot(w, x.reshape(WARPS, SUB * 32, 8), acc, ASM)
+                acc = launch.dot(w, x.reshape(WARPS, SUB * 32, 8), acc, ASM)
     y = _sum_equal_pieces(acc, PIECES, M)
     if norm_ptr is not None:
         squares = tl.sum(squares.permute(2, 0, 1, 3).reshape(M, 4 * PIECES * WARPS), 1)
@@ -200,9 +189,9 @@ def _sum_equal_pieces(acc, PIECES: tl.constexpr, M: tl.constexpr):
 def _rms_norm_kernel(x_ptr, norm_ptr, out_ptr, eps, K: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
     """RMSNorm of one row, for `_gemm_kernel`, and for float16, where gain * x of a row not yet normed may overflow."""
     k = tl.arange(0, WIDTH)
-    launch_next(PDL)
+    launch.launch_next(PDL)
     gain = tl.load(norm_ptr + k, k < K, 0).to(tl.float32)
-    wait_for_previous(PDL)
+    launch.wait_for_previous(PDL)
     at = tl.program_id(0) * K + k
     x = tl.load(x_ptr + at, k < K, 0).to(tl.float32)
     x *= gain * tl.rsqrt(tl.sum(x * x) / K + eps)
@@ -239,12 +228,12 @@ def _gemm_kernel(
     m = tl.arange(0, M)[:, None]
     k = tl.arange(0, BLOCK_K)
     w_ptr += start.to(tl.int64) * K  # what differs between lanes is 32 bits wide: half of the loop was addresses
-    launch_next(PDL)
+    launch.launch_next(PDL)
     weights, xs = tl.tuple([]), tl.tuple([])
     for i in tl.static_range(EARLY):
         ptr = w_ptr + i * BLOCK_K + (w_row * K + k)
         weights = weights + (tl.load(ptr, (start + w_row < N) & (i * BLOCK_K + k < K), 0),)
-    wait_for_previous(PDL)
+    launch.wait_for_previous(PDL)
     for i in tl.static_range(EARLY):
         xs = xs + (tl.load(x_ptr + i * BLOCK_K + (m * K + k), (m < rows) & (i * BLOCK_K + k < K), 0),)
     bias, residual = load_bias_and_residual(start, rows, bias_ptr, residual_ptr, out_ptr, N, BLOCK_N, M, SILU)
@@ -255,9 +244,9 @@ def _gemm_kernel(
         else:
             w = tl.load(w_ptr + first + (w_row * K + k), (start + w_row < N) & (first + k < K), 0)
         x = tl.load(x_ptr + first + (m * K + k), (m < rows) & (first + k < K), 0)
-        acc = dot(w, x.T, acc, ASM)
+        acc = launch.dot(w, x.T, acc, ASM)
     for i in tl.static_range(EARLY):
-        acc = dot(weights[i], xs[i].T, acc, ASM)
+        acc = launch.dot(weights[i], xs[i].T, acc, ASM)
     store_result(acc, bias, residual, start, rows, out_ptr, N, SILU)
 
 
@@ -313,32 +302,9 @@ def store_result(y, bias, residual, start, rows, out_ptr, N: tl.constexpr, SILU:
     tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), (n < OUT) & (m < rows))
 
 
-def _launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    silu_mul: bool,
-    experts: Tensor | None,
-) -> Tensor:
-    rows, n = x.shape[0], weight.shape[-2]
-    x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
-    together = rows if experts is None else 1  # rows of activations that share a matrix
-    if norm_weight is not None and (together > 1 or x.dtype == torch.float16):
-        x, norm_weight = _launch_rms_norm(x, norm_weight, eps), None
-    out = torch.empty(rows, n // 2 if silu_mul else n, dtype=x.dtype, device=x.device)
-    if together <= 4:
-        _launch_gemv(x, weight, bias, norm_weight, residual, experts, out, eps, silu_mul)
-    else:
-        _launch_gemm(x, weight, bias, residual, out, silu_mul)
-    return out
-
-
 def _launch_rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
     (rows, k), out = x.shape, torch.empty_like(x)
-    _rms_norm_kernel[(rows,)](x, norm_weight, out, eps, K=k, WIDTH=triton.next_power_of_2(k), **launch_options(8))
+    _rms_norm_kernel[(rows,)](x, norm_weight, out, eps, K=k, WIDTH=triton.next_power_of_2(k), **launch.options(8))
     return out
 
 
@@ -377,7 +343,7 @@ def _launch_gemv(
         W_AHEAD=min(ahead, steps),
         X_AHEAD=min(near, steps),
         ASM=not INTERPRETED,
-        **launch_options(warps),
+        **launch.options(warps),
     )
 
 
@@ -385,7 +351,7 @@ def _launch_gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, silu_mul: bool
 ) -> None:
     (rows, k), n = x.shape, weight.shape[-2]
-    shared = 0 if INTERPRETED else shared_memory()
+    shared = 0 if INTERPRETED else launch.shared_memory()
     block, span, warps, stages, early = tiles.rows_tile(k, n, rows, silu_mul, shared)
     _gemm_kernel[(triton.cdiv(out.shape[1], block // 2 if silu_mul else block),)](
         x,
@@ -403,26 +369,16 @@ def _launch_gemm(
         STAGES=stages,
         EARLY=early,
         ASM=not INTERPRETED,
-        **launch_options(warps, stages),
+        **launch.options(warps, stages),
     )
 
 
-def _shape(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    silu_mul: bool,
-    experts: Tensor | None,
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[-2] // (2 if silu_mul else 1))
+def empty_result(x: Tensor, n: int, silu_mul: bool) -> Tensor:
+    """What a product of x and n rows of a matrix returns, without contents."""
+    return x.new_empty(x.shape[0], n // 2 if silu_mul else n)
 
 
-_dense_linear = operator("dense_linear", _launch, _shape)
-
-
+@launch.operator("dense_linear", lambda x, weight, *rest: empty_result(x, weight.shape[-2], silu_mul=rest[-2]))
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -438,4 +394,14 @@ def linear(
     weight [N, K] in x's dtype, K a multiple of 8; with experts (int64 [M]) weight is [E, N, K] and row m of x uses
     matrix experts[m]. bias is [N], norm_weight [K], residual of the result's shape.
     """
-    return _dense_linear(x, weight, bias, norm_weight, eps, residual, silu_mul, experts)
+    rows = x.shape[0]
+    x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
+    together = rows if experts is None else 1  # rows of activations that share a matrix
+    if norm_weight is not None and (together > 1 or x.dtype == torch.float16):
+        x, norm_weight = _launch_rms_norm(x, norm_weight, eps), None
+    out = empty_result(x, weight.shape[-2], silu_mul)
+    if together <= 4:
+        _launch_gemv(x, weight, bias, norm_weight, residual, experts, out, eps, silu_mul)
+    else:
+        _launch_gemm(x, weight, bias, residual, out, silu_mul)
+    return out

@@ -131,20 +131,24 @@ def halve_warps(x):
 # -- around a kernel ----------------
 
 
-def operator(name: str, launch: Callable, shape: Callable, mutates: Sequence[str] = ()) -> Callable:
-    """The operator `torch.ops.decode.<name>`, which torch.compile takes as a whole. launch runs it; shape gives its
+def operator(name: str, shape: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """Makes of a function the operator `torch.ops.decode.<name>`, which torch.compile takes as a whole. shape gives its
     results without contents, for tracing; mutates names the arguments that it changes.
 
     Not `torch.library.custom_op`, whose first call imports Dynamo and sympy, 1.3 s of every start.
     """
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-    LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=mutates), tags=tags)
-    LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"decode::{name}", shape, lib=LIBRARY)
-    return getattr(torch.ops.decode, name)
+
+    def register(function: Callable) -> Callable:
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates), tags=tags)
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"decode::{name}", shape, lib=LIBRARY)
+        return getattr(torch.ops.decode, name)
+
+    return register
 
 
-def launch_options(warps: int, stages: int = 1) -> dict[str, bool | int | None]:
+def options(warps: int, stages: int = 1) -> dict[str, bool | int | None]:
     """What every launch says besides its arguments: warps, stages of Triton's pipeline, and PDL from sm90 on."""
     if INTERPRETED:
         return {"PDL": False, "num_warps": warps}

@@ -1,253 +1,513 @@
-"""int8 and int4 weights, packed as `linear.pack_int8` and `linear.pack_int4` do, times 1 to 16 rows of activations.
+"""int8 and int4 weights times 1 to 16 rows of activations, by integer products on the tensor cores.
 
-Knows the digits of activations, the product of integers on the tensor cores, and how a packed matrix becomes a plain
-one again. Refuses to know layers and files. Letters of axes are those of `linear._blocks`.
+Knows the layout of packed weights, the digits of activations, the product, and how a packed matrix becomes a plain one
+again. Refuses to know layers and files.
+
+    w = scale[n] * q                           int8: q in -128..127, a scale for every output feature n
+    w = scale[n, group] * (q - zero[n, group]) int4: q in -8..7, a scale and perhaps a zero point for a group of inputs
+
+    y = x' W^T + bias,  then silu(gate) * up,  then + residual      (x' = x normed; all as in `dense.py`)
+
+A GPU has no time to make floats of the weights: unpacking, scaling and adding take two to three instructions a weight,
+which is longer than reading them. So the activations become integers instead, and the tensor cores multiply integers
+(m16n8k32, int8 times int8, exact sums in 32 bits), which for int8 weights takes no instruction besides and for int4 a
+mask and half a shift for four weights.
+
+**Activations: two digits.** 128 activations of a row share a unit, the 32,512th part of the largest; 32,512 is 127 *
+256. Each becomes a whole number of units, and that is written as 256 * high + low with both digits in -128..127.
+
+Worked example: 0.3 beside a largest value of 2. The unit is 2 / 32512 = 0.0000615157, and 0.3 is 4876.8 units, rounded
+4877 = 256 * 19 + 13: the digits are 19 and 13, and those of 2 are 127 and 0. Multiplied by weights q = 5 and q = 3:
+
+    high digits: 5 * 19 + 3 * 127 = 476        low digits: 5 * 13 + 3 * 0 = 65
+    together:    (256 * 476 + 65) units = 121921 units = 7.50006, where 5 * 0.3 + 3 * 2 is 7.5
+
+The error of an activation is at most half a unit, a 65,024th part of the largest of the 128, while bf16 rounds the
+largest itself by up to a 512th. One row takes two of the instruction's eight columns, four rows take all, and more rows
+two or four times as many products, but no more bytes. The norm's gain is multiplied into x before; its factor 1 / rms
+is one number a row and is multiplied into y.
+
+**Weights: an operand as it lies in memory.** A load of 16 bytes a lane gets what the instruction wants in that lane, so
+nothing is exchanged. `pack` puts 16 rows x 128 columns into 2,048 bytes (int8) in the order
+
+    [2 e, 2 u, 8 g, 4 t, 2 b, 2 h, 4 i]   of row 8 h + g and column 64 u + 32 e + 8 t + 4 b + i
+
+Lane 4 g + t loads the 16 bytes of b, h and i, four loads for the e and u, each the operand of one instruction. int4
+keeps e = 0 in the high nibbles and e = 1 in the low nibbles of half as many bytes, so that one load serves two
+instructions.
+
+Worked example: row 9, column 45. 9 = 8 * 1 + 1, so h = 1, g = 1; 45 = 64 * 0 + 32 * 1 + 8 * 1 + 4 * 1 + 1, so u = 0, e
+= 1, t = 1, b = 1, i = 1. In int8 it is byte 1024 * 1 + 512 * 0 + 64 * 1 + 16 * 1 + 8 * 1 + 4 * 1 + 1 = 1117; lane 5
+loads it, as byte 13 of 16. In int4 it is the low nibble of byte 1117 - 1024 = 93. The instruction takes byte 13 of lane
+5 for its row 9 and its k = 21: it means other columns by k than the matrix, which does not matter, for the activations'
+digits lie in the same order.
 """
+
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def"
 
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from decode_kernels import INTERPRETED, group_size, out_features
-from decode_kernels.dense import interleave_gates as _row
-from decode_kernels.dense import load_bias_and_residual as _added
-from decode_kernels.dense import store_result as _finish
-from decode_kernels.launch import deal_to_lanes, halve_warps, launch_options, operator
-from decode_kernels.tiles import quantized_tile
+from decode_kernels import INTERPRETED, launch, tiles
+from decode_kernels.dense import empty_result, interleave_gates, load_bias_and_residual, store_result
+
+# -- the layout ----------------
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """int8 [..., N, K] -> [..., N/16, K/128, 2048] int8 (8 bits) or [..., N/16, K/128, 1024] uint8 (4 bits, values
+    -8..7), in the order of the module docstring; padded with zeros to whole blocks.
+    """
+    n, k = q.shape[-2:]
+    q = F.pad(q, (0, -k % 128, 0, -n % 16)).unflatten(-2, (-1, 2, 8)).unflatten(-1, (-1, 2, 2, 4, 2, 4))
+    # [n, h, g, c, u, e, t, b, i] -> [n, c, e, u, g, t, b, h, i]
+    q = q.movedim((-9, -8, -7, -6, -5, -4, -3, -2, -1), (-9, -2, -5, -8, -6, -7, -4, -3, -1))
+    if bits == 8:
+        return q.flatten(-7).contiguous()
+    high, low = q.unbind(-7)
+    return (high << 4 | low & 15).flatten(-6).view(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`, padding included: -> int8 [..., N, K]."""
+    if bits == 4:
+        packed = packed.view(torch.int8)
+        packed = torch.cat([packed >> 4, packed << 4 >> 4], -1)
+    q = packed.unflatten(-1, (2, 2, 8, 4, 2, 2, 4))
+    q = q.movedim((-9, -2, -5, -8, -6, -7, -4, -3, -1), (-9, -8, -7, -6, -5, -4, -3, -2, -1))
+    return q.flatten(-6).flatten(-4, -2)
+
+
+# -- the product ----------------
 
 
 @triton.jit
 def _digits_kernel(
-    x_ptr: tl.tensor, norm_ptr: tl.tensor, digits_ptr: tl.tensor, step_ptr: tl.tensor, squares_ptr: tl.tensor,
-    K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
-) -> None:  # fmt: skip
-    """128 activations of a row (times the norm's weight, if there is a norm) as pairs of int8 with one step: each
-    is step * (256 high + low), rounded to a part in 65,024 of the largest, a tenth of bf16's own rounding at most.
-    The norm's factor comes later, on the results: here only sums of squares, one a program.
+    x_ptr, norm_ptr, digits_ptr, unit_ptr, squares_ptr, K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
+):
+    """The digits of 128 activations of a row, times the norm's gain if there is a norm, and the sum of their squares.
 
-    They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8] (letters as
-    in `_blocks`). `step` is [columns/8, K/128, 8]: every second one, so that no lane has to load its neighbour's.
+    They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8]. The units
+    [columns/8, K/128, 8] are at the places of the high digits alone: no lane has to load its neighbour's.
     """
-    ALL: tl.constexpr = (K + 127) // 128
+    CHUNKS: tl.constexpr = (K + 127) // 128
     row = tl.program_id(0)
-    group = tl.program_id(1)
-    r = tl.arange(0, 16)[:, None]  # eights of a group: u, e, t of `_blocks`
+    chunk = tl.program_id(1)
+    r = tl.arange(0, 16)[:, None]  # eights of a chunk, 8 u + 4 e + t
     j = tl.arange(0, 8)
-    k = group * 128 + r * 8 + j
-    if PDL:
-        gdc_launch_dependents()
+    k = chunk * 128 + r * 8 + j
+    launch.launch_next(PDL)
     if norm_ptr is not None:
         gain = tl.load(norm_ptr + k, k < K, 0).to(tl.float32)
-    if PDL:
-        gdc_wait()
+    launch.wait_for_previous(PDL)
     x = tl.load(x_ptr + row * K + k, k < K, 0).to(tl.float32)
     if norm_ptr is not None:
-        tl.store(squares_ptr + row * ALL + group, tl.sum(x * x))
+        tl.store(squares_ptr + row * CHUNKS + chunk, tl.sum(x * x))
         x *= gain
-    step = tl.maximum(tl.max(tl.abs(x)), 1e-30) / 32512
-    step += 0 * tl.sum(x)  # what is not finite shall not become so
-    x = x * (1 / step)
+    unit = tl.maximum(tl.max(tl.abs(x)), 1e-30) / 32512
+    unit += 0 * tl.sum(x)  # NaN if an activation is infinite or NaN: the result must not look finite
+    x = x * (1 / unit)
     x = (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int32)
     high = (x + 128) >> 8
     column = row * COLUMNS
-    block = column // 8 * ALL + group
+    block = column // 8 * CHUNKS + chunk
     at = digits_ptr + block * 1024 + column % 8 * 64 + r // 4 % 2 * 512 + r % 4 * 16 + r // 8 * 8 + j
     tl.store(at, high.to(tl.int8))
     tl.store(at + 64, (x - (high << 8)).to(tl.int8))
-    tl.store(step_ptr + block * 8 + column % 8, step)
+    tl.store(unit_ptr + block * 8 + column % 8, unit)
 
 
 @triton.jit
-def _nibble(w: tl.tensor, LOW: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
-    """The high or the low int4 of every byte, times 16, as int8."""
+def _quantized_kernel(
+    digits_ptr,
+    unit_ptr,
+    squares_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    residual_ptr,
+    experts_ptr,
+    out_ptr,
+    rows,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    SILU: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    W_AHEAD: tl.constexpr,
+    X_AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """TILES * 16 rows of the matrix times COLUMNS / 2 rows of activations.
+
+    Warp i takes the chunks of 128 columns i, i + WARPS, i + 2 WARPS, ... of the matrix. The loop is unrolled: it loads
+    the weights of a step W_AHEAD steps before it multiplies them, the digits X_AHEAD steps before.
+    """
+    CHUNKS: tl.constexpr = (K + 127) // 128
+    STEPS: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
+    PARTS: tl.constexpr = 2 if BITS == 4 and GROUP < 128 else 1  # each u has a scale of its own
+    BYTES: tl.constexpr = 256 * BITS  # of 16 rows of a chunk
+    OUT: tl.constexpr = N // 2 if SILU else N
+    BLOCK_N: tl.constexpr = TILES * (8 if SILU else 16)
+    start = tl.program_id(0) * BLOCK_N
+    m = tl.program_id(1)
+    launch.launch_next(PDL)
+    if experts_ptr is not None:  # every row of activations has a matrix and columns of its own
+        launch.wait_for_previous(PDL)
+        expert = tl.load(experts_ptr + m)
+        digits_ptr += m * (CHUNKS * 1024)
+        unit_ptr += m * (CHUNKS * 8)
+        squares_ptr = squares_ptr if squares_ptr is None else squares_ptr + m * CHUNKS
+        out_ptr += m * OUT
+        residual_ptr = residual_ptr if residual_ptr is None else residual_ptr + m * OUT
+        w_ptr += expert * ((N + 15) // 16 * CHUNKS * BYTES)
+        scale_ptr += expert * N * (K // GROUP)
+        zero_ptr = zero_ptr if zero_ptr is None else zero_ptr + expert * N * (K // GROUP)
+        rows = 1
+
+    # weights [4 t, 8 g, WARPS, TILES, 2 u, 16] and digits [4 t, 8 n, WARPS, COLUMNS/8, 16]
+    t = tl.arange(0, 4)[:, None, None, None, None, None]
+    g = tl.arange(0, 8)[:, None, None, None, None]
+    chunk = tl.arange(0, WARPS)[:, None, None, None]
+    lane = (g * 4 + t) * 16
+    w_ptr += (start // 16).to(tl.int64) * (CHUNKS * BYTES) + chunk * BYTES + lane
+    tile = tl.arange(0, TILES)[:, None, None]
+    tile = tile // 2 + tile % 2 * (OUT // 16) if SILU else tile
+    w_offset = (tile * (CHUNKS * BYTES) + tl.arange(0, 2)[:, None] * 512 + tl.arange(0, 16))[None, None, None]
+    w_exists = (start // 16 + tile) * 16 < N
+    digits_ptr += chunk * 1024 + lane
+    column = tl.arange(0, COLUMNS // 8)[:, None] * 8 + g
+    x_offset = (tl.arange(0, COLUMNS // 8)[:, None] * (CHUNKS * 1024) + tl.arange(0, 16))[None, None, None]
+    # units and scales where the products of their columns and rows are: [4 t, 8 g, WARPS, columns/8 or rows/8, PARTS]
+    t = tl.arange(0, 4)[:, None, None, None, None]
+    g = tl.arange(0, 8)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[:, None, None]
+    unit_offset = tl.arange(0, COLUMNS // 8)[:, None] * (CHUNKS * 8) + warp * 8 + t * 2
+    row = start + interleave_gates(tl.arange(0, TILES * 2)[:, None] * 8, OUT, SILU) + g
+    part = warp * 128 + tl.arange(0, PARTS) * 64
+    acc = tl.zeros([WARPS, TILES * 2, 8, COLUMNS // 8, 4], tl.float32)
+    w_lanes, scale_lanes = (w_ptr, w_offset, w_exists, chunk), (scale_ptr, row, part)
+    x_lanes, unit_lanes = (digits_ptr, x_offset, column, chunk), (unit_ptr, unit_offset, warp)
+    weights, digits = tl.tuple([]), tl.tuple([])
+    if BITS == 8:
+        channel = start + interleave_gates(tl.arange(0, TILES * 16), OUT, SILU)
+        channel = tl.load(scale_ptr + channel, channel < N, 0)
+    for i in tl.static_range(STEPS + W_AHEAD):
+        if i < STEPS:
+            weights = weights + (_load_weights(w_lanes, scale_lanes, i, OUT % BLOCK_N == 0, N, K, GROUP, BITS),)
+        if i == W_AHEAD - 1:
+            launch.wait_for_previous(PDL)
+            bias, residual = load_bias_and_residual(
+                start, rows, bias_ptr, residual_ptr, out_ptr, N, TILES * 16, COLUMNS // 2, SILU
+            )
+            if squares_ptr is not None:
+                m = tl.arange(0, COLUMNS // 2)[:, None]
+                b = tl.arange(0, triton.next_power_of_2(CHUNKS))
+                squares = tl.load(squares_ptr + m * CHUNKS + b, (m < rows) & (b < CHUNKS), 0)
+        # the digits of the first X_AHEAD steps after the wait, then those of one step more each time
+        for j in tl.static_range(
+            0 if i < W_AHEAD else i - W_AHEAD + X_AHEAD, 0 if i < W_AHEAD - 1 else i - W_AHEAD + X_AHEAD + 1
+        ):
+            if j < STEPS:
+                digits = digits + (_load_digits(x_lanes, unit_lanes, rows, j, CHUNKS),)
+        if i >= W_AHEAD:
+            launch.keep_loads_here(PDL)
+            if launch.always_true(eps, i):
+                at = (row, part + (i - W_AHEAD) * WARPS * 128)
+                w, x = weights[i - W_AHEAD], digits[i - W_AHEAD]
+                acc = _add_products(acc, w, x, zero_ptr, at, N, K, GROUP, BITS, ASM)
+    y = _sum_warps(acc.reshape(WARPS, TILES * 16, COLUMNS // 2))
+    if squares_ptr is not None:
+        y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None]
+    if BITS == 4:
+        y *= 0.0625  # for `_nibbles_times_16`
+    else:
+        y *= channel.to(tl.float32)[:, None]
+    store_result(y, bias, residual, start, rows, out_ptr, N, SILU)
+
+
+@triton.jit
+def _load_weights(
+    w_lanes,
+    scale_lanes,
+    STEP: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Of the STEP-th chunk of every warp: for int8 (weights of e = 0, of e = 1), for int4 (weights of both, scales),
+    with scales of their own for e = 1 if groups are of 32. ALL_ROWS: no tile reaches beyond the matrix.
+    """
+    w_ptr, offset, exists, chunk = w_lanes
+    scale_ptr, row, part = scale_lanes
+    WARPS: tl.constexpr = chunk.shape[0]
+    CHUNKS: tl.constexpr = (K + 127) // 128
+    loaded = tl.tuple([])
+    for e in tl.static_range(BITS // 4):
+        ptr = launch.deal_to_lanes(w_ptr + (STEP * WARPS * (256 * BITS) + e * 1024), offset)
+        if ALL_ROWS and (STEP + 1) * WARPS <= CHUNKS:
+            loaded = loaded + (tl.load(ptr, eviction_policy="evict_first"),)
+        else:
+            valid = exists & (chunk + STEP * WARPS < CHUNKS)
+            loaded = loaded + (tl.load(ptr, valid, 0, eviction_policy="evict_first"),)
+    if BITS == 4:
+        for e in tl.static_range(2 if GROUP < 64 else 1):
+            loaded = loaded + (_load_of_group(scale_ptr, row, part + STEP * WARPS * 128 + e * 32, N, K, GROUP),)
+    return loaded
+
+
+@triton.jit
+def _load_digits(x_lanes, unit_lanes, rows, STEP: tl.constexpr, CHUNKS: tl.constexpr):
+    """(digits of e = 0, of e = 1, their units) for the STEP-th chunk of every warp."""
+    digits_ptr, offset, column, chunk = x_lanes
+    unit_ptr, unit_offset, warp = unit_lanes
+    WARPS: tl.constexpr = chunk.shape[0]
+    BLOCKS: tl.constexpr = offset.shape[3]
+    digits = tl.tuple([])
+    for e in tl.static_range(2):
+        ptr = launch.deal_to_lanes(digits_ptr + (STEP * WARPS * 1024 + e * 512), offset)
+        if BLOCKS > 1 and (STEP + 1) * WARPS <= CHUNKS:  # columns of no row may hold anything: they are not stored
+            digits = digits + (tl.load(ptr),)
+        else:
+            digits = digits + (tl.load(ptr, (column < 2 * rows) & (chunk + STEP * WARPS < CHUNKS), 0),)
+    ptr = launch.spread_over_lanes(unit_ptr + (unit_offset + STEP * WARPS * 8), [4, 8, WARPS, BLOCKS, 1])
+    return digits + (tl.load(ptr, warp + STEP * WARPS < CHUNKS, 0),)
+
+
+@triton.jit
+def _add_products(
+    acc,
+    weights,
+    digits,
+    zero_ptr,
+    at,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """acc [WARPS, rows/8, 8, columns/8, 4 pairs of columns] + the products of one chunk of 128 columns in every warp.
+
+    The integer sums run over as many columns as share a scale: over the chunk, over each u, or over each u and e.
+    """
+    row, k = at
+    WARPS: tl.constexpr = acc.shape[0]
+    TILES: tl.constexpr = acc.shape[1] // 2
+    COLUMNS: tl.constexpr = acc.shape[3] * 8
+    PARTS: tl.constexpr = k.shape[2]
+    SPLIT: tl.constexpr = 2 if BITS == 4 and GROUP < 64 else 1
+    unit = digits[2].permute(2, 1, 3, 0, 4).reshape(1, WARPS, 1, 8, COLUMNS // 8, 4)
+    y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+    x_sum = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+    for e in tl.static_range(2):
+        a = weights[e] if BITS == 8 else _nibbles_times_16(weights[0], e == 1, ASM)
+        a = a.reshape(4, 8, WARPS, TILES, 2, 2, 2, 4)  # t, g, warp, tile, u, b, h, i
+        d = digits[e].reshape(4, 8, WARPS, COLUMNS // 8, 2, 2, 4)  # t, n, warp, 8 columns, u, b, i
+        if PARTS == 1:
+            a, d = a.permute(2, 3, 6, 1, 4, 5, 0, 7), d.permute(2, 4, 5, 0, 6, 3, 1)
+        else:
+            a, d = a.permute(4, 2, 3, 6, 1, 5, 0, 7), d.permute(4, 2, 5, 0, 6, 3, 1)
+        a = a.reshape(PARTS * WARPS, TILES * 16, 64 // PARTS)
+        d = d.reshape(PARTS * WARPS, 64 // PARTS, COLUMNS)
+        y = tl.dot(a, d, y, out_dtype=tl.int32)
+        if zero_ptr is not None:
+            x_sum = tl.dot(tl.full(a.shape, 16, tl.int8), d, x_sum, out_dtype=tl.int32)
+        if e == 1 or SPLIT == 2:
+            product = _join_digits(y).reshape(PARTS, WARPS, TILES * 2, 8, COLUMNS // 8, 4)
+            if zero_ptr is not None:  # sum of (q - zero) x = sum of q x - zero * sum of x
+                zero = _load_of_group(zero_ptr, row, k + e * 32, N, K, GROUP)
+                product -= _join_digits(x_sum).reshape(product.shape) * _beside_products(zero)
+                x_sum = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+            if BITS == 4:
+                product *= _beside_products(weights[1 + e * (SPLIT - 1)])
+            acc += tl.sum(product * unit, 0)
+            y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
+    return acc
+
+
+@triton.jit
+def _nibbles_times_16(w, LOW: tl.constexpr, ASM: tl.constexpr):
+    """The high or the low int4 of every byte, times 16, as int8: a mask, and for the low ones a shift."""
     if ASM:  # four at a time; the compiler would take them one by one
         SHIFT: tl.constexpr = "shl.b32 u, $1, 4;" if LOW else "mov.b32 u, $1;"
-        return tl.inline_asm_elementwise(
-            f"{{ .reg .b32 u; {SHIFT} and.b32 $0, u, 0xf0f0f0f0; }}",
-            "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4,
-        )  # fmt: skip
+        CODE: tl.constexpr = f"{{ .reg .b32 u; {SHIFT} and.b32 $0, u, 0xf0f0f0f0; }}"
+        return tl.inline_asm_elementwise(CODE, "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
     if LOW:
         w = w << 4
     return (w & 0xF0).to(tl.int8, bitcast=True)
 
 
 @triton.jit
-def _quantized_kernel(
-    digits_ptr: tl.tensor, step_ptr: tl.tensor, squares_ptr: tl.tensor, w_ptr: tl.tensor, scale_ptr: tl.tensor,
-    zero_ptr: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor,
-    rows: tl.tensor, eps: tl.tensor, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    SILU: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
-    NEAR: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
-) -> None:  # fmt: skip
-    """TILES * 16 rows of the matrix times COLUMNS / 2 rows of activations: every warp takes each WARPS-th chunk of
-    128 k, asks for its weights AHEAD steps before it multiplies them and for its digits NEAR steps before.
+def _join_digits(y):
+    """Sums [.., columns] of high and low digits in turns -> float32 [.., columns/2] of 256 * high + low, added as
+    integers. |q x| <= 2^7 * 2^15 for each of 128 k fits 32 bits. The pair is in one lane.
     """
-    ALL: tl.constexpr = (K + 127) // 128
-    STEPS: tl.constexpr = (ALL + WARPS - 1) // WARPS
-    PARTS: tl.constexpr = 2 if BITS == 4 and GROUP < 128 else 1  # u: of a chunk, with scales of their own
-    SPLIT: tl.constexpr = 2 if BITS == 4 and GROUP < 64 else 1  # e: likewise
-    BYTES: tl.constexpr = 256 * BITS  # of 16 rows of a chunk
-    OUT: tl.constexpr = N // 2 if SILU else N
-    BLOCK: tl.constexpr = TILES * (8 if SILU else 16)
-    FULL: tl.constexpr = STEPS - (ALL % WARPS != 0)  # steps that have a chunk for every warp
-    LOADS: tl.constexpr = BITS // 4  # a lane's 16 bytes are 8 k of two rows in int8, 16 k in int4
-    start = tl.program_id(0) * BLOCK
-    m = tl.program_id(1)
-    if PDL:
-        gdc_launch_dependents()
-    if experts_ptr is not None:  # a row has a matrix and columns of its own
-        if PDL:
-            gdc_wait()
-        expert = tl.load(experts_ptr + m)
-        digits_ptr += m * (ALL * 1024)
-        step_ptr += m * (ALL * 8)
-        squares_ptr = squares_ptr if squares_ptr is None else squares_ptr + m * ALL
-        out_ptr += m * OUT
-        residual_ptr = residual_ptr if residual_ptr is None else residual_ptr + m * OUT
-        w_ptr += expert * ((N + 15) // 16 * ALL * BYTES)
-        scale_ptr += expert * N * (K // GROUP)
-        zero_ptr = zero_ptr if zero_ptr is None else zero_ptr + expert * N * (K // GROUP)
-        rows = 1
-    # weights [4 t, 8 g, WARPS, TILES, 2 u, 16] and digits [4 t, 8 n, WARPS, COLUMNS/8, 16]: what a lane loads is
-    # what it needs; lanes, then warps, are dealt to the axes in order, the others are offsets of one address
-    t = tl.arange(0, 4)[:, None, None, None, None, None]
-    g = tl.arange(0, 8)[:, None, None, None, None]
-    chunk = tl.arange(0, WARPS)[:, None, None, None]
-    lane = (g * 4 + t) * 16
-    w_ptr += (start // 16).to(tl.int64) * (ALL * BYTES) + chunk * BYTES + lane
-    tile = tl.arange(0, TILES)[:, None, None]
-    tile = tile // 2 + tile % 2 * (OUT // 16) if SILU else tile
-    inner = (tile * (ALL * BYTES) + tl.arange(0, 2)[:, None] * 512 + tl.arange(0, 16))[None, None, None]
-    there = (start // 16 + tile) * 16 < N
-    digits_ptr += chunk * 1024 + lane
-    column = tl.arange(0, COLUMNS // 8)[:, None] * 8 + g
-    block = (tl.arange(0, COLUMNS // 8)[:, None] * (ALL * 1024) + tl.arange(0, 16))[None, None, None]
-    # factors of the products in the places of these: [4 t, 8 g, WARPS, columns/8 or rows/8, 1 or PARTS]
-    t = tl.arange(0, 4)[:, None, None, None, None]
-    g = tl.arange(0, 8)[:, None, None, None]
-    w = tl.arange(0, WARPS)[:, None, None]
-    factor = tl.arange(0, COLUMNS // 8)[:, None] * (ALL * 8) + w * 8 + t * 2
-    row = tl.arange(0, TILES * 2)[:, None] * 8
-    row = start + _row(row, OUT, SILU) + g
-    part = w * 128 + tl.arange(0, PARTS) * 64
-    acc = tl.zeros([WARPS, TILES * 2, 8, COLUMNS // 8, 4], tl.float32)
-    weights, scales, digits, steps = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
-    if BITS == 8:
-        channel = start + _row(tl.arange(0, TILES * 16), OUT, SILU)
-        channel = tl.load(scale_ptr + channel, channel < N, 0)
-    for i in tl.static_range(STEPS + AHEAD):
-        for e in tl.static_range(LOADS if i < STEPS else 0):
-            at = deal_to_lanes(w_ptr + (i * WARPS * BYTES + e * 1024), inner)
-            if i < FULL and OUT % BLOCK == 0:
-                weights = weights + (tl.load(at, eviction_policy="evict_first"),)
-            else:
-                here = there & (chunk + i * WARPS < ALL)
-                weights = weights + (tl.load(at, here, 0, eviction_policy="evict_first"),)
-        for e in tl.static_range(SPLIT if BITS == 4 and i < STEPS else 0):
-            scales = scales + (_of_group(scale_ptr, row, part + i * WARPS * 128 + e * 32, N, K, GROUP),)
-        if i == AHEAD - 1:
-            if PDL:
-                gdc_wait()
-            bias, residual = _added(start, rows, bias_ptr, residual_ptr, out_ptr, N, TILES * 16, COLUMNS // 2, SILU)
-            if squares_ptr is not None:
-                m = tl.arange(0, COLUMNS // 2)[:, None]
-                b = tl.arange(0, triton.next_power_of_2(ALL))
-                squares = tl.load(squares_ptr + m * ALL + b, (m < rows) & (b < ALL), 0)
-        # at first the digits of NEAR steps, then those of one step more each time
-        for j in tl.static_range(0 if i < AHEAD else i - AHEAD + NEAR, 0 if i < AHEAD - 1 else i - AHEAD + 1 + NEAR):
-            if j < STEPS:
-                for e in tl.static_range(2):
-                    at = deal_to_lanes(digits_ptr + (j * WARPS * 1024 + e * 512), block)
-                    if COLUMNS > 8 and j < FULL:  # the columns of no row may hold anything
-                        digits = digits + (tl.load(at),)
-                    else:
-                        known = (column < 2 * rows) & (chunk + j * WARPS < ALL)
-                        digits = digits + (tl.load(at, known, 0),)
-                at = tl.broadcast_to(step_ptr + (factor + j * WARPS * 8), [4, 8, WARPS, COLUMNS // 8, 1])
-                at = tl.max_contiguous(at, [64, 32, 16, 1, 128])
-                steps = steps + (tl.load(at, w + j * WARPS < ALL, 0),)
-        if PDL and i >= AHEAD:  # returns at once, but keeps the compiler from moving the loads down to their uses
-            gdc_wait()
-        if i >= AHEAD:  # noqa: SIM102
-            if eps != -1 - i:  # always: but the compiler moves no product up across a branch, in front of a load
-                step = steps[i - AHEAD].permute(2, 1, 3, 0, 4).reshape(1, WARPS, 1, 8, COLUMNS // 8, 4)
-                y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-                total = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-                for e in tl.static_range(2):
-                    a = weights[2 * (i - AHEAD) + e] if BITS == 8 else _nibble(weights[i - AHEAD], e == 1, ASM)
-                    a = a.reshape(4, 8, WARPS, TILES, 2, 2, 2, 4)  # t, g, warp, tile, u, b, h, i
-                    d = digits[2 * (i - AHEAD) + e]
-                    d = d.reshape(4, 8, WARPS, COLUMNS // 8, 2, 2, 4)  # t, n, warp, 8 columns, u, b, i
-                    if PARTS == 1:
-                        a, d = a.permute(2, 3, 6, 1, 4, 5, 0, 7), d.permute(2, 4, 5, 0, 6, 3, 1)
-                    else:
-                        a, d = a.permute(4, 2, 3, 6, 1, 5, 0, 7), d.permute(4, 2, 5, 0, 6, 3, 1)
-                    a = a.reshape(PARTS * WARPS, TILES * 16, 64 // PARTS)
-                    d = d.reshape(PARTS * WARPS, 64 // PARTS, COLUMNS)
-                    y = tl.dot(a, d, y, out_dtype=tl.int32)
-                    if zero_ptr is not None:
-                        total = tl.dot(tl.full(a.shape, 16, tl.int8), d, total, out_dtype=tl.int32)
-                    if e == 1 or SPLIT == 2:
-                        product = _whole(y).reshape(PARTS, WARPS, TILES * 2, 8, COLUMNS // 8, 4)
-                        if zero_ptr is not None:  # (q - zero) x = q x - zero x
-                            k = part + (i - AHEAD) * WARPS * 128 + e * 32
-                            zero = _of_group(zero_ptr, row, k, N, K, GROUP)
-                            product -= _whole(total).reshape(product.shape) * _factor(zero)
-                            total = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-                        if BITS == 4:
-                            product *= _factor(scales[(i - AHEAD) * SPLIT + e * (SPLIT - 1)])
-                        acc += tl.sum(product * step, 0)
-                        y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-    y = acc.reshape(WARPS, TILES * 16, COLUMNS // 2)
-    # the sums of all warps into one: tl.sum would meet itself in shared memory's banks
-    for _ in tl.static_range(5):
-        if y.shape[0] > 1:
-            y, other = halve_warps(y)
-            y += other
-    y = y.reshape(TILES * 16, COLUMNS // 2)
-    if squares_ptr is not None:
-        y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None]
-    if BITS == 4:
-        y *= 0.0625  # `_nibble`
-    else:
-        y *= channel.to(tl.float32)[:, None]
-    _finish(y, bias, residual, start, rows, out_ptr, N, SILU)
-
-
-@triton.jit
-def _of_group(ptr: tl.tensor, row: tl.tensor, k: tl.tensor, N: tl.constexpr, K: tl.constexpr,
-              GROUP: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """The scales or zeros of rows at k."""
-    at = (ptr + (row * (K // GROUP) + k // GROUP))[None, :, :, :, :, None]
-    at = tl.broadcast_to(at, [4, at.shape[1], at.shape[2], at.shape[3], at.shape[4], 1])
-    here = ((row < N) & (k < K))[None, :, :, :, :, None]
-    return tl.load(tl.max_contiguous(at, [64, 32, 16, 8, 1, 128]), here, 0)
-
-
-@triton.jit
-def _whole(y: tl.tensor) -> tl.tensor:
-    """Sums of both digits as one: |q x| <= 2^7 2^7 2^8 for each of 128 k fits 32 bits. The pair is in one lane."""
     y = y.reshape(y.shape[0], y.shape[1], y.shape[2] // 2, 2) * tl.where(tl.arange(0, 2) == 0, 256, 1)
     return tl.sum(y, 3).to(tl.float32)
 
 
 @triton.jit
-def _factor(x: tl.tensor) -> tl.tensor:
-    """x [4 t (all equal), 8 g, WARPS, rows/8, PARTS, 1] in the place of products, no register moved."""
+def _load_of_group(ptr, row, k, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
+    """The scales or zero points [4 t (all equal), 8 g, WARPS, rows/8, PARTS, 1] of rows at column k."""
+    ptr = (ptr + (row * (K // GROUP) + k // GROUP))[None, :, :, :, :, None]
+    ptr = launch.spread_over_lanes(ptr, [4, ptr.shape[1], ptr.shape[2], ptr.shape[3], ptr.shape[4], 1])
+    return tl.load(ptr, ((row < N) & (k < K))[None, :, :, :, :, None], 0)
+
+
+@triton.jit
+def _beside_products(x):
+    """Values of `_load_of_group` in the shape of the products, without moving a register."""
     x = x.to(tl.float32).permute(4, 2, 3, 1, 0, 5)
     return x.reshape(x.shape[0], x.shape[1], x.shape[2], 8, 1, 4)
 
 
 @triton.jit
+def _sum_warps(y):
+    """[WARPS, rows, columns] -> [rows, columns]."""
+    for _ in tl.static_range(5):  # up to 32 warps
+        if y.shape[0] > 1:
+            y, other = launch.halve_warps(y)
+            y += other
+    return y.reshape(y.shape[1], y.shape[2])
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    silu_mul: bool,
+    experts: Tensor | None,
+    bits: int,
+) -> Tensor:
+    (rows, k), n = x.shape, scale.shape[-1 if bits == 8 else -2]
+    x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
+    out = empty_result(x, n, silu_mul)
+    columns = 8 if experts is not None else max(8, triton.next_power_of_2(rows * 2))
+    digits, unit, squares = _launch_digits(x, norm_weight, columns, separate=experts is not None)
+    blocks, warps, ahead, near = tiles.quantized_tile(bits, k, n, rows if experts is None else 1, silu_mul)
+    steps = triton.cdiv(triton.cdiv(k, 128), warps)
+    grid = (triton.cdiv(out.shape[1], blocks * (8 if silu_mul else 16)), 1 if experts is None else rows)
+    _quantized_kernel[grid](
+        digits,
+        unit,
+        squares,
+        weight,
+        scale,
+        zero,
+        bias,
+        residual,
+        experts,
+        out,
+        rows,
+        eps,
+        N=n,
+        K=k,
+        GROUP=k if bits == 8 else k // scale.shape[-1],
+        BITS=bits,
+        SILU=silu_mul,
+        COLUMNS=columns,
+        TILES=blocks,
+        WARPS=warps,
+        W_AHEAD=min(ahead, steps),
+        X_AHEAD=min(near, steps),
+        ASM=not INTERPRETED,
+        **launch.options(warps),
+    )
+    return out
+
+
+def _launch_digits(
+    x: Tensor, norm_weight: Tensor | None, columns: int, separate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(digits, units, sums of squares if there is a norm). separate: every row has eight columns of its own."""
+    (rows, k), spacing = x.shape, 8 if separate else 2
+    chunks, blocks = triton.cdiv(k, 128), max(triton.cdiv(rows * spacing, 8), columns // 8)
+    digits = torch.empty(blocks, chunks * 1024, dtype=torch.int8, device=x.device)
+    unit = torch.empty(blocks, chunks, 8, dtype=torch.float32, device=x.device)
+    squares = None if norm_weight is None else torch.empty(rows, chunks, dtype=torch.float32, device=x.device)
+    _digits_kernel[(rows, chunks)](x, norm_weight, digits, unit, squares, K=k, COLUMNS=spacing, **launch.options(1))
+    return digits, unit, squares
+
+
+@launch.operator("int8_linear", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-1], silu_mul=rest[-2]))
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    silu_mul: bool,
+    experts: Tensor | None,
+) -> Tensor:
+    """x [M, K], M <= 16 -> [M, N], or [M, N/2] with silu_mul: as `dense.linear`, for `pack(q, 8)` and scale [N]; with
+    experts (int64 [M]) both have a leading E.
+    """
+    return _launch(x, weight, scale, None, bias, norm_weight, eps, residual, silu_mul, experts, bits=8)
+
+
+@launch.operator("int4_linear", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-2], silu_mul=rest[-2]))
+def int4_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    silu_mul: bool,
+    experts: Tensor | None,
+) -> Tensor:
+    """The same for `pack(q, 4)`, scale [N, G] and zero [N, G] or None; K / G is K or a power of 2 from 32 on."""
+    return _launch(x, weight, scale, zero, bias, norm_weight, eps, residual, silu_mul, experts, bits=4)
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *others: object) -> Tensor:
+    """`int8_linear` or `int4_linear`, as the dtype of the packed weights says; others as theirs from bias on."""
+    if weight.dtype == torch.int8:
+        return int8_linear(x, weight, scale, *others)
+    return int4_linear(x, weight, scale, zero, *others)
+
+
+# -- the whole matrix ----------------
+
+
+@triton.jit
 def _dequantize_kernel(
-    w_ptr: tl.tensor, scale_ptr: tl.tensor, zero_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.constexpr,
-    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr, PART: tl.constexpr,
-) -> None:  # fmt: skip
-    """16 rows of CHUNKS chunks of 128 k: read in the order of `_blocks`, put into that of rows in registers. PART
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """16 rows of CHUNKS chunks of 128 columns: read in the order of memory, put into that of rows in registers. PART
     values in a row share a scale.
     """
     ALL: tl.constexpr = (K + 127) // 128
@@ -276,70 +536,35 @@ def _dequantize_kernel(
     tl.store(out_ptr + n.to(tl.int64) * K + k, w, (n < N) & (k < K))
 
 
-def _dequantize(
-    weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype
+def _launch_dequantize(
+    weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype, bits: int
 ) -> Tensor:
-    out = torch.empty(n, k, dtype=dtype, device=weight.device)
-    group = group_size(weight, scale, k)
-    bits, chunks = 8 if weight.dtype == torch.int8 else 4, 4
-    _dequantize_kernel[weight.shape[0], triton.cdiv(weight.shape[1], chunks)](
-        weight, scale, zero, out, n, k, group, bits, chunks, math.gcd(group, 128)
+    out, per_program = torch.empty(n, k, dtype=dtype, device=weight.device), 4
+    group = k if scale is None or bits == 8 else k // scale.shape[-1]
+    _dequantize_kernel[weight.shape[0], triton.cdiv(weight.shape[1], per_program)](
+        weight, scale, zero, out, N=n, K=k, GROUP=group, BITS=bits, CHUNKS=per_program, PART=math.gcd(group, 128)
     )
     return out
 
 
-def _dequantize_shape(
+@launch.operator("int8_dequantize", lambda weight, scale, n, k, dtype: weight.new_empty(n, k, dtype=dtype))
+def int8_dequantize(weight: Tensor, scale: Tensor | None, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """The matrix [N, K] in `dtype` for `pack(q, 8)` and scale [N]; scale None: its integers. For prefill, whose product
+    with many rows takes far longer than this pass over the weights.
+    """
+    return _launch_dequantize(weight, scale, None, n, k, dtype, bits=8)
+
+
+@launch.operator("int4_dequantize", lambda weight, scale, zero, n, k, dtype: weight.new_empty(n, k, dtype=dtype))
+def int4_dequantize(
     weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype
 ) -> Tensor:
-    return weight.new_empty(n, k, dtype=dtype)
+    """The same for `pack(q, 4)`, scale [N, G] and zero [N, G] or None."""
+    return _launch_dequantize(weight, scale, zero, n, k, dtype, bits=4)
 
 
-dequantize = operator("dequantize", _dequantize, _dequantize_shape)
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    silu_mul: bool,
-    experts: Tensor | None,
-) -> Tensor:
-    rows, k = x.shape
-    x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
-    n = out_features(weight, scale)
-    n_out = n // 2 if silu_mul else n
-    out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
-    chunks, spacing = triton.cdiv(k, 128), 2 if experts is None else 8
-    blocks = triton.cdiv(rows * spacing, 8)
-    columns = 8 if experts is not None else max(8, triton.next_power_of_2(rows * 2))
-    digits = torch.empty(max(blocks, columns // 8), chunks * 1024, dtype=torch.int8, device=x.device)
-    step = torch.empty(digits.shape[0], chunks, 8, dtype=torch.float32, device=x.device)
-    squares = None
-    if norm_weight is not None:
-        squares = torch.empty(rows, chunks, dtype=torch.float32, device=x.device)
-    _digits_kernel[(rows, chunks)](x, norm_weight, digits, step, squares, k, spacing, **launch_options(1))
-    bits = 8 if weight.dtype == torch.int8 else 4
-    tiles, warps, ahead, near = quantized_tile(bits, k, n, rows if experts is None else 1, silu_mul)
-    most = triton.cdiv(chunks, warps)
-    grid = (triton.cdiv(n_out, tiles * (8 if silu_mul else 16)), 1 if experts is None else rows)
-    _quantized_kernel[grid](
-        digits, step, squares, weight, scale, zero, bias, residual, experts, out, rows, eps, n, k,
-        group_size(weight, scale, k), bits, silu_mul, columns, tiles, warps, min(ahead, most), min(near, most),
-        ASM=not INTERPRETED, **launch_options(warps),
-    )  # fmt: skip
-    return out
-
-
-def _linear_shape(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, norm_weight: Tensor | None,
-    eps: float, residual: Tensor | None, silu_mul: bool, experts: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], out_features(weight, scale) // (2 if silu_mul else 1))
-
-
-linear = operator("quantized_linear", _linear, _linear_shape)
+def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """`int8_dequantize` or `int4_dequantize`, as the dtype of the packed weights says."""
+    if weight.dtype == torch.int8:
+        return int8_dequantize(weight, scale, n, k, dtype)
+    return int4_dequantize(weight, scale, zero, n, k, dtype)

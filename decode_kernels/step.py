@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels.launch import launch_next, launch_options, operator, wait_for_previous
+from decode_kernels import launch
 
 # -- beginning ----------------
 
@@ -63,7 +63,7 @@ def _embed_kernel(
 ):
     """One token: its row of the embedding, and the angles of its position."""
     row = tl.program_id(0)
-    launch_next(PDL)
+    launch.launch_next(PDL)
     token = tl.load(tokens_ptr + row) - first
     d = tl.arange(0, WIDTH)
     x = tl.load(table_ptr + token * D + d, (token >= 0) & (token < ids) & (d < D), 0)
@@ -74,11 +74,23 @@ def _embed_kernel(
     tl.store(sin_ptr + row * HALF + i, tl.sin(angle) * factor, i < HALF)
 
 
-def _launch_embed(
+def _embed_shape(
     tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    cos, sin = (inv_freq.new_empty(*tokens.shape, 1, inv_freq.shape[0]) for _ in range(2))
+    return table.new_empty(*tokens.shape, table.shape[1]), cos, sin
+
+
+@launch.operator("embed", _embed_shape)
+def embed(
+    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, positions int64 [B, T], table [V, D], inv_freq float32 [H] -> (rows of the table [B, T, D], cos and sin
+    float32 [B, T, 1, H], times factor). The table may be a slice of a larger one that begins with the id `first`: ids
+    outside get zeros.
+    """
     x, cos, sin = _embed_shape(tokens, positions, table, inv_freq, factor, first)
-    options = launch_options(4)
+    options = launch.options(4)
     options.pop("launch_pdl", None)  # begins when all before it has ended: later kernels need not wait for positions
     _embed_kernel[(tokens.numel(),)](
         tokens.contiguous(),
@@ -100,26 +112,6 @@ def _launch_embed(
     return x, cos, sin
 
 
-def _embed_shape(
-    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    cos, sin = (inv_freq.new_empty(*tokens.shape, 1, inv_freq.shape[0]) for _ in range(2))
-    return table.new_empty(*tokens.shape, table.shape[1]), cos, sin
-
-
-_embed = operator("embed", _launch_embed, _embed_shape)
-
-
-def embed(
-    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, positions int64 [B, T], table [V, D], inv_freq float32 [H] -> (rows of the table [B, T, D], cos and sin
-    float32 [B, T, 1, H], times factor). The table may be a slice of a larger one that begins with the id `first`: ids
-    outside get zeros.
-    """
-    return _embed(tokens, positions, table, inv_freq, factor, first)
-
-
 # -- the next token ----------------
 
 
@@ -137,8 +129,8 @@ def _block_max_kernel(logits_ptr, key_ptr, V: tl.constexpr, BLOCKS: tl.constexpr
     row = tl.program_id(1)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * 16 + tl.arange(0, 16)
-    launch_next(PDL)
-    wait_for_previous(PDL)
+    launch.launch_next(PDL)
+    launch.wait_for_previous(PDL)
     key = tl.where(at < V, _sortable_keys(tl.load(logits_ptr + row * V + at, at < V, 0), INF), 0)
     tl.store(key_ptr + row * ((V + 15) // 16) + block, tl.max(key, 1), block * 16 < V)
 
@@ -196,8 +188,8 @@ def _sample_kernel(
     BLOCKS: tl.constexpr = (V + 15) // 16
     CHOSEN: tl.constexpr = min(K, BLOCKS)
     row = tl.program_id(0)
-    launch_next(PDL)
-    wait_for_previous(PDL)
+    launch.launch_next(PDL)
+    launch.wait_for_previous(PDL)
     block = tl.arange(0, MAXIMA)
     key = tl.load(key_ptr + row * BLOCKS + block, block < BLOCKS, 0)
     noise = tl.load(seeds_ptr + row * seed_stride) * -0x61C8864680B583EB
@@ -220,7 +212,16 @@ def _sample_kernel(
     tl.store(out_ptr + row, tl.where(largest == 65535, -1, token).to(tl.int64))
 
 
-def _launch_sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
+def _sample_shape(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
+    return positions.new_empty(logits.shape[0])
+
+
+@launch.operator("sample", _sample_shape)
+def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
+    """logits [B, V] in 16 bits -> the next token of every row, int64 [B]; -1 where logits are not finite.
+
+    knobs float32 [3]: 1 / temperature, top_p (not used), min_p. seeds int64 [B] or [1], positions int64 [B].
+    """
     logits, (b, v) = logits.contiguous(), logits.shape
     blocks = triton.cdiv(v, 16)
     chosen, per_program = min(top_k, blocks), 64
@@ -229,7 +230,7 @@ def _launch_sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tens
     out = torch.empty(b, dtype=torch.int64, device=logits.device)
     infinity = 0x7F80 if logits.dtype == torch.bfloat16 else 0x7C00
     _block_max_kernel[(triton.cdiv(blocks, per_program), b)](
-        logits, key, V=v, BLOCKS=per_program, INF=infinity, **launch_options(4)
+        logits, key, V=v, BLOCKS=per_program, INF=infinity, **launch.options(4)
     )
     _sample_kernel[(b,)](
         logits,
@@ -246,24 +247,9 @@ def _launch_sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tens
         MAXIMA=triton.next_power_of_2(blocks),
         WIDTH=triton.next_power_of_2(chosen),
         INF=infinity,
-        **launch_options(16),
+        **launch.options(16),
     )
     return out
-
-
-def _sample_shape(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
-    return positions.new_empty(logits.shape[0])
-
-
-_sample = operator("sample", _launch_sample, _sample_shape)
-
-
-def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
-    """logits [B, V] in 16 bits -> the next token of every row, int64 [B]; -1 where logits are not finite.
-
-    knobs float32 [3]: 1 / temperature, top_p (not used), min_p. seeds int64 [B] or [1], positions int64 [B].
-    """
-    return _sample(logits, knobs, seeds, positions, top_k)
 
 
 # -- end ----------------
@@ -277,7 +263,7 @@ def _advance_kernel(
     row = tl.arange(0, WIDTH)
     here = row < rows
     step = tl.load(step_ptr)
-    wait_for_previous(PDL)
+    launch.wait_for_previous(PDL)
     token = tl.load(tokens_ptr + row, here, 0)
     tl.store(out_ptr + row.to(tl.int64) * columns + step, token, here)
     tl.store(token_ptr + row, tl.maximum(token, 0), here)
@@ -286,20 +272,14 @@ def _advance_kernel(
     tl.store(step_ptr, step + 1)
 
 
-def _launch_advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
-    width = triton.next_power_of_2(len(tokens))
-    _advance_kernel[(1,)](tokens, token, position, step, out, *out.shape, WIDTH=width, **launch_options(1))
-
-
 def _advance_shape(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
     """There is no result."""
 
 
-_advance_ = operator("advance_", _launch_advance_, _advance_shape, ("token", "position", "step", "out"))
-
-
+@launch.operator("advance_", _advance_shape, ("token", "position", "step", "out"))
 def advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
     """tokens int64 [B] go into column step [1] of out [B, S] and, -1 as 0, into token [B, 1]; position [B, 1] and step
     advance by one. B is at most 1,024.
     """
-    _advance_(tokens, token, position, step, out)
+    width = triton.next_power_of_2(len(tokens))
+    _advance_kernel[(1,)](tokens, token, position, step, out, *out.shape, WIDTH=width, **launch.options(1))

@@ -12,11 +12,11 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from decode_kernels import dense, launch, step
+    from decode_kernels import dense, launch, quantized, step
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install -e '.[interpreter]'")
 FOLDER = Path(__file__).resolve().parents[2] / "decode_kernels"
-KERNELS = ("dense.py", "step.py")
+KERNELS = ("dense.py", "quantized.py", "step.py")
 
 
 def said(module, *sentences):
@@ -63,6 +63,59 @@ def test_two_rows_in_eight_pieces():
     assert [sum(part) for part in parts] == [a @ x, b @ x]
     assert said(dense, f"{' + '.join(map(str, parts[0]))} = {a @ x}, is a x^T")
     assert said(dense, f"{' + '.join(map(str, parts[1][:3]))} + ... + {parts[1][-1]} = {b @ x}, is b x^T")
+
+
+# -- quantized.py ----------------
+
+
+@needs_triton
+def test_two_digits():
+    unit = 2 / (127 * 256)
+    x = [round(value / unit) for value in (0.3, 2)]
+    high = [(n + 128) >> 8 for n in x]
+    low = [n - 256 * h for n, h in zip(x, high)]
+    assert said(
+        quantized, f"The unit is 2 / {127 * 256} = {unit:.10f}, and 0.3 is {0.3 / unit:.1f} units, rounded {x[0]}"
+    )
+    assert said(quantized, f"= 256 * {high[0]} + {low[0]}: the digits are {high[0]} and {low[0]}, and those of 2 are")
+    assert said(quantized, f"those of 2 are {high[1]} and {low[1]}. Multiplied by weights q = 5 and q = 3")
+    sums = [5 * digit[0] + 3 * digit[1] for digit in (high, low)]
+    assert said(
+        quantized, f"5 * {high[0]} + 3 * {high[1]} = {sums[0]} low digits: 5 * {low[0]} + 3 * {low[1]} = {sums[1]}"
+    )
+    whole = 256 * sums[0] + sums[1]
+    assert said(
+        quantized, f"(256 * {sums[0]} + {sums[1]}) units = {whole} units = {whole * unit:.5f}, where 5 * 0.3 + 3 * 2 is"
+    )
+
+
+@needs_kernels
+def test_digits_of_the_example_equals_twin():
+    x = torch.zeros(1, 128)
+    x[0, 45], x[0, 2] = 0.3, 2
+    digits, unit, _ = quantized._launch_digits(x.to(DEVICE), None, 8, separate=False)
+    digits = digits.cpu().view(2, 8, 4, 2, 8)  # e, column, t, u, the column's last three digits
+    assert digits[1, :2, 1, 0, 5].tolist() == [19, 13]  # column 45 = 32 + 8 + 5
+    assert digits[0, :2, 0, 0, 2].tolist() == [127, 0]
+    assert unit[0, 0, 0].item() == pytest.approx(2 / 32512)
+
+
+@needs_triton
+def test_where_row_9_column_45_lies():
+    q = torch.zeros(16, 128, dtype=torch.int8)
+    q[9, 45] = 7
+    (at,) = quantized.pack(q, 8).flatten().nonzero().flatten().tolist()
+    (byte,) = quantized.pack(q, 4).flatten().nonzero().flatten().tolist()
+    assert quantized.pack(q, 4).flatten()[byte] == 7  # the low nibble
+    assert said(
+        quantized,
+        f"64 * 1 + 16 * 1 + 8 * 1 + 4 * 1 + 1 = {at}; lane {at % 512 // 16} loads it, as byte {at % 16} of 16",
+    )
+    assert said(quantized, f"In int4 it is the low nibble of byte {at} - 1024 = {byte}.")
+    # m16n8k32: lane 4 g + t holds, as byte i of 16, row g + 8 (i // 4 % 2), k = 4 t + i % 4 + 16 (i // 8)
+    lane, i = at % 512 // 16, at % 16
+    row, k = lane // 4 + 8 * (i // 4 % 2), lane % 4 * 4 + i % 4 + 16 * (i // 8)
+    assert said(quantized, f"The instruction takes byte {i} of lane {lane} for its row {row} and its k = {k}:")
 
 
 # -- step.py ----------------
@@ -138,15 +191,13 @@ def test_what_runs_outside_kernels_is_annotated(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_file_reads_from_its_kernels_to_its_functions(name):
-    """The docstring has a worked example; then kernels, launches, operators and public functions."""
+    """The mathematics with a worked example; then kernels; then the operators, which are the public functions."""
     tree = ast.parse((FOLDER / name).read_text("utf-8"))
     assert "Worked example" in ast.get_docstring(tree)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     public = [f for f in functions if not in_kernel(f) and not f.name.startswith("_")]
     assert public and all(ast.get_docstring(f) for f in public)
-    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
-    operators = {n.targets[0].id: n.lineno for n in assigned if ast.unparse(n.value).startswith("operator(")}
     kernels = [f.lineno for f in functions if in_kernel(f)]
-    for name, line in operators.items():
-        calls = [f.lineno for f in public if name in ast.unparse(f)]
-        assert calls and min(kernels) < line < min(calls), name
+    operators = [f for f in public if any("operator(" in ast.unparse(d) for d in f.decorator_list)]
+    assert operators and min(kernels) < min(f.lineno for f in operators)
+    assert len(ast.get_docstring(tree).splitlines()) > 15

@@ -10,22 +10,24 @@ from decode_kernels import INTERPRETED, tiles
 if HAS_TRITON:
     from decode_kernels import dense, quantized
 
-PACK = {8: linear.pack_int8, 4: linear.pack_int4}
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install -e '.[interpreter]'")
 
 
-@pytest.mark.parametrize("bits", PACK)
+@needs_triton
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(16, 128), (3, 32, 256), (2, 2, 16, 384)])
 def test_packing_round_trip(shape, bits):
     q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8)
-    packed = PACK[bits](q)
+    packed = quantized.pack(q, bits)
     assert packed.dtype == {8: torch.int8, 4: torch.uint8}[bits] and packed.numel() * 8 == q.numel() * bits
-    assert torch.equal(linear.unpack(packed), q)
+    assert torch.equal(quantized.unpack(packed, bits), q)
 
 
-@pytest.mark.parametrize("bits", PACK)
+@needs_triton
+@pytest.mark.parametrize("bits", [8, 4])
 def test_packing_pads_with_zeros(bits):
     q = torch.randint(-8, 8, (40, 96), dtype=torch.int8)
-    wide = linear.unpack(PACK[bits](q))
+    wide = quantized.unpack(quantized.pack(q, bits), bits)
     assert wide.shape == (48, 128)
     assert torch.equal(wide[:40, :96], q)
     assert not wide[40:].any() and not wide[:, 96:].any()
@@ -42,14 +44,14 @@ def make_linear(fmt, m, n, k, dtype, experts=0, seed=0):
     if fmt == "int8":
         w = torch.randint(-128, 128, (*lead, n, k), generator=gen, dtype=torch.int8)
         scale = ((torch.rand(*lead, n, generator=gen) + 0.5) / 80 / k**0.5).to(dtype)
-        return x, linear.pack_int8(w), scale, None, w.double() * scale.double()[..., None]
+        return x, quantized.pack(w, 8), scale, None, w.double() * scale.double()[..., None]
     group = int(fmt.strip("gz") or k)
     q = torch.randint(-8, 8, (*lead, n, k), generator=gen, dtype=torch.int8)
     scale = ((torch.rand(*lead, n, k // group, generator=gen) + 0.5) / 5 / k**0.5).to(dtype)
     zero = torch.randint(-8, 8, scale.shape, generator=gen).to(dtype) if "z" in fmt else None
     centered = q.double() - (0 if zero is None else zero.double().repeat_interleave(group, -1))
     w = centered * scale.double().repeat_interleave(group, -1)
-    return x, linear.pack_int4(q), scale, zero, w
+    return x, quantized.pack(q, 4), scale, zero, w
 
 
 def expected_linear(x, w, bias, norm_weight, eps, residual, silu_mul, experts):
@@ -83,6 +85,7 @@ FORMATS = ["dense", "int8", "g32", "g64", "g128", "g", "g64z", "gz"]
 EXTRAS = [{}, {"norm": True, "silu_mul": True}, {"bias": True, "residual": True}, {"experts": 3, "norm": True}]
 
 
+@needs_triton
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("extra", EXTRAS, ids=str)
 def test_linear_twin_is_the_formula(fmt, extra):
@@ -137,7 +140,7 @@ def test_dequantize_equals_its_twin_and_the_formula(fmt):
         assert torch.equal(y, linear.dequantize_reference(weight, scale, zero, n, k, torch.float32))
         assert relative_error(y, w) < 1e-6
         integers = linear.dequantize(operands[0], None, None, n, k, torch.float16).cpu()
-        assert torch.equal(integers, linear.unpack(weight)[:n, :k].half())
+        assert torch.equal(integers, quantized.unpack(weight, 8 if fmt == "int8" else 4)[:n, :k].half())
 
 
 @needs_compiler
@@ -159,11 +162,11 @@ def test_tiles_fit_shared_memory(rows, k, n, silu_mul, sm, shared):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_go_straight_to_the_tensor_cores(bits):
     """Only the sums over warps are exchanged through shared memory."""
-    types = {"rows": "i32", "eps": "fp32", "step_ptr": "*fp32", "digits_ptr": "*i8"}
+    types = {"rows": "i32", "eps": "fp32", "unit_ptr": "*fp32", "digits_ptr": "*i8"}
     types |= {"w_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
     values = dict.fromkeys(("squares_ptr", "zero_ptr", "bias_ptr", "residual_ptr", "experts_ptr"))
     values |= {"N": 4096, "K": 2048, "GROUP": 128 if bits == 4 else 2048, "BITS": bits, "SILU": False, "COLUMNS": 8}
-    values |= {"TILES": 1, "WARPS": 4, "AHEAD": 4, "NEAR": 4, "PDL": True, "ASM": True}
+    values |= {"TILES": 1, "WARPS": 4, "W_AHEAD": 4, "X_AHEAD": 4, "PDL": True, "ASM": True}
     kernel = compiled(quantized._quantized_kernel, types, values, 90, 4)
     ptx = kernel.asm["ptx"]
     assert not unhinted(kernel)
