@@ -12,11 +12,11 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from decode_kernels import dense, launch, quantized, step
+    from decode_kernels import attention, dense, launch, quantized, step
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install -e '.[interpreter]'")
 FOLDER = Path(__file__).resolve().parents[2] / "decode_kernels"
-KERNELS = ("dense.py", "quantized.py", "step.py")
+KERNELS = ("attention.py", "dense.py", "quantized.py", "step.py")
 
 
 def said(module, *sentences):
@@ -118,6 +118,53 @@ def test_where_row_9_column_45_lies():
     assert said(quantized, f"The instruction takes byte {i} of lane {lane} for its row {row} and its k = {k}:")
 
 
+# -- attention.py ----------------
+
+
+@needs_triton
+def test_joining_two_warps():
+    m, parts = [3, 2], [sum(2.0 ** (s - 3) for s in (1, 3)), 2.0 ** (2 - 2)]
+    whole = sum(part * 2.0 ** (top - 3) for part, top in zip(parts, m))
+    assert whole == (2**1 + 2**3 + 2**2) / 2**3
+    assert said(attention, f"m = 3, sum 2^(1 - 3) + 2^(3 - 3) = {parts[0]} and m = 2, sum 2^(2 - 2) = {parts[1]:.0f}")
+    assert said(attention, f"together m = 3, sum {parts[0]} * 2^(3 - 3) + 1 * 2^(2 - 3) = {whole},")
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def places_kernel(key_ptr, value_ptr, DIM: tl.constexpr, WARPS: tl.constexpr):
+        k_slot, k_word, _, v_slot, v_word, _ = attention._cache_places(DIM, DIM, WARPS)
+        t = tl.arange(0, 4)[:, None, None, None, None, None, None]
+        g = tl.arange(0, 8)[:, None, None, None, None, None]
+        lane = tl.arange(0, WARPS)[:, None, None, None, None] * 32 + g * 4 + t
+        none = tl.zeros([4, 8, WARPS, 2, DIM // 64, 2, 4], tl.int32)  # of K: [t, g, warp, half, c, h, word]
+        tl.store(key_ptr + k_slot * (DIM // 2) + k_word, lane + none)
+        none = tl.zeros([4, 8, WARPS, 2, 2, DIM // 64, 4], tl.int32)  # of V: [t, g, warp, h, i, c, word]
+        tl.store(value_ptr + v_slot * (DIM // 2) + v_word, lane + none)
+
+
+@needs_kernels
+def test_which_lane_holds_which_slot_equals_twin():
+    """Every word of a step belongs to one lane, the one that the docstring says."""
+    dim, warps = 128, 8
+    keys, values = (torch.full((16 * warps, dim // 2), -1, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    places_kernel[(1,)](keys, values, dim, warps)
+    slot, word = torch.arange(16 * warps)[:, None], torch.arange(dim // 2)
+    low, d = slot % 16, word * 2
+    assert torch.equal(keys.cpu(), slot // 16 * 32 + low % 8 * 4 + d % 32 // 8)
+    assert torch.equal(values.cpu(), slot // 16 * 32 + d % 64 // 8 * 4 + low % 8 // 2)
+    key, value = keys[141 - 128].tolist(), values[141 - 128].tolist()
+    assert said(attention, f"lanes {min(key)} to {max(key)} hold it: lane 21 has dimensions 8 to 15 of both halves")
+    assert [2 * i for i, lane in enumerate(key) if lane == 21] == [*range(8, 16, 2), *range(40, 48, 2)] + [
+        *range(72, 80, 2),
+        *range(104, 112, 2),
+    ]
+    a, b, *_, last = sorted(set(value))
+    assert said(attention, f"lanes {a}, {b}, ..., {last} hold it: lane {b} has dimensions 8 to 15")
+    assert [2 * i for i, lane in enumerate(value) if lane == b] == [*range(8, 16, 2), *range(72, 80, 2)]
+
+
 # -- step.py ----------------
 
 
@@ -183,7 +230,8 @@ def test_what_runs_outside_kernels_is_annotated(name):
             a = function.args
             bare = {p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs) if p.annotation is None}
             if in_kernel(function):
-                assert {p.arg for p in a.args} - bare == {p.arg for p in a.args if p.arg.isupper()}, function.name
+                constants = {p.arg for p in a.args if p.arg.isupper() or p.arg == "dtype"}
+                assert {p.arg for p in a.args} - bare == constants, function.name
                 assert function.returns is None, function.name
             else:
                 assert not bare and function.returns is not None, function.name
