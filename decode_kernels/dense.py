@@ -321,9 +321,9 @@ def _launch_gemv(
 ) -> None:
     rows, k = x.shape
     together = rows if experts is None else 1
-    block, warps, each, ahead, near = tiles.row_tile(k, weight.shape[-2], together, silu_mul)
-    steps = triton.cdiv(k, warps * each)
-    _gemv_kernel[(triton.cdiv(out.shape[1], block), rows // together)](
+    tile = tiles.choose("16-bit, few rows", k, weight.shape[-2], together, silu_mul)
+    steps = triton.cdiv(k, tile.warps * tile.columns)
+    _gemv_kernel[(triton.cdiv(out.shape[1], tile.rows), rows // together)](
         x,
         weight,
         bias,
@@ -337,13 +337,13 @@ def _launch_gemv(
         K=k,
         SILU=silu_mul,
         M=1 if together == 1 else 4,
-        BLOCK_N=block,
-        WARPS=warps,
-        BLOCK_K=each,
-        W_AHEAD=min(ahead, steps),
-        X_AHEAD=min(near, steps),
+        BLOCK_N=tile.rows,
+        WARPS=tile.warps,
+        BLOCK_K=tile.columns,
+        W_AHEAD=min(tile.w_ahead, steps),
+        X_AHEAD=min(tile.x_ahead, steps),
         ASM=not INTERPRETED,
-        **launch.options(warps),
+        **launch.options(tile.warps),
     )
 
 
@@ -352,8 +352,8 @@ def _launch_gemm(
 ) -> None:
     (rows, k), n = x.shape, weight.shape[-2]
     shared = 0 if INTERPRETED else launch.shared_memory()
-    block, span, warps, stages, early = tiles.rows_tile(k, n, rows, silu_mul, shared)
-    _gemm_kernel[(triton.cdiv(out.shape[1], block // 2 if silu_mul else block),)](
+    tile = tiles.choose("16-bit, many rows", k, n, rows, silu_mul, shared)
+    _gemm_kernel[(triton.cdiv(out.shape[1], tile.rows // 2 if silu_mul else tile.rows),)](
         x,
         weight,
         bias,
@@ -364,12 +364,12 @@ def _launch_gemm(
         K=k,
         SILU=silu_mul,
         M=8 if rows <= 8 else 16,
-        BLOCK_N=block,
-        BLOCK_K=span,
-        STAGES=stages,
-        EARLY=early,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.columns,
+        STAGES=tile.stages,
+        EARLY=tile.w_ahead,
         ASM=not INTERPRETED,
-        **launch.options(warps, stages),
+        **launch.options(tile.warps, tile.stages),
     )
 
 

@@ -404,9 +404,9 @@ def _launch(
     out = empty_result(x, n, silu_mul)
     columns = 8 if experts is not None else max(8, triton.next_power_of_2(rows * 2))
     digits, unit, squares = _launch_digits(x, norm_weight, columns, separate=experts is not None)
-    blocks, warps, ahead, near = tiles.quantized_tile(bits, k, n, rows if experts is None else 1, silu_mul)
-    steps = triton.cdiv(triton.cdiv(k, 128), warps)
-    grid = (triton.cdiv(out.shape[1], blocks * (8 if silu_mul else 16)), 1 if experts is None else rows)
+    tile = tiles.choose(f"int{bits}", k, n, rows if experts is None else 1, silu_mul)
+    steps = triton.cdiv(triton.cdiv(k, 128), tile.warps)
+    grid = (triton.cdiv(out.shape[1], tile.rows // 2 if silu_mul else tile.rows), 1 if experts is None else rows)
     _quantized_kernel[grid](
         digits,
         unit,
@@ -426,12 +426,12 @@ def _launch(
         BITS=bits,
         SILU=silu_mul,
         COLUMNS=columns,
-        TILES=blocks,
-        WARPS=warps,
-        W_AHEAD=min(ahead, steps),
-        X_AHEAD=min(near, steps),
+        TILES=tile.rows // 16,
+        WARPS=tile.warps,
+        W_AHEAD=min(tile.w_ahead, steps),
+        X_AHEAD=min(tile.x_ahead, steps),
         ASM=not INTERPRETED,
-        **launch.options(warps),
+        **launch.options(tile.warps),
     )
     return out
 

@@ -1,72 +1,156 @@
-"""Tiles: which part of the work one program takes, by shape, rows and format.
+"""Tiles as data: how much of a matrix one program takes, and how early it loads, by format, rows and shape.
 
-What was fastest for Llama shapes on one H200 (`benchmarks/NOTES.md` has the sweeps); elsewhere they are right, if not
-best. Knows numbers. Refuses to know tensors and Triton.
+Knows numbers and where they were measured. Refuses to know tensors and Triton.
+
+`choose` takes the first entry of a format's table that a product fits. All were measured with the shapes of Llama-2-7B,
+Llama-3.1-8B, Llama-3.2-1B and Llama-2-70B on an H200, or an H100 where it says so, in the step where a figure is
+of a step (`benchmarks/NOTES.md` has the sweeps, and says why a tile wins: all programs resident at once, everything
+loaded before the wait, few warps). On other GPUs, and for shapes in between, every tile is correct, if not the best.
+For another GPU, put entries measured there in front, with what tells it apart, as `shared` does.
+
+Worked example: `down` of Llama-2-7B, K = 11008 and N = 4096, int4, one row. Of the table "int4" the first entry wants
+gated weights and the second K <= 4096; the third fits: 16 rows of the matrix in a program, 8 warps, each of which has
+the loads of 4 steps of 128 columns under way. So 256 programs of 8 warps take 86 chunks of 128 columns in 11 steps.
 """
 
+from dataclasses import dataclass
+
+ANY = 1 << 62
 ATTENTION_AHEAD = 4  # steps of the loop over the prefix that the L2 cache is asked for in advance, this one included
 
 
-def row_tile(k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int, int]:
-    """(results, warps, k of a warp's step, and how many steps ahead weights and activations are asked for) of
-    `dense._row_kernel`.
+@dataclass(frozen=True)
+class Tile:
+    """What a program does: `rows` rows of the matrix, `columns` at a time (in each warp, but for "16-bit, many rows"),
+    in so many warps. The weights of a step are loaded w_ahead steps before they are multiplied, the activations x_ahead
+    steps before. With stages, Triton's own pipeline loads that far ahead, and w_ahead counts the steps before the wait.
     """
-    if rows > 1:
-        if silu_mul:
-            return 4, 8, 256, 2, 2
-        return 8, (4 if n <= 8192 else 8), 128, 4, (4 if k <= 4096 else 2)
-    if silu_mul:
-        return 4, (2 if k <= 2048 else 4), 256, 4, 4
-    if k <= 2048:
-        return (2 if n <= 2048 else 4), 2, 256, 4, 4
-    if k <= 4096:
-        return 2, 4, 512, 2, 2
-    return 2, *((4, 256, 4, 4) if k <= 8192 else (8, 256, 6, 6))
+
+    rows: int
+    columns: int
+    warps: int
+    w_ahead: int
+    x_ahead: int = 0
+    stages: int = 1
 
 
-def rows_tile(k: int, n: int, rows: int, silu_mul: bool, shared: int) -> tuple[int, int, int, int, int]:
-    """(rows of the matrix, k at a time, warps, stages, early steps) of `dense._rows_kernel`; sm86's 99 KB of shared
-    memory are enough.
+@dataclass(frozen=True)
+class Choice:
+    """A tile, what was measured with it at which commit, and which products take it: at most so many rows of
+    activations, inputs K and outputs N of the matrix in these bounds, gated (gates and ups) or not, and at least so
+    many KB of shared memory for a program.
     """
-    if silu_mul:
-        return (64, 128, 2, 3, 2) if rows <= 8 else (64, 64, 2, 6, 1)
-    if k >= 4096 and 2048 < n <= 4096 and rows <= 8 and shared >= 160 * 1024:  # one program a multiprocessor
-        return (32, 256, 2, 7, 2) if k > 8192 else (32, 256, 2, 6, 1)
-    if n <= 8192:
-        return (16, 512, 2, 4, 1) if rows <= 8 else (16, 256, 1, 6, 1)
-    return (32, 128, 1, 5, 3) if rows <= 8 else (32, 128, 1, 6, 1)
+
+    tile: Tile
+    measured: str
+    commit: str
+    rows: int = 16
+    k: int = ANY
+    n: int = ANY
+    gated: bool | None = None
+    k_from: int = 0
+    n_from: int = 0
+    shared: int = 0
+
+    def fits(self, k: int, n: int, rows: int, gated: bool, shared: int) -> bool:
+        shape = self.k_from <= k <= self.k and self.n_from <= n <= self.n
+        return shape and rows <= self.rows and self.gated in (None, gated) and shared >= self.shared * 1024
 
 
-def quantized_tile(bits: int, k: int, n: int, rows: int, silu_mul: bool) -> tuple[int, int, int, int]:
-    """(16-row tiles, warps, and how many steps ahead weights and digits are asked for) of
-    `quantized._quantized_kernel`: best is what lets all programs be resident at once.
+TABLES = {
+    # `dense._gemv_kernel`; its results, `rows`, are half as many as its rows of the matrix if these are gated
+    "16-bit, few rows": (
+        Choice(Tile(4, 256, 2, 4, 4), "1B: step 0.66 ms", "e50a671", rows=1, k=2048, gated=True),
+        Choice(Tile(4, 256, 4, 4, 4), "7B: step 3.243 -> 3.138 ms", "e50a671", rows=1, gated=True),
+        Choice(Tile(2, 256, 2, 4, 4), "1B: step 0.66 ms", "e50a671", rows=1, k=2048, n=2048),
+        Choice(Tile(4, 256, 2, 4, 4), "1B: step 0.66 ms", "e50a671", rows=1, k=2048),
+        Choice(Tile(2, 512, 4, 2, 2), "7B: step 3.243 -> 3.138 ms", "e50a671", rows=1, k=4096),
+        Choice(Tile(2, 256, 4, 4, 4), "1B: step 0.66 ms", "e50a671", rows=1, k=8192),
+        Choice(Tile(2, 256, 8, 6, 6), "7B: step 3.243 -> 3.138 ms", "e50a671", rows=1),
+        Choice(Tile(4, 256, 8, 2, 2), "7B, 4 rows: step 3.372 -> 3.205 ms", "e50a671", gated=True),
+        Choice(Tile(8, 128, 4, 4, 4), "7B, 4 rows: step 3.372 -> 3.205 ms", "e50a671", k=4096, n=8192),
+        Choice(Tile(8, 128, 4, 4, 2), "7B, 4 rows: step 3.372 -> 3.205 ms", "e50a671", n=8192),
+        Choice(Tile(8, 128, 8, 4, 4), "7B, 4 rows: step 3.372 -> 3.205 ms", "e50a671", k=4096),
+        Choice(Tile(8, 128, 8, 4, 2), "not measured: between the two above", "e50a671"),
+    ),
+    # `dense._gemm_kernel`; 99 KB of shared memory are enough (sm_86, sm_89) where no entry says otherwise
+    "16-bit, many rows": (
+        Choice(Tile(64, 128, 2, 2, stages=3), "4 rows: step -46 us (H100)", "0511cf9", rows=8, gated=True),
+        Choice(Tile(64, 64, 2, 1, stages=6), "16 rows: step 3.92 -> 3.80 ms", "2b26446", gated=True),
+        Choice(
+            Tile(32, 256, 2, 2, stages=7),
+            "4 rows: step -17 us (H100)",
+            "0511cf9",
+            rows=8,
+            k_from=8193,
+            n_from=2049,
+            n=4096,
+            shared=160,
+        ),
+        Choice(
+            Tile(32, 256, 2, 1, stages=6),
+            "4 rows: step -0.1% (H100)",
+            "4268e2b",
+            rows=8,
+            k_from=4096,
+            n_from=2049,
+            n=4096,
+            shared=160,
+        ),
+        Choice(Tile(16, 512, 2, 1, stages=4), "4 rows: 1.11 steps, others to 1.25", "2b26446", rows=8, n=8192),
+        Choice(Tile(16, 256, 1, 1, stages=6), "16 rows: step -1%", "536b09e", n=8192),
+        Choice(Tile(32, 128, 1, 3, stages=5), "4 rows: step -36 us (H100)", "0511cf9", rows=8),
+        Choice(Tile(32, 128, 1, 1, stages=6), "4 rows: 1.11 steps, others to 1.17", "2b26446"),
+    ),
+    "int8": (
+        Choice(Tile(16, 128, 8, 4, 4), "o: 5.4 us, 3107 GB/s", "189752e", rows=4, k=8192, n=8192, gated=False),
+        Choice(Tile(16, 128, 4, 6, 6), "down: 12.2 us, 3697 GB/s", "189752e", rows=4, n=8192, gated=False),
+        Choice(Tile(32, 128, 4, 2, 2), "qkv: 12.8 us, gate_up: 21.5 us, 4192 GB/s", "189752e", rows=4),
+        Choice(Tile(16, 128, 4, 6, 3), "8 rows: o 6.1 us, down 13.8 us", "189752e", rows=8, n=8192, gated=False),
+        Choice(Tile(32, 128, 4, 1, 1), "8 rows: step 1.953 -> 1.908 ms", "e50a671", rows=8, k=4096, gated=True),
+        Choice(Tile(32, 128, 4, 2, 1), "8 rows: qkv 13.2 us", "189752e", rows=8),
+        Choice(Tile(16, 128, 4, 2, 2), "16 rows: o 6.8 us, down 14.0 us", "189752e", n=8192, gated=False),
+        Choice(Tile(32, 128, 4, 2, 2), "16 rows: gate_up 25.7 us", "189752e", k=4096, gated=True),
+        Choice(Tile(32, 128, 2, 2, 1), "16 rows: step 2.165 -> 2.144 ms", "e50a671"),
+    ),
+    "int4": (
+        Choice(Tile(32, 128, 2, 2, 2), "step 1.209 -> 1.198 ms", "e50a671", rows=1, k=4096, gated=True),
+        Choice(Tile(16, 128, 4, 8, 4), "o: 4.3 us, 1993 GB/s", "189752e", rows=4, k=4096, n=8192, gated=False),
+        Choice(Tile(16, 128, 8, 4, 4), "down: 7.9 us, 2932 GB/s", "189752e", rows=4, n=8192, gated=False),
+        Choice(Tile(32, 128, 2, 3, 3), "4 rows: gate_up 12.8 us", "189752e", rows=4, k=4096, gated=True),
+        Choice(Tile(32, 128, 4, 3, 3), "qkv: 8.3 us, 3128 GB/s", "189752e", rows=4),
+        Choice(Tile(16, 128, 8, 2, 1), "8 rows: o 4.8 us", "189752e", rows=8, k=16384, n=8192, gated=False),
+        Choice(Tile(16, 128, 8, 3, 1), "70B, 6 rows: down 34.2 us", "189752e", rows=8, n=8192, gated=False),
+        Choice(Tile(32, 128, 2, 2, 1), "8 rows: step 1.514 -> 1.346 ms", "e50a671", rows=8, k=4096, gated=True),
+        Choice(Tile(32, 128, 4, 2, 1), "8 rows: qkv 8.7 us", "189752e", rows=8),
+        Choice(Tile(16, 128, 4, 2, 2), "16 rows: o 6.0 us", "189752e", k=8192, n=8192, gated=False),
+        Choice(Tile(32, 128, 8, 2, 2), "16 rows: step -2%", "e9286a6", n=8192, gated=False),
+        Choice(Tile(32, 128, 4, 2, 2), "16 rows: qkv step -2%, gate_up 18.7 us", "e9286a6"),
+    ),
+}
+
+
+def choose(table: str, k: int, n: int, rows: int, gated: bool, shared: int = 0) -> Tile:
+    """The tile for `rows` rows of activations times a matrix of N x K, on a GPU whose programs may have `shared` bytes
+    of shared memory.
     """
-    narrow, short = n <= 8192 and not silu_mul, k <= 4096 and silu_mul
-    if rows > 8:
-        if narrow:
-            return (2, 8, 2, 2) if k > 8192 and bits == 4 else (1, 4, 2, 2)
-        return (2, 4, 2, 2) if short or bits == 4 else (2, 2, 2, 1)
-    if bits == 8:
-        if rows > 4:
-            return (1, 4, 6, 3) if narrow else (2, 4, 1, 1) if short else (2, 4, 2, 1)
-        return (2, 4, 2, 2) if not narrow else (1, 8, 4, 4) if k <= 8192 else (1, 4, 6, 6)
-    if rows > 4:
-        return (1, 8, 2 if k <= 16384 else 3, 1) if narrow else (2, 2, 2, 1) if short else (2, 4, 2, 1)
-    if narrow:
-        return (1, 4, 8, 4) if k <= 4096 else (1, 8, 4, 4)
-    if short:
-        return (2, 2, 2, 2) if rows == 1 else (2, 2, 3, 3)
-    return 2, 4, 3, 3
+    return next(choice.tile for choice in TABLES[table] if choice.fits(k, n, rows, gated, shared))
 
 
 def splits(heads: int, slots: int) -> int:
-    """Into how many programs the prefix of every KV head is split: a choice, measured on one H200 (NOTES.md)."""
+    """Into how many programs the prefix of every KV head is split: two programs for each of an H200's 132
+    multiprocessors, but none for less than 512 slots. Llama-3.1-8B, one token at position 32,000: 40.8 us in 33 splits,
+    3217 GB/s (0c0f710).
+    """
     return max(1, min(-(-264 // heads), slots // 512))
 
 
 def attention_tile(rows: int, splits: int, width: int) -> tuple[int, int]:
-    """(rows of one program, warps) of `attention._attention_kernel`: their product is what the sum over warps needs of
-    shared memory, 33 KB for heads of 128.
+    """(rows of one program, warps) of `attention._attention_kernel`. Their product decides how much shared memory the
+    sum over warps needs, 33 KB for heads of 128; from 48 KB on the kernels around it lose their L1 cache.
+
+    8 warps where the prefix is not split: 1 to 2% of a step against 4 (0c0f710). Programs of 8 rows there, also for 9
+    to 16 rows: a step of 9 rows took 2.24 ms instead of 2.70 (int8, e9286a6).
     """
     warps = 8 if splits == 1 and width <= 128 else 4
     return (8 if rows <= 8 or warps == 8 else 16), warps

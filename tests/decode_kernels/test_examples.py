@@ -1,12 +1,15 @@
 """The worked examples in the docstrings are what comes out, and the kernels' files are written as they should be."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from kernel_checks import DEVICE, HAS_TRITON, compiled, needs_compiler, needs_kernels
+
+from decode_kernels import tiles
 
 if HAS_TRITON:
     import triton
@@ -116,6 +119,33 @@ def test_where_row_9_column_45_lies():
     lane, i = at % 512 // 16, at % 16
     row, k = lane // 4 + 8 * (i // 4 % 2), lane % 4 * 4 + i % 4 + 16 * (i // 8)
     assert said(quantized, f"The instruction takes byte {i} of lane {lane} for its row {row} and its k = {k}:")
+
+
+# -- tiles.py ----------------
+
+
+def test_a_tile_is_looked_up():
+    k, n = 11008, 4096
+    tile = tiles.choose("int4", k, n, 1, gated=False)
+    assert tile is tiles.TABLES["int4"][2].tile
+    assert said(tiles, f"the third fits: {tile.rows} rows of the matrix in a program, {tile.warps} warps")
+    assert said(tiles, f"the loads of {tile.w_ahead} steps of {tile.columns} columns under way")
+    chunks = -(-k // tile.columns)
+    told = f"So {n // tile.rows} programs of {tile.warps} warps take {chunks} chunks of {tile.columns} columns in"
+    assert said(tiles, f"{told} {-(-chunks // tile.warps)} steps.")
+
+
+SIZES = [1, 1024, 2048, 4096, 4104, 8192, 8200, 16384, 28672]
+
+
+@pytest.mark.parametrize("table", tiles.TABLES)
+def test_every_product_has_a_tile_and_every_tile_a_product(table):
+    rows = (1, 2, 4) if table == "16-bit, few rows" else (1, 4, 5, 8, 9, 16)
+    asked = itertools.product(SIZES, SIZES, rows, (False, True), (99 * 1024, 227 * 1024))
+    found = {id(tiles.choose(table, *args)) for args in asked}
+    assert found == {id(choice.tile) for choice in tiles.TABLES[table]}
+    for choice in tiles.TABLES[table]:
+        assert re.search(r"\d|not measured", choice.measured) and re.fullmatch("[0-9a-f]{7}", choice.commit)
 
 
 # -- attention.py ----------------

@@ -151,10 +151,10 @@ def test_dequantize_equals_its_twin_and_the_formula(fmt):
 @pytest.mark.parametrize("sm, shared", [(86, 99), (90, 227)])
 def test_tiles_fit_shared_memory(rows, k, n, silu_mul, sm, shared):
     types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"}
-    block, span, warps, stages, early = tiles.rows_tile(k, n, rows, silu_mul, shared * 1024)
+    tile = tiles.choose("16-bit, many rows", k, n, rows, silu_mul, shared * 1024)
     values = {"bias_ptr": None, "residual_ptr": None, "N": n, "K": k, "SILU": silu_mul, "M": rows}
-    values |= {"BLOCK_N": block, "BLOCK_K": span, "STAGES": stages, "EARLY": early, "PDL": False, "ASM": True}
-    kernel = compiled(dense._gemm_kernel, types, values, sm, warps)
+    values |= {"BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "STAGES": tile.stages, "EARLY": tile.w_ahead}
+    kernel = compiled(dense._gemm_kernel, types, values | {"PDL": False, "ASM": True}, sm, tile.warps)
     assert 0 < kernel.metadata.shared <= shared * 1024
 
 
@@ -180,15 +180,15 @@ def test_weights_go_straight_to_the_tensor_cores(bits):
 def test_rows_are_multiplied_where_they_were_loaded(rows, k, n, silu_mul):
     """Neither operand passes through shared memory or another lane."""
     types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "eps": "fp32"}
-    block, warps, each, ahead, near = tiles.row_tile(k, n, rows, silu_mul)
+    tile = tiles.choose("16-bit, few rows", k, n, rows, silu_mul)
     values = dict.fromkeys(("bias_ptr", "norm_ptr", "residual_ptr", "experts_ptr"))
-    values |= {"N": n, "K": k, "SILU": silu_mul, "M": rows, "BLOCK_N": block, "WARPS": warps, "BLOCK_K": each}
-    values |= {"W_AHEAD": ahead, "X_AHEAD": near, "PDL": True, "ASM": True}
-    kernel = compiled(dense._gemv_kernel, types, values, 90, warps)
+    values |= {"N": n, "K": k, "SILU": silu_mul, "M": rows, "BLOCK_N": tile.rows}
+    values |= {"WARPS": tile.warps, "BLOCK_K": tile.columns, "W_AHEAD": tile.w_ahead, "X_AHEAD": tile.x_ahead}
+    kernel = compiled(dense._gemv_kernel, types, values | {"PDL": True, "ASM": True}, 90, tile.warps)
     assert not unhinted(kernel)
     ptx = kernel.asm["ptx"]
-    steps = -(-k // (warps * each))
-    loads = block * (1 + silu_mul) * each // 256  # of weights, 512 bytes a warp
-    assert ptx.count("ld.global") == steps * (loads + rows * each // 256)
+    steps = -(-k // (tile.warps * tile.columns))
+    loads = tile.rows * (1 + silu_mul) * tile.columns // 256  # of weights, 512 bytes a warp
+    assert ptx.count("ld.global") == steps * (loads + rows * tile.columns // 256)
     assert ptx.count("mma.sync") == steps * loads and ptx.count("bar.sync") <= 4
     assert "ld.shared.v4" not in ptx and "ldmatrix" not in ptx
