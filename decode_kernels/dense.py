@@ -31,10 +31,10 @@ Worked example. K = 16, so a piece has two elements; two rows of W in eight piec
     ...
     a7                             31   62   93  124  155  186  217  248
 
-The diagonal, 3 + 14 + 33 + 60 + 95 + 138 + 189 + 248 = 780, is a x^T; the one below it, 2 + 4 + 6 + ... + 16 = 72, is
-b x^T. Four rows of activations are cut into two pieces each, which fill the eight columns as well, and four rows of W
-fill eight of the sixteen rows. (Two rows in four pieces each would be summed over lanes 1, 4 and 8 apart, for which
-Triton 3.6 makes shuffles of 1, 2 and 4, so two and three rows run the kernel for four.)
+The diagonal, 3 + 14 + 33 + 60 + 95 + 138 + 189 + 248 = 780, is a x^T; that of the eight rows for b, 2 + 4 + 6 + ... +
+16 = 72, is b x^T. Four rows of activations are cut into two pieces each, which are eight columns again, and eight rows
+of W into two pieces each, sixteen rows again. (Two rows in four pieces each would be summed over lanes 1, 4 and 8
+apart, for which Triton 3.6 makes shuffles of 1, 2 and 4, so two and three rows run the kernel for four.)
 
 **Five to sixteen rows: `_gemm_kernel`.** The tensor cores' usual product with W as the wide operand, whose loads pass
 through shared memory several steps ahead. x is normed by a kernel of its own.

@@ -9,12 +9,12 @@ again. Refuses to know layers and files.
     y = x' W^T + bias,  then silu(gate) * up,  then + residual      (x' = x normed; all as in `dense.py`)
 
 A GPU has no time to make floats of the weights: unpacking, scaling and adding take two to three instructions a weight,
-which is longer than reading them. So the activations become integers instead, and the tensor cores multiply integers
-(m16n8k32, int8 times int8, exact sums in 32 bits), which for int8 weights takes no instruction besides and for int4 a
-mask and half a shift for four weights.
+which is longer than reading them. So the activations become integers instead, and the tensor cores multiply integers:
+their instruction m16n8k32 takes 16 x 32 int8 weights and 32 x 8 int8 activations and adds exactly, in 32 bits. int8
+weights need no instruction besides, int4 weights a mask and half a shift for four of them.
 
-**Activations: two digits.** 128 activations of a row share a unit, the 32,512th part of the largest; 32,512 is 127 *
-256. Each becomes a whole number of units, and that is written as 256 * high + low with both digits in -128..127.
+**Activations: two digits.** 128 activations of a row share a unit, a 32,512th (127 * 256) of the largest. Each becomes
+a whole number of units, written as 256 * high + low with both digits in -128..127.
 
 Worked example: 0.3 beside a largest value of 2. The unit is 2 / 32512 = 0.0000615157, and 0.3 is 4876.8 units, rounded
 4877 = 256 * 19 + 13: the digits are 19 and 13, and those of 2 are 127 and 0. Multiplied by weights q = 5 and q = 3:
@@ -27,20 +27,23 @@ largest itself by up to a 512th. One row takes two of the instruction's eight co
 two or four times as many products, but no more bytes. The norm's gain is multiplied into x before; its factor 1 / rms
 is one number a row and is multiplied into y.
 
-**Weights: an operand as it lies in memory.** A load of 16 bytes a lane gets what the instruction wants in that lane, so
-nothing is exchanged. `pack` puts 16 rows x 128 columns into 2,048 bytes (int8) in the order
+**Weights: an operand as it lies in memory.** A lane loads 16 bytes in a row, and they are what the instruction wants in
+that lane, so nothing is exchanged between lanes. `pack` puts 16 rows x 128 columns into 2,048 bytes (int8) in the order
 
     [2 e, 2 u, 8 g, 4 t, 2 b, 2 h, 4 i]   of row 8 h + g and column 64 u + 32 e + 8 t + 4 b + i
 
-Lane 4 g + t loads the 16 bytes of b, h and i, four loads for the e and u, each the operand of one instruction. int4
-keeps e = 0 in the high nibbles and e = 1 in the low nibbles of half as many bytes, so that one load serves two
-instructions.
+The pair (e, u) numbers four instructions, 4 g + t is the lane, and 8 b + 4 h + i is the byte of its 16. int4 keeps
+e = 0 in the high nibbles and e = 1 in the low nibbles of half as many bytes, so one load serves two instructions.
 
-Worked example: row 9, column 45. 9 = 8 * 1 + 1, so h = 1, g = 1; 45 = 64 * 0 + 32 * 1 + 8 * 1 + 4 * 1 + 1, so u = 0, e
-= 1, t = 1, b = 1, i = 1. In int8 it is byte 1024 * 1 + 512 * 0 + 64 * 1 + 16 * 1 + 8 * 1 + 4 * 1 + 1 = 1117; lane 5
-loads it, as byte 13 of 16. In int4 it is the low nibble of byte 1117 - 1024 = 93. The instruction takes byte 13 of lane
-5 for its row 9 and its k = 21: it means other columns by k than the matrix, which does not matter, for the activations'
-digits lie in the same order.
+Worked example: row 9, column 45.
+
+    9 = 8 * 1 + 1                               so h = 1, g = 1
+    45 = 64 * 0 + 32 * 1 + 8 * 1 + 4 * 1 + 1    so u = 0, e = 1, t = 1, b = 1, i = 1
+    int8: byte 1024 * 1 + 512 * 0 + 64 * 1 + 16 * 1 + 8 * 1 + 4 * 1 + 1 = 1117; lane 5 loads it, as byte 13 of 16
+    int4: the low nibble of byte 1117 - 1024 = 93
+
+The instruction takes byte 13 of lane 5 for its row 9 and its k = 21. So its k are other columns than the matrix has
+there, which does not matter, for the digits of the activations lie in the same order.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202

@@ -114,11 +114,11 @@ def test_where_row_9_column_45_lies():
         quantized,
         f"64 * 1 + 16 * 1 + 8 * 1 + 4 * 1 + 1 = {at}; lane {at % 512 // 16} loads it, as byte {at % 16} of 16",
     )
-    assert said(quantized, f"In int4 it is the low nibble of byte {at} - 1024 = {byte}.")
+    assert said(quantized, f"int4: the low nibble of byte {at} - 1024 = {byte}")
     # m16n8k32: lane 4 g + t holds, as byte i of 16, row g + 8 (i // 4 % 2), k = 4 t + i % 4 + 16 (i // 8)
     lane, i = at % 512 // 16, at % 16
     row, k = lane // 4 + 8 * (i // 4 % 2), lane % 4 * 4 + i % 4 + 16 * (i // 8)
-    assert said(quantized, f"The instruction takes byte {i} of lane {lane} for its row {row} and its k = {k}:")
+    assert said(quantized, f"The instruction takes byte {i} of lane {lane} for its row {row} and its k = {k}.")
 
 
 # -- tiles.py ----------------

@@ -192,3 +192,20 @@ def test_rows_are_multiplied_where_they_were_loaded(rows, k, n, silu_mul):
     assert ptx.count("ld.global") == steps * (loads + rows * tile.columns // 256)
     assert ptx.count("mma.sync") == steps * loads and ptx.count("bar.sync") <= 4
     assert "ld.shared.v4" not in ptx and "ldmatrix" not in ptx
+
+
+@needs_kernels
+@pytest.mark.parametrize("fmt", ["int8", "g64z"])
+def test_operators_tell_shapes_and_equals_twin(fmt):
+    """Schemas hold and fake tensors get the shapes of real ones, for each format's own operators."""
+    x, weight, scale, zero, _ = (
+        t.to(DEVICE) if torch.is_tensor(t) else t for t in make_linear(fmt, 2, 64, 256, DTYPES[0])
+    )
+    name, factors = ("int8", (scale,)) if fmt == "int8" else ("int4", (scale, zero))
+    gain, residual = torch.ones(256, device=DEVICE, dtype=x.dtype), torch.zeros(2, 32, device=DEVICE, dtype=x.dtype)
+    for operator, args in (
+        (f"{name}_linear", (x, weight, *factors, None, gain, 1e-5, residual, True, None)),
+        (f"{name}_dequantize", (weight, *factors, 64, 256, torch.float16)),
+    ):
+        utils = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(torch.ops.decode, operator).default, args, test_utils=utils)
