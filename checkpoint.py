@@ -356,13 +356,7 @@ class Loader:
 
     def _replacement(self, module: Linear, quantized: Quantized) -> Linear:
         cls = Int4Linear if quantized.bits == 4 else Int8Linear
-        new = cls(
-            module.in_features,
-            module.out_features,
-            num_experts=module.num_experts,
-            use_kernels=module.use_kernels,
-            device=torch.device("meta"),
-        )
+        new = cls(module.in_features, module.out_features, num_experts=module.num_experts, device=torch.device("meta"))
         new.bias = module.bias
         new.set_(quantized.q, quantized.scale.to(self.dtype), quantized.zero, quantized.permutation)
         return new
@@ -374,7 +368,6 @@ def load(
     tp: TensorParallel = TensorParallel(),
     device: torch.device = torch.device("cpu"),
     dtype: torch.dtype | None = None,
-    use_kernels: bool = False,
     progress: bool = False,
 ) -> Transformer:
     """A folder or Hub id -> a filled Transformer. dtype None: the checkpoint's own on a GPU, float32 on a CPU.
@@ -389,7 +382,7 @@ def load(
     weights = Weights(folder, device)
     dtype = dtype or default_dtype(folder, device)
     with torch.device("meta"):
-        model = Transformer(config, tp, use_kernels)
+        model = Transformer(config, tp)
     loader = Loader(weights, config, quant, tp, device, dtype)
     loader.fill_(model, progress=progress)
     loader.finish()
@@ -485,7 +478,7 @@ def quantized_copy(model: Transformer, bits: int) -> Transformer:
     The group is the largest of 128, 64, 32 that divides a layer's in_features; ValueError when none does.
     """
     with torch.device("meta"):
-        copy = Transformer(model.config, model.tp, any(m.use_kernels for m in model.modules() if isinstance(m, Linear)))
+        copy = Transformer(model.config, model.tp)
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, Linear) and not name.endswith("mlp.gate"):
@@ -510,13 +503,12 @@ def random_model(
     tp: TensorParallel = TensorParallel(),
     device: torch.device = torch.device("cpu"),
     dtype: torch.dtype = torch.bfloat16,
-    use_kernels: bool = False,
 ) -> Transformer:
     """A Transformer with random weights of standard deviation 0.02, for measuring; quantized weights are drawn in
     packed form. The head stays plain by default, as in `quantize.py`.
     """
     with torch.device("meta"):
-        model = Transformer(config, tp, use_kernels)
+        model = Transformer(config, tp)
     for name, module in list(model.named_modules()):
         if isinstance(module, (RMSNorm, nn.Embedding)):
             fresh = torch.ones if isinstance(module, RMSNorm) else torch.randn
@@ -537,7 +529,7 @@ def random_model(
             q = torch.randint(-half, half, (*lead, n, k), device=device, dtype=torch.int8)
             scale = torch.full((*lead, n, groups), 0.02 * 3**0.5 / half, device=device, dtype=dtype)
             new = (Int4Linear if bits == 4 else Int8Linear)(
-                k, n, num_experts=module.num_experts, use_kernels=use_kernels, device=torch.device("meta")
+                k, n, num_experts=module.num_experts, device=torch.device("meta")
             )
             new.bias = module.bias
             new.set_(q, scale, None)

@@ -8,28 +8,53 @@ its mathematics (`model.py`), its files (`checkpoint.py`), its words (`tokenizer
 import contextlib
 import os
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 import architectures
 import checkpoint
-import decode_kernels
 import tp as tensor_parallel
 from linear import Linear
 from model import DecoderLayer, KVCache, Transformer
 from sampling import SamplingParams, Structure, sample
-from speculative import Speculation
+from speculative import Program, Read, Speculation, Write
 from tokenizer import Answer, Ids, Tokenizer
 
+try:  # with the folder deleted everything works, only slower
+    import decode_kernels
+except ModuleNotFoundError:
+    decode_kernels = None  # type: ignore[assignment]
+
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tales"
-Function = Callable[..., Any]
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STRUCTURES = 4  # for so many kinds of sampling programs are kept; the one used longest ago goes first
+Function = Callable[..., Any]
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is run."""
+
+    device: str | None = None  # cpu, cuda or mps; None takes CUDA if there is one, else the CPU
+    dtype: str = "auto"  # float32, bfloat16, float16; auto is the checkpoint's own on a GPU and float32 on a CPU
+    kernels: str = "auto"  # triton, inductor (plain PyTorch), or auto: triton where it runs
+    compile: bool | None = None  # the decode step; None compiles on a GPU
+    compile_prefill: bool = False  # and the prefill, for any length
+    prefill_chunk: int = 0  # tokens that a prefill takes at a time; 0: all, or what a sliding window calls for
+    batch_size: int = 1
+    max_seq_len: int | None = None  # reserve the cache now, and let no sequence grow beyond; None: it grows on demand
+    draft: str | None = None  # speculate with a smaller checkpoint, "ngram", "self-int4" or "self-int8"
+    num_draft_tokens: int | None = None  # to propose at a time; None: as many as pay
 
 
 @dataclass(frozen=True)
@@ -67,142 +92,131 @@ class State:
     """
 
     def __init__(self, batch_size: int, max_seq_len: int, device: torch.device) -> None:
-        self.token = torch.zeros((batch_size, 1), dtype=torch.int64, device=device)
-        self.position = torch.zeros((batch_size, 1), dtype=torch.int64, device=device)
-        self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.knobs = torch.ones(3, device=device)
-        # column i: the i-th step's tokens
-        self.out = torch.zeros((batch_size, max_seq_len), dtype=torch.int64, device=device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.token, self.position = zeros(batch_size, 1), zeros(batch_size, 1)  # the newest token, and its position
+        self.seeds, self.knobs = zeros(batch_size), torch.ones(3, device=device)  # see `sampling.sample`
+        self.out, self.step = zeros(batch_size, max_seq_len), zeros(1)  # column i: the tokens of step i
 
 
-def advance_reference_(
-    tokens: torch.Tensor, token: torch.Tensor, position: torch.Tensor, step: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Twin of `decode_kernels.advance_`."""
+def advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
+    """The end of a step, in place: tokens int64 [B] go into column step [1] of out [B, S] and, -1 as 0, into token
+    [B, 1]; position [B, 1] and step advance by one.
+    """
     out.index_copy_(1, step, tokens[:, None])
     token.copy_(tokens.clamp(min=0)[:, None])
     position.add_(1)
     step.add_(1)
 
 
-def private_copy(fn: Function, name: str) -> Function:
-    """fn with a code object of its own: Dynamo counts recompilations per code object, so two engines must not share
-    one.
+def compiled(fn: Function, name: str, **options: Any) -> Function:  # noqa: ANN401
+    """fn through torch.compile, whole, with a code object of its own: Dynamo counts recompilations per code object, so
+    two engines must not share one.
     """
-    return types.FunctionType(fn.__code__.replace(co_name=name), fn.__globals__, name, fn.__defaults__, fn.__closure__)
+    code = fn.__code__.replace(co_name=name)
+    own = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
+    return torch.compile(own, fullgraph=True, **options)
+
+
+def recent(programs: dict[Structure, dict[int, Kept]], structure: Structure) -> dict[int, Kept]:
+    """The programs for one kind of sampling, by how many slots they attend to; forgets those of the oldest kinds."""
+    mine = programs[structure] = programs.pop(structure, {})
+    while len(programs) > STRUCTURES:
+        del programs[next(iter(programs))]
+    return mine
 
 
 class Engine:
-    """A model, its tokenizer, one static cache, and the two callables that run it: prefill and decode, compiled or not.
+    """A model, its tokenizer, one static cache, and the two programs that run it: prefill and decode.
 
         engine = Engine.load("org/name")
         for piece in engine.generate(["Once upon a time"], max_new_tokens=100):
             print(piece.text, end="", flush=True)
 
     A cache slot depends on the ids before it alone, so a prompt that starts like the previous one (a chat) prefills
-    only the rest; in bfloat16 a shorter prefill may round differently.
+    only the rest; in bfloat16 a shorter prefill may round differently. One engine runs one generation at a time.
     """
 
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer | Ids,
+        options: EngineOptions = EngineOptions(),
         *,
-        compile: bool | None = None,
-        compile_prefill: bool = False,
-        prefill_chunk: int = 0,
-        use_kernels: bool = False,
         defaults: SamplingParams = SamplingParams(),
+        **changes: Any,  # noqa: ANN401
     ) -> None:
+        """The model lies where it is to run. changes: fields of `options`; device and dtype are the model's."""
+        options = replace(options, **changes)
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
-        self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
-        self.compile = self.device.type == "cuda" if compile is None else compile
-        self.use_kernels, self.compile_prefill, self.stats = use_kernels, compile_prefill, Stats()
+        self.device, self.dtype, self.stats = model.norm.weight.device, model.norm.weight.dtype, Stats()
+        self.cuda = self.device.type == "cuda"
+        self.compile = self.cuda if options.compile is None else options.compile
+        self.use_kernels = wants_kernels(options.kernels, self.device, self.dtype)
+        self.switch_kernels_(self.use_kernels)
         windows = [w for w in model.config.windows if w]  # bounds the mask of a long prompt
-        self.prefill_chunk = prefill_chunk or (max(min(windows), 512) if windows else 0)
-        self.sync_every = 8 if self.device.type == "cuda" else 1
-        self.cache: KVCache | None = None
-        self.max_seq_len = model.config.max_position_embeddings
-        self.state = State(0, 0, self.device)
-        self._programs: dict[tuple[Any, ...], Callable[[], None]] = {}
-        self._cached: list[int] = []
-        self.speculation: Speculation | None = None
+        self.prefill_chunk = options.prefill_chunk or (max(min(windows), 512) if windows else 0)
         self._prefill_layer: Function = DecoderLayer.__call__
-        if compile_prefill and any(model.config.sparse):
+        self.compile_prefill = options.compile_prefill
+        if self.compile_prefill and any(model.config.sparse):
             raise ValueError("--compile-prefill: a mixture-of-experts prefill needs the host; leave the flag out")
+        self.sync_every = 8 if self.cuda else 1  # steps between two looks of the host
+        self.vocab_size, self.context = model.config.vocab_size, model.config.max_position_embeddings
+        self.max_seq_len = self.context
+        self.cache: KVCache | None = None
+        self.state = State(0, 0, self.device)
+        self.speculation: Speculation | None = None
+        self.broadcast = model.tp.broadcast  # rank 0's tensor on every rank
+        self._programs: dict[Structure, dict[int, Program]] = {}
+        self._cached: list[int] = []  # the ids that the cache's first row holds
+        self._busy = threading.Lock()
 
     @classmethod
     def load(
         cls,
         checkpoint_name: str | Path = DEFAULT_CHECKPOINT,
+        options: EngineOptions = EngineOptions(),
         *,
-        device: str | None = None,
-        dtype: str = "auto",
-        kernel_choice: str = "auto",
         shape: str | None = None,
-        max_seq_len: int | None = None,
-        batch_size: int = 1,
-        progress: bool = False,
-        draft: str | None = None,
-        num_draft_tokens: int | None = None,
         chosen: dict[str, float] | None = None,
-        **options: Any,  # noqa: ANN401
+        progress: bool = False,
+        **changes: Any,  # noqa: ANN401
     ) -> "Engine":
         """A checkpoint folder or Hub id (or a named `shape` with random weights) on a device, ready to generate.
 
-        device None: CUDA if there is one, else the CPU. kernel_choice: triton, inductor (plain PyTorch), or auto
-        (triton where it runs). max_seq_len and batch_size reserve the cache now; otherwise it grows on demand. draft:
-        speculate with a smaller checkpoint, "ngram", "self-int4" or "self-int8", num_draft_tokens (None: as pays) at a
-        time. chosen: sampling parameters that overrule generation_config.json's. options: see `__init__`. ValueError or
+        chosen: sampling parameters that overrule generation_config.json's. changes: fields of `options`. ValueError or
         FileNotFoundError for all that a user can get wrong, memory too.
         """
-        start = time.perf_counter()
-        where = pick_device(device)
-        group = tensor_parallel.init(where)
+        options, began = replace(options, **changes), time.perf_counter()
+        device = pick_device(options.device)
+        group = tensor_parallel.init(device)
         folder = None if shape else checkpoint.resolve(str(checkpoint_name))
-        kind = DTYPES[dtype] or (checkpoint.default_dtype(folder, where) if folder else torch.bfloat16)
-        able = decode_kernels.supported(where) and kind != torch.float32
-        if kernel_choice == "triton" and not able:
-            raise ValueError(
-                "--kernels triton needs Triton, bfloat16 or float16, and a CUDA device of capability 8.0 or newer; "
-                f"here: {kind} on {where}"
-            )
-        use_kernels = kernel_choice != "inductor" and able
+        dtype = DTYPES[options.dtype] or (checkpoint.default_dtype(folder, device) if folder else torch.bfloat16)
+        wants_kernels(options.kernels, device, dtype)  # refuses before anything is read
         if folder is None:
             config = architectures.shape_config(str(shape))
-            checkpoint.check_weights_fit(config, kind, where, group)
-            model = checkpoint.random_model(config, tp=group, device=where, dtype=kind, use_kernels=use_kernels)
-            engine = cls(model, Ids(config.vocab_size), use_kernels=use_kernels, **options)
+            checkpoint.check_weights_fit(config, dtype, device, group)
+            model = checkpoint.random_model(config, tp=group, device=device, dtype=dtype)
+            engine = cls(model, Ids(config.vocab_size), options)
         else:
-            checkpoint.check_weights_fit(folder, kind, where, group)
-            model = checkpoint.load(
-                str(folder), tp=group, device=where, dtype=kind, use_kernels=use_kernels, progress=progress
-            )
-            tokenizer = Tokenizer.from_folder(folder)
-            options.setdefault("defaults", checkpoint.default_sampling(folder, SamplingParams, chosen))
-            engine = cls(model, tokenizer, use_kernels=use_kernels, **options)
+            checkpoint.check_weights_fit(folder, dtype, device, group)
+            model = checkpoint.load(str(folder), tp=group, device=device, dtype=dtype, progress=progress)
+            defaults = checkpoint.default_sampling(folder, SamplingParams, chosen)
+            engine = cls(model, Tokenizer.from_folder(folder), options, defaults=defaults)
         engine.warn()
-        if draft in ("self-int4", "self-int8"):
-            copy = checkpoint.quantized_copy(model, int(draft[-1]))
-            engine.speculate(cls(copy, engine.tokenizer, use_kernels=use_kernels, **options), num_draft_tokens)
-        elif draft is not None:
-            names: dict[str, Any] = {"device": device, "dtype": dtype, "kernel_choice": kernel_choice}
-            engine.speculate(None if draft == "ngram" else cls.load(draft, **names, **options), num_draft_tokens)
-        if max_seq_len is not None:
-            engine.limit(batch_size, max_seq_len)
-        engine.stats.load_s = time.perf_counter() - start
+        if options.draft is not None:
+            engine.speculate(engine._drafter(options.draft, options), options.num_draft_tokens)
+        if options.max_seq_len is not None:
+            engine.limit(options.batch_size, options.max_seq_len)
+        engine.stats.load_s = time.perf_counter() - began
         return engine
 
-    def warn(self) -> None:
-        """What is right but not as a user may expect, once, on standard error."""
-        ids, vocabulary = self.tokenizer.vocab_size, self.model.config.vocab_size
-        if ids > vocabulary:
-            what = f"warning: the tokenizer has {ids} ids, the model {vocabulary}"
-            print(f"{what}; a prompt that uses one beyond is refused", file=sys.stderr)
-        if any(m.unfused for m in self.model.modules() if isinstance(m, Linear)):
-            what = f"note: there is no kernel for quantized weights in {self.dtype} on {self.device.type}"
-            print(f"{what}; they are expanded at every step, which is slow", file=sys.stderr)
+    def _drafter(self, name: str, options: EngineOptions) -> "Engine | None":
+        own = replace(options, draft=None, max_seq_len=None)
+        if name in ("self-int4", "self-int8"):
+            return Engine(checkpoint.quantized_copy(self.model, int(name[-1])), self.tokenizer, own)
+        return None if name == "ngram" else Engine.load(name, own)
 
     def speculate(self, draft: "Engine | None", num_draft_tokens: int | None = None) -> None:
         """From here on decode by speculation: `draft` proposes (None: prompt lookup), this model verifies.
@@ -219,7 +233,297 @@ class Engine:
                 )
         self.speculation = Speculation(self, draft, num_draft_tokens)
 
-    # -- memory ----------------
+    # -- generation ----------------
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | None = None,
+        *,
+        max_new_tokens: int = 200,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        seed: int = 0,
+    ) -> Iterator[Increment]:
+        """Continue every prompt (text or ids); yields increments as they come, row by row, until every row has ended.
+
+        Each row's draws depend on (seed, row, position) alone. All rows end where the longest prompt's row reaches
+        max_seq_len (that of `load`, else the model's context), at the latest.
+        ValueError for arguments that make no sense, for a prompt that does not fit, and for logits that are not finite;
+        RuntimeError while another generation of this engine is under way: finish or `close()` it first.
+        """
+        for name, value in (("prompts", prompts), ("stop", stop)):
+            if isinstance(value, str):
+                raise ValueError(f"{name} is the string {value[:40]!r}; give a list of strings")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        rows = self.encode(prompts)
+        longest = max(map(len, rows))
+        if longest >= self.max_seq_len:
+            raise ValueError(
+                f"the prompt has {longest} tokens; --max-seq-len {self.max_seq_len} (the model's context: "
+                f"{self.context}) leaves no room to continue"
+            )
+        limit = min(max_new_tokens, self.max_seq_len - longest)
+        stop_ids = frozenset() if ignore_eos else self.tokenizer.stop_ids
+        answers = [Answer(self.tokenizer.decoder(row), stop_ids, stop, limit) for row in rows]
+        return self._generate(rows, answers, sampling or self.defaults, limit, seed)
+
+    def _generate(
+        self, rows: list[list[int]], answers: list[Answer], sampling: SamplingParams, limit: int, seed: int
+    ) -> Iterator[Increment]:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("this engine is generating already: finish or close() that generator first")
+        try:
+            longest, structure = max(map(len, rows)), sampling.structure
+            self._prepare(len(rows), longest, limit, structure)
+            began = time.perf_counter()
+            self.state.seeds.copy_(torch.arange(len(rows)) + (seed << 20))
+            self.state.knobs.copy_(sampling.knobs(self.device))
+            first = self._first_tokens(rows, structure)
+            steps = self.steps(limit - 1, longest, structure)
+            if self.speculation:
+                self.speculation.begin(rows, first)
+                steps = self.speculation.steps(structure)
+            block = first[:, None].tolist()
+            self.stats.ttft_s, began = time.perf_counter() - began, time.perf_counter()
+            while block:
+                yield from self._increments(answers, block)
+                if len(rows) == 1:
+                    self._cached = [*rows[0], *answers[0].ids[:-1]]
+                block = [] if all(a.stop_reason for a in answers) else next(steps, [])
+                self.stats.decode_s = time.perf_counter() - began
+                self.stats.decode_steps = max(len(a.ids) for a in answers) - 1
+        finally:  # also when the caller stops asking
+            prefix = max(map(len, rows)) + self.stats.decode_steps // 2
+            self.stats.bytes_per_step = self.model.bytes_per_step(len(rows), prefix)
+            self._busy.release()
+
+    def _prepare(self, batch_size: int, longest: int, limit: int, structure: Structure) -> None:
+        """Build every program that `limit` tokens behind prompts of at most `longest` will use."""
+        speculation = self.speculation
+        self.reserve(batch_size, longest + limit, speculation.margin if speculation else 0)
+        self.stats = Stats(load_s=self.stats.load_s, batch_size=batch_size)
+        if speculation:
+            speculation.prepare(longest, limit, structure)
+        else:
+            for position in range(longest, longest + limit - 1):
+                self.decode(position, structure)
+
+    def _first_tokens(self, rows: list[list[int]], structure: Structure) -> Tensor:
+        """Prefill, and sample the first token of every row, int64 [B]; the state is ready for the first step."""
+        state, known = self.state, 0
+        if len(rows) == 1:  # keep what the cache already holds, but for the last id, whose logits are needed
+            same = (a == b for a, b in zip(rows[0][:-1], self._cached))
+            known = next((i for i, equal in enumerate(same) if not equal), min(len(rows[0]) - 1, len(self._cached)))
+        logits = self.prefill(rows, known)
+        lengths = torch.tensor([len(r) for r in rows], device=self.device)
+        token = self.sampler(structure)(logits, structure, state.knobs, state.seeds, lengths - 1)
+        first = self.broadcast(token)
+        state.token.copy_(first.clamp(min=0)[:, None])
+        state.position.copy_(lengths[:, None])
+        state.step.zero_()
+        self.stats.prefill_tokens = sum(map(len, rows)) - known
+        return first
+
+    def _increments(self, answers: list[Answer], block: list[list[int]]) -> Iterator[Increment]:
+        for row, (answer, ids) in enumerate(zip(answers, block)):
+            if answer.stop_reason is None:
+                if -1 in ids[: answer.limit - len(answer.ids)]:
+                    self.cache = None  # it holds NaN, and 0 * NaN would reach the next prompt too
+                    raise ValueError(
+                        f"row {row}: the logits are not finite; is the checkpoint damaged, or {self.dtype} too narrow?"
+                    )
+                taken, text = answer.add(ids)
+                yield Increment(row, taken, text, answer.stop_reason)
+
+    def encode(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        """Ids of each prompt. ValueError for none, for an empty one, and for what is no id of the model."""
+        try:
+            rows = [self.tokenizer.encode(p) if isinstance(p, str) else list(map(index, p)) for p in prompts]
+        except TypeError as error:
+            raise ValueError(f"a prompt is a text or a list of integer ids: {error}") from error
+        if not rows:
+            raise ValueError("there is no prompt; give a list of at least one")
+        for row in rows:
+            if not row:
+                raise ValueError("the prompt is empty and the model has no BOS token to start from; give some text")
+            if (worst := max(row)) >= self.vocab_size or (worst := min(row)) < 0:
+                raise ValueError(f"the prompt uses token id {worst}; the model's vocabulary has {self.vocab_size}")
+        return rows
+
+    # -- the two programs ----------------
+
+    def prefill(self, prompts: Sequence[Sequence[int]], start: int = 0) -> Tensor:
+        """Write prompts[b][start:] into the cache behind `start` slots that are already right; logits [B, V] of each
+        last id.
+
+        Rows are padded on the right: a padded slot is overwritten by the row's own next tokens before anything may
+        attend to it.
+        """
+        assert self.cache is not None
+        self._cached = []
+        lengths = torch.tensor([len(p) for p in prompts])
+        longest = int(lengths.max())
+        tokens = torch.zeros((len(prompts), longest), dtype=torch.int64)
+        for row, prompt in zip(tokens, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        tokens, last = tokens.to(self.device), (lengths - 1).to(self.device)
+        chunk, layer = self.prefill_chunk or longest, self._prefill_layer
+        logits: Tensor | None = None
+        for a in range(start, longest, chunk):
+            b = min(a + chunk, longest)
+            positions = torch.arange(a, b, device=self.device).repeat(len(prompts), 1)
+            select = (last - a).clamp(0, b - a - 1)
+            new = self.model(tokens[:, a:b].clone(), positions, self.cache, layer, end=b, select=select)[:, 0]
+            logits = new if logits is None else torch.where((last >= a)[:, None], new, logits)
+        assert logits is not None
+        return logits
+
+    def attended(self, position: int) -> int:
+        """How many cache slots a program for rows at `position` at most looks at: all where a kernel reads the length
+        on the device, else a power of two, so that a cache of S slots needs at most log2(S) programs.
+        """
+        slots, least = self.state.out.shape[1], 512 if self.cuda else 128  # a GPU's program compiles the whole model
+        return slots if self.use_kernels else min(slots, max(least, 1 << position.bit_length()))
+
+    def switch_kernels_(self, on: bool) -> None:
+        """Let the model's modules use the kernels, or plain PyTorch; programs that exist stay as they are."""
+        if decode_kernels is not None:
+            decode_kernels.use_(self.model, on)
+
+    def fused(self, structure: Structure) -> bool:
+        """Whether drawing a token and the end of a step are kernels here."""
+        rows = len(self.state.token)
+        return self.use_kernels and decode_kernels.samples(self.dtype, self.vocab_size, rows, structure)
+
+    def sampler(self, structure: Structure) -> Callable[..., Tensor]:
+        """`sampling.sample`, or the kernel that does the same."""
+        return decode_kernels.sample if self.fused(structure) else sample
+
+    def decode(self, position: int, structure: Structure) -> Program:
+        """The program of one decode step for rows at `position` at most; built on first use."""
+        programs, end = recent(self._programs, structure), self.attended(position)
+        if end not in programs:
+            state, fused = self.state, self.fused(structure)
+            draw, end_step_ = self.sampler(structure), decode_kernels.advance_ if fused else advance_
+
+            def read() -> tuple[Tensor, Tensor]:
+                return state.token, state.position
+
+            def write(logits: Tensor) -> None:
+                token = draw(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0])
+                end_step_(self.broadcast(token), state.token, state.position, state.step, state.out)
+
+            programs[end] = self.program(read, write, end, self.park, fused)
+        return programs[end]
+
+    def program(self, read: Read, write: Write, end: int, park: Program, fused: bool = False) -> Program:
+        """One step as a function without arguments, on static tensors.
+
+        read() gives tokens and positions [B, T], the model looks at `end` cache slots, write(logits [B, T, V]) samples
+        and moves on. fused: write is kernels alone. What is compiled, and what is captured:
+
+        |              | layers                            | write                  | the step                         |
+        |--------------|-----------------------------------|------------------------|----------------------------------|
+        | GPU, plain   | inside                            | inside                 | torch.compile, "reduce-overhead" |
+        | GPU, kernels | kernels; experts' layers compiled | kernels, else compiled | one CUDA graph                   |
+        | CPU          | one layer compiled, used for all  | compiled               | a plain loop                     |
+        | compile off  | eager                             | eager                  | a plain loop                     |
+
+        park: makes the state such that a trial step writes to slots which belong to no kept prefix.
+        """
+        model, cache, layer = self.model, self.cache, DecoderLayer.__call__
+        whole, experts = self.cuda and not self.use_kernels, any(model.config.sparse)
+        if self.compile and not whole:
+            if experts or not self.use_kernels:
+                layer = compiled(DecoderLayer.forward, f"layer_{end}", dynamic=False)
+            if not fused:
+                write = compiled(write, f"write_{end}")
+
+        def step() -> None:
+            tokens, positions = read()
+            write(model(tokens, positions, cache, layer, end=end))
+
+        if self.compile and whole:
+            return self._tried(compiled(step, f"step_{end}", mode="reduce-overhead"), park, capture=False)
+        return self._tried(step, park, capture=self.cuda)
+
+    def small_program(self, fn: Program, park: Program) -> Program:
+        """The same for a step that does not run the model: compiled as a whole where this engine compiles."""
+        if not self.compile:
+            return fn
+        return self._tried(compiled(fn, "small"), park, capture=self.cuda)
+
+    def _tried(self, step: Program, park: Program, capture: bool) -> Program:
+        """Compile by running; then, to capture, record one CUDA graph: a step is one launch, without guards."""
+        if not self.compile:
+            return step
+        began = time.perf_counter()
+        for _ in range(2):  # a GPU's libraries allocate on the first run, which a capture may not
+            park()
+            step()
+        if capture:
+            park()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            step = graph.replay
+        self.stats.compile_s += time.perf_counter() - began
+        return step
+
+    def park(self, margin: int = 1) -> None:
+        """Let every row stand at the last `margin` slots, which belong to no prefix that is kept."""
+        self.state.step.zero_()
+        self.state.position.fill_(self.state.out.shape[1] - margin)
+
+    def static(self, *tensors: Tensor) -> None:
+        """Say that these tensors never move: programs read and write them where they are."""
+        if self.compile and self.cuda and not self.use_kernels:
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor)
+
+    def steps(self, count: int, position: int, structure: Structure) -> Iterator[list[list[int]]]:
+        """Run `count` decode steps; yields ids [B][n] a few columns at a time.
+
+        On a GPU the host reads one block behind the one it has just queued, so the queue never runs dry.
+        """
+        pending: tuple[Tensor, torch.cuda.Event] | None = None
+        for a in range(0, count, self.sync_every):
+            b = min(a + self.sync_every, count)
+            for i in range(a, b):
+                self.decode(position + i, structure)()
+            if not self.cuda:
+                yield self.state.out[:, a:b].tolist()
+                continue
+            host = torch.empty((self.state.out.shape[0], b - a), dtype=torch.int64, pin_memory=True)
+            host.copy_(self.state.out[:, a:b], non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            if pending is not None:
+                pending[1].synchronize()
+                yield pending[0].tolist()
+            pending = host, event
+        if pending is not None:
+            pending[1].synchronize()
+            yield pending[0].tolist()
+
+    # -- memory, and what a run tells ----------------
+
+    def score(self, tokens: Tensor, chunk: int = 512) -> Tensor:
+        """Log-probability float32 [B, T - 1] of each of tokens[:, 1:] (int64 [B, T]) given the ones before it, in one
+        pass.
+        """
+        B, T = tokens.shape
+        self.reserve(B, T)
+        self._cached = []
+        tokens, out = tokens.to(self.device), []
+        for a in range(0, T - 1, chunk):
+            b = min(a + chunk, T - 1)
+            positions = torch.arange(a, b, device=self.device).expand(B, -1)
+            logits = self.model(tokens[:, a:b], positions, self.cache, end=b).float()
+            out.append(torch.log_softmax(logits, -1).gather(-1, tokens[:, a + 1 : b + 1, None]).squeeze(-1))
+        return torch.cat(out, 1)
 
     def limit(self, batch_size: int, max_seq_len: int) -> None:
         """Reserve the cache now, and let no sequence grow beyond it."""
@@ -241,8 +545,7 @@ class Engine:
         slots = -(-(max_seq_len + slack) // 128) * 128
         self.cache = None  # free the old one first
         self._programs, self._cached = {}, []
-        per_slot = 2 * len(self.model.layers) * config.num_key_value_heads // self.model.tp.size
-        per_slot *= config.head_dim * self.dtype.itemsize
+        per_slot = self.model.bytes_per_slot()
         need, free = batch_size * slots * per_slot, checkpoint.free_bytes(self.device)
         if need > free:
             fits, rows = int(free // (batch_size * per_slot)) // 128 * 128 - slack, int(free // (slots * per_slot))
@@ -253,244 +556,19 @@ class Engine:
             )
         self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
         self.state = State(batch_size, slots, self.device)
+        self.static(*vars(self.state).values(), *self.cache.buffers())
         if self.compile_prefill:  # anew: it is tied to the cache, and Dynamo allows a code object few variants
-            own = private_copy(DecoderLayer.forward, "prefill")
-            self._prefill_layer = torch.compile(own, fullgraph=True, dynamic=True)
+            self._prefill_layer = compiled(DecoderLayer.forward, "prefill", dynamic=True)
 
-    # -- the two programs ----------------
-
-    def prefill(self, prompts: Sequence[Sequence[int]], start: int = 0) -> torch.Tensor:
-        """Write prompts[b][start:] into the cache behind `start` slots that are already right; logits [B, V] of each
-        last id.
-
-        Rows are padded on the right: a padded slot is overwritten by the row's own next tokens before anything may
-        attend to it.
-        """
-        assert self.cache is not None
-        self._cached = []
-        lengths = torch.tensor([len(p) for p in prompts])
-        longest = int(lengths.max())
-        tokens = torch.zeros((len(prompts), longest), dtype=torch.int64)
-        for row, prompt in zip(tokens, prompts):
-            row[: len(prompt)] = torch.tensor(prompt)
-        tokens, last = tokens.to(self.device), (lengths - 1).to(self.device)
-        chunk, layer = self.prefill_chunk or longest, self._prefill_layer
-        logits: torch.Tensor | None = None
-        for a in range(start, longest, chunk):
-            b = min(a + chunk, longest)
-            positions = torch.arange(a, b, device=self.device).repeat(len(prompts), 1)
-            select = (last - a).clamp(0, b - a - 1)
-            new = self.model(tokens[:, a:b].clone(), positions, self.cache, layer, end=b, select=select)[:, 0]
-            logits = new if logits is None else torch.where((last >= a)[:, None], new, logits)
-        assert logits is not None
-        return logits
-
-    def attended(self, position: int) -> int:
-        """How many cache slots a program for rows at `position` at most looks at: all where a kernel reads the length
-        on the device, else a power of two, so that a cache of S slots needs at most log2(S) programs.
-        """
-        assert self.cache is not None
-        slots = self.cache.max_seq_len
-        return slots if self.use_kernels else min(slots, max(128, 1 << position.bit_length()))
-
-    def _decode(self, position: int, structure: Structure) -> Callable[[], None]:
-        """The program for one decode step of rows at `position` at most: built, warmed up and captured on first use."""
-        cache, state, model, end = self.cache, self.state, self.model, self.attended(position)
-        if (program := self._programs.get((end, structure))) is not None:
-            return program
-
-        fused, fits = self.fused(structure), self.use_kernels and decode_kernels.fits_advance(state.out)
-        advance_ = decode_kernels.advance_ if fits else advance_reference_
-
-        def settle(logits: torch.Tensor) -> None:
-            token = sample(logits, structure, state.knobs, state.seeds, state.position[:, 0], fused)
-            advance_(model.tp.broadcast(token), state.token, state.position, state.step, state.out)
-
-        settle, layer = settle if fused else self.compiled(settle, f"settle_{end}", whole=False), self.layer(end)
-
-        def decode() -> None:
-            settle(model(state.token, state.position, cache, layer, end=end)[:, 0])
-
-        program = self.compiled(decode, f"decode_{end}")
-        program = self.captured(program, [state.token, state.position, state.out, state.step])
-        self._programs[end, structure] = program
-        return program
-
-    def fused(self, structure: Structure) -> bool:
-        """Whether drawing a token is a kernel here."""
-        return self.use_kernels and decode_kernels.samples(self.dtype, self.model.config.vocab_size, structure)
-
-    def compiled(self, fn: Function, name: str, whole: bool | None = True, dynamic: bool | None = None) -> Function:
-        """fn through torch.compile where this engine compiles, else fn. whole: it runs the model, or (False) is a part
-        of what does; on a GPU only parts are compiled, identical layers once: a captured graph needs no compiler around
-        them.
-        """
-        if not self.compile or whole == (self.use_kernels or self.device.type == "cuda"):
-            return fn
-        options = {"coordinate_descent_tuning": self.device.type == "cuda" and not self.use_kernels}
-        return torch.compile(private_copy(fn, name), fullgraph=True, dynamic=dynamic, options=options)
-
-    def layer(self, end: int) -> Function:
-        """What calls a layer in one program, over `end` slots; between kernels nothing is left to fuse."""
-        if self.use_kernels and not any(self.model.config.sparse):
-            return DecoderLayer.__call__
-        return self.compiled(DecoderLayer.forward, f"layer_{end}", whole=False, dynamic=False)
-
-    def captured(
-        self, program: Callable[[], None], restored: list[torch.Tensor], margin: int = 1
-    ) -> Callable[[], None]:
-        """Compile by running, then on a GPU capture one CUDA graph: a step is then one launch, with no guards and no
-        arguments.
-
-        The trial steps write to the last `margin` slots, which never belong to a prefix that is kept, and `restored`
-        is put back.
-        """
-        if not self.compile:
-            return program
-        began, state, saved = time.perf_counter(), self.state, [t.clone() for t in restored]
-        for _ in range(2):  # a GPU's libraries allocate on the first run, which a capture may not
-            state.step.zero_()
-            state.position.fill_(state.out.shape[1] - margin)
-            program()
-        if self.device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                program()
-            program = graph.replay
-        for tensor, value in zip(restored, saved):
-            tensor.copy_(value)
-        self.stats.compile_s += time.perf_counter() - began
-        return program
-
-    def _steps(self, count: int, position: int, structure: Structure) -> Iterator[list[list[int]]]:
-        """Run `count` decode steps; yields ids [B][n] a few columns at a time.
-
-        On a GPU the host reads one block behind the one it has just queued, so the queue never runs dry.
-        """
-        pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
-        for a in range(0, count, self.sync_every):
-            b = min(a + self.sync_every, count)
-            for i in range(a, b):
-                self._decode(position + i, structure)()
-            if self.device.type != "cuda":
-                yield self.state.out[:, a:b].tolist()
-                continue
-            host = torch.empty((self.state.out.shape[0], b - a), dtype=torch.int64, pin_memory=True)
-            host.copy_(self.state.out[:, a:b], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            if pending is not None:
-                pending[1].synchronize()
-                yield pending[0].tolist()
-            pending = host, event
-        if pending is not None:
-            pending[1].synchronize()
-            yield pending[0].tolist()
-
-    # -- what callers use ----------------
-
-    def encode(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-        """Ids of each prompt. ValueError for an empty one and for ids beyond the model's vocabulary."""
-        rows = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        for row in rows:
-            if not row:
-                raise ValueError("the prompt is empty and the model has no BOS token to start from; give some text")
-            if (worst := max(row)) >= self.model.config.vocab_size:
-                raise ValueError(
-                    f"the prompt uses token id {worst}; the model's vocabulary has {self.model.config.vocab_size}"
-                )
-        return rows
-
-    def generate(
-        self,
-        prompts: Sequence[str | Sequence[int]],
-        sampling: SamplingParams | None = None,
-        *,
-        max_new_tokens: int = 200,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        seed: int = 0,
-    ) -> Iterator[Increment]:
-        """Continue every prompt (text or ids); yields increments as they come, row by row, until every row has ended.
-
-        Each row's draws depend on (seed, row, position) alone. All rows end where the longest prompt's row reaches
-        max_seq_len (that of `load`, else the model's context), at the latest.
-        ValueError for a prompt that does not fit, and for logits that are not finite.
-        """
-        sampling, rows = sampling or self.defaults, self.encode(prompts)
-        longest, context = max(map(len, rows)), self.model.config.max_position_embeddings
-        if longest >= self.max_seq_len:
-            raise ValueError(
-                f"the prompt has {longest} tokens; --max-seq-len {self.max_seq_len} (the model's context: {context}) "
-                "leaves no room to continue"
-            )
-        limit = min(max_new_tokens, self.max_seq_len - longest)
-        speculation = self.speculation
-        self.reserve(len(rows), longest + limit, speculation.margin if speculation else 0)
-        self.stats = Stats(load_s=self.stats.load_s, batch_size=len(rows))
-        state, structure, known = self.state, sampling.structure, 0
-        if speculation:
-            speculation.prepare(longest, limit, structure)
-        else:
-            for position in range(longest, longest + limit - 1):
-                self._decode(position, structure)
-        if len(rows) == 1:  # keep what the cache already holds, but for the last id, whose logits are needed
-            same = (a == b for a, b in zip(rows[0][:-1], self._cached))
-            known = next((i for i, equal in enumerate(same) if not equal), min(len(rows[0]) - 1, len(self._cached)))
-        began = time.perf_counter()
-        state.seeds.copy_(torch.arange(len(rows)) + (seed << 20))
-        state.knobs.copy_(sampling.knobs(self.device))
-        logits = self.prefill(rows, known)
-        lengths = torch.tensor([len(r) for r in rows], device=self.device)
-        first = sample(logits, structure, state.knobs, state.seeds, lengths - 1, self.fused(structure))
-        first = self.model.tp.broadcast(first)
-        state.token.copy_(first.clamp(min=0)[:, None])
-        state.position.copy_(lengths[:, None])
-        state.step.zero_()
-        stop_ids = frozenset() if ignore_eos else self.tokenizer.stop_ids
-        answers = [Answer(self.tokenizer.decoder(row), stop_ids, stop, limit) for row in rows]
-        if speculation:
-            speculation.begin(rows, first)
-        block = first[:, None].tolist()
-        self.stats.ttft_s, self.stats.prefill_tokens = time.perf_counter() - began, sum(map(len, rows)) - known
-        began, compile_s = time.perf_counter(), self.stats.compile_s
-        steps = speculation.steps(structure) if speculation else self._steps(limit - 1, longest, structure)
-        try:
-            while block:
-                yield from self._increments(answers, block)
-                if len(rows) == 1:
-                    self._cached = [*rows[0], *answers[0].ids[:-1]]
-                block = [] if all(a.stop_reason for a in answers) else next(steps, [])
-                self.stats.decode_s = time.perf_counter() - began - (self.stats.compile_s - compile_s)
-                self.stats.decode_steps = max(len(a.ids) for a in answers) - 1
-        finally:  # also when the caller stops asking
-            self.stats.bytes_per_step = self._bytes_per_step(longest + self.stats.decode_steps // 2)
-
-    def _increments(self, answers: list[Answer], block: list[list[int]]) -> Iterator[Increment]:
-        for row, (answer, ids) in enumerate(zip(answers, block)):
-            if answer.stop_reason is None:
-                if -1 in ids[: answer.limit - len(answer.ids)]:
-                    self.cache = None  # it holds NaN, and 0 * NaN would reach the next prompt too
-                    raise ValueError(
-                        f"row {row}: the logits are not finite; is the checkpoint damaged, or {self.dtype} too narrow?"
-                    )
-                taken, text = answer.add(ids)
-                yield Increment(row, taken, text, answer.stop_reason)
-
-    def score(self, tokens: torch.Tensor, chunk: int = 512) -> torch.Tensor:
-        """Log-probability float32 [B, T - 1] of each of tokens[:, 1:] (int64 [B, T]) given the ones before it, in one
-        pass.
-        """
-        B, T = tokens.shape
-        self.reserve(B, T)
-        self._cached = []
-        tokens, out = tokens.to(self.device), []
-        for a in range(0, T - 1, chunk):
-            b = min(a + chunk, T - 1)
-            positions = torch.arange(a, b, device=self.device).expand(B, -1)
-            logits = self.model(tokens[:, a:b], positions, self.cache, end=b).float()
-            out.append(torch.log_softmax(logits, -1).gather(-1, tokens[:, a + 1 : b + 1, None]).squeeze(-1))
-        return torch.cat(out, 1)
+    def warn(self) -> None:
+        """What is right but not as a user may expect, once, on standard error."""
+        ids, vocabulary = self.tokenizer.vocab_size, self.model.config.vocab_size
+        if ids > vocabulary:
+            what = f"warning: the tokenizer has {ids} ids, the model {vocabulary}"
+            print(f"{what}; a prompt that uses one beyond is refused", file=sys.stderr)
+        if any(m.expands for m in self.model.modules() if isinstance(m, Linear)):
+            what = f"note: there is no fast path for some int4 weights in {self.dtype} on {self.device.type}"
+            print(f"{what}; they are expanded at every step, which is slow", file=sys.stderr)
 
     def peak_bytes(self) -> int:
         """The most memory that this process has used: of its GPU, or else of the host."""
@@ -503,18 +581,16 @@ class Engine:
             yield
         trace.export_chrome_trace(file)
 
-    def _bytes_per_step(self, prefix: int) -> int:
-        """Bytes one decode step must read: every weight and scale used (of one embedding row), and the KV prefix
-        attended.
-        """
-        config, B = self.model.config, self.stats.batch_size
-        total = 0
-        for module in self.model.modules():
-            if isinstance(module, Linear):
-                times = min(B * config.num_experts_per_tok, module.num_experts) if module.num_experts else 1
-                total += module.bytes_read() * times
-        kv = 2 * config.num_key_value_heads // self.model.tp.size * config.head_dim * self.dtype.itemsize
-        return total + B * kv * sum(min(prefix, w or prefix) for w in config.windows)
+
+def wants_kernels(choice: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run and are wanted. ValueError where they are asked for and do not run."""
+    able = decode_kernels is not None and decode_kernels.supported(device) and dtype != torch.float32
+    if choice == "triton" and not able:
+        raise ValueError(
+            "--kernels triton needs Triton, bfloat16 or float16, and a CUDA device of capability 8.0 or newer; "
+            f"here: {dtype} on {device}"
+        )
+    return choice != "inductor" and able
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -160,7 +160,7 @@ def summary(engine: Engine) -> str:
         f"load {s.load_s:.1f} s | compile {s.compile_s:.1f} s | "
         f"TTFT {s.ttft_s * 1e3:.0f} ms ({s.prefill_tokens} tokens) | decode {rate * s.batch_size:.1f} tok/s | "
         f"{gb / max(s.batch_size, 1):.3g} GB/token | {gb * rate:.1f} GB/s | memory {memory:.2f} GB"
-        + (f"\n{engine.speculation.summary()}" if engine.speculation else "")
+        + (f"\n{engine.speculation.summary(s.decode_s)}" if engine.speculation else "")
     )
 
 
@@ -274,10 +274,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         ready()
         chosen = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-        same = "device dtype shape max_seq_len draft num_draft_tokens compile compile_prefill prefill_chunk".split()
+        same = "device dtype kernels shape max_seq_len draft num_draft_tokens".split()
+        same += ["compile", "compile_prefill", "prefill_chunk"]
         engine = Engine.load(
             args.checkpoint,
-            kernel_choice=args.kernels,
             batch_size=len(prompts) or 1,
             progress=sys.stderr.isatty(),
             chosen=chosen,

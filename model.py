@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import decode_kernels
-from linear import Linear, RMSNorm, rms_norm_reference
+from linear import Linear, RMSNorm
 from tp import TensorParallel
+
+DECODE_TOKENS = 16  # up to so many new tokens (of a row) or rows (of a layer) are a decode step, more are a prefill
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Rope:
     attention_factor: float | None = None
     truncate: bool = True
 
-    def frequencies(self, dim: int, max_position_embeddings: int) -> tuple[torch.Tensor, float]:
+    def frequencies(self, dim: int, max_position_embeddings: int) -> tuple[Tensor, float]:
         """(inverse frequencies float32 [dim / 2], factor on cos and sin). `dynamic` is the unscaled table: exact up to
         the original context.
         """
@@ -56,7 +57,7 @@ class Rope:
             return self._yarn(inv_freq, dim, original)
         return inv_freq, 1.0
 
-    def _yarn(self, inv_freq: torch.Tensor, dim: int, original: int) -> tuple[torch.Tensor, float]:
+    def _yarn(self, inv_freq: Tensor, dim: int, original: int) -> tuple[Tensor, float]:
         """YaRN, Peng et al. 2023, section 3: NTK-by-parts (equations 17-23) and the attention temperature."""
 
         def correction(turns: float) -> float:
@@ -91,29 +92,35 @@ class ModelConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     rope: Rope
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
     windows: tuple[int, ...]  # per layer: keys a query sees, itself included; 0 means all
     sparse: tuple[bool, ...]  # per layer: mixture of experts instead of one MLP
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    norm_topk_prob: bool
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
 
 
 class LayerCache(nn.Module):
     """Keys and values of one layer: two buffers [B, Hkv local, S, Dh] that are written in place."""
 
-    k: torch.Tensor
-    v: torch.Tensor
+    k: Tensor
+    v: Tensor
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+
+    def write_(self, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v [B, T, Hkv, Dh] into the slots `positions` [B, T] of each row."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.k[rows, :, positions] = k
+        self.v[rows, :, positions] = v
 
 
 class KVCache(nn.Module):
@@ -138,7 +145,7 @@ class KVCache(nn.Module):
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Tensor:
     """Causal attention of q [B, T, H, Dh] over slots k, v [B, Hkv, S, Dh]; query t of row b sees slots <= positions[b,
     t].
 
@@ -154,7 +161,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.T
     mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
     if window:
         mask = mask & (slots > positions[:, None, :, None] - window)
-    if T > decode_kernels.MAX_ROWS:
+    if T > DECODE_TOKENS:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=Hkv != H)
         return y.transpose(1, 2)
     grouped = q.view(B, T, Hkv, H // Hkv, Dh).permute(0, 2, 3, 1, 4).reshape(B, Hkv, H // Hkv * T, Dh)
@@ -177,131 +184,70 @@ def angles(positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Te
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
-def embed_reference(
-    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float = 1.0, first: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Twin of `decode_kernels.embed`: any number of tokens."""
-    if first is None:
-        return F.embedding(tokens, table), *angles(positions, inv_freq, factor)
-    tokens = tokens - first
-    inside = (tokens >= 0) & (tokens < table.shape[0])
-    x = F.embedding(tokens.where(inside, 0), table) * inside[..., None]
-    return x, *angles(positions, inv_freq, factor)
-
-
-def decode_attention_reference(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
-    window: int = 0,
-) -> Tensor:
-    """Twin of `decode_kernels.decode_attention`: any T and positions; reads every slot that it is given, so pass a
-    narrowed cache.
-    """
-    b, t = positions.shape
-    kv_heads, slots, dim = k_cache.shape[1:]
-    qkv = qkv.view(b, t, -1, dim).transpose(1, 2)
-    heads = qkv.shape[1] - 2 * kv_heads
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    q = q if q_norm is None else rms_norm_reference(q, q_norm, eps)
-    k = k if k_norm is None else rms_norm_reference(k, k_norm, eps)
-    cos, sin = cos.view(b, 1, t, -1), sin.view(b, 1, t, -1)
-    q, k = (rotate(x, cos, sin) for x in (q, k))
-    rows = torch.arange(b, device=qkv.device)[:, None]
-    k_cache[rows, :, positions] = k.transpose(1, 2).to(k_cache.dtype)
-    v_cache[rows, :, positions] = v.transpose(1, 2).to(v_cache.dtype)
-    slot = torch.arange(slots, device=qkv.device)
-    mask = slot <= positions[..., None]
-    mask = mask if window == 0 else mask & (slot > positions[..., None] - window)
-    group = heads // kv_heads  # the query heads of a group become rows: K and V are not repeated
-    q = q.reshape(b, kv_heads, group * t, dim)
-    out = F.scaled_dot_product_attention(q, k_cache.to(q.dtype), v_cache.to(q.dtype), mask.repeat(1, group, 1)[:, None])
-    return out.reshape(b, heads, t, dim).transpose(1, 2).reshape(b * t, heads * dim)
-
-
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with its projections, cache write and residual add."""
 
-    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, use_kernels: bool) -> None:
+    fast: Callable[..., Tensor | None] | None = None  # set by `decode_kernels.use_`; None: plain PyTorch
+
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp, self.use_kernels = tp, use_kernels
+        self.tp = tp
         self.num_heads = tp.local(config.num_attention_heads, "num_attention_heads")
         self.num_kv_heads = tp.local(config.num_key_value_heads, "num_key_value_heads")
         self.head_dim, self.window = config.head_dim, config.windows[layer]
         out = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv_proj = Linear(config.hidden_size, out, config.qkv_bias, use_kernels=use_kernels)
-        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, config.o_bias, use_kernels=use_kernels)
+        self.qkv_proj = Linear(config.hidden_size, out, config.qkv_bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self,
-        x: torch.Tensor,
-        norm: RMSNorm,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        positions: torch.Tensor,
-        cache: LayerCache,
-        end: int,
-    ) -> torch.Tensor:
-        B, T, _ = x.shape
-        qkv = self.qkv_proj(x, norm=norm)
-        if self.use_kernels and T <= decode_kernels.MAX_ROWS:
-            operands = qkv.view(B * T, -1), cos.view(B * T, -1), sin.view(B * T, -1), positions, cache.k, cache.v
-            fits = decode_kernels.fits_attention(operands[0], positions, cache.k, cache.v)
-            y = (decode_kernels.decode_attention if fits else decode_attention_reference)(
-                *operands,
-                None if self.q_norm is None else self.q_norm.weight,
-                None if self.k_norm is None else self.k_norm.weight,
-                0.0 if self.q_norm is None else self.q_norm.eps,
-                self.window,
-            )
-        else:
-            heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-            q, k, v = qkv.view(B, T, -1, self.head_dim).split(heads, 2)
-            if self.q_norm is not None and self.k_norm is not None:
-                q, k = self.q_norm(q), self.k_norm(k)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            rows = torch.arange(B, device=x.device)[:, None]
-            cache.k[rows, :, positions] = k
-            cache.v[rows, :, positions] = v
-            y = attend(q, cache.k[:, :, :end], cache.v[:, :, :end], positions, self.window)
+        self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
+    ) -> Tensor:
+        """x [B, T, D] -> x + attention(norm(x)); keys and values of the new tokens go into the cache."""
+        qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 Hkv) Dh]
+        y = None if self.fast is None else self.fast(self, qkv, cos, sin, positions, cache)
+        if y is None:
+            y = self.attend(qkv, cos, sin, positions, cache, end)
         # the residual enters the sum over ranks once, through rank 0
-        residual = x if self.tp.rank == 0 else None
-        return self.tp.all_reduce(self.o_proj(y.reshape(B, T, -1), residual=residual))
+        return self.tp.all_reduce(self.o_proj(y, residual=x if self.tp.rank == 0 else None))
+
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int) -> Tensor:
+        """Heads, their norms and rotation, the cache, and attention over its first `end` slots: [B, T, H Dh]."""
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        cache.write_(positions, k, v)
+        return attend(q, cache.k[:, :, :end], cache.v[:, :, :end], positions, self.window).flatten(2)
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020), norm before and residual after fused in."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, use_kernels: bool) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
         width = tp.local(config.intermediate_size, "intermediate_size")
-        self.gate_up_proj = Linear(config.hidden_size, 2 * width, config.mlp_bias, use_kernels=use_kernels)
-        self.down_proj = Linear(width, config.hidden_size, config.mlp_bias, use_kernels=use_kernels)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * width, config.mlp_bias)
+        self.down_proj = Linear(width, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        residual = x if self.tp.rank == 0 else None
-        return self.tp.all_reduce(self.down_proj(self.gate_up_proj(x, norm=norm, silu_mul=True), residual=residual))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        h = self.gate_up_proj(x, norm=norm, silu_mul=True)
+        return self.tp.all_reduce(self.down_proj(h, residual=x if self.tp.rank == 0 else None))
 
 
 class Experts(nn.Module):
     """E MLPs stored as two stacked weights."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, use_kernels: bool) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         E, width = config.num_experts, tp.local(config.moe_intermediate_size, "moe_intermediate_size")
-        self.gate_up_proj = Linear(config.hidden_size, 2 * width, num_experts=E, use_kernels=use_kernels)
-        self.down_proj = Linear(width, config.hidden_size, num_experts=E, use_kernels=use_kernels)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * width, num_experts=E)
+        self.down_proj = Linear(width, config.hidden_size, num_experts=E)
 
-    def forward(self, x: torch.Tensor, experts: torch.Tensor | int) -> torch.Tensor:
+    def forward(self, x: Tensor, experts: Tensor | int) -> Tensor:
         return self.down_proj(self.gate_up_proj(x, silu_mul=True, experts=experts), experts=experts)
 
 
@@ -314,21 +260,21 @@ class MoE(nn.Module):
     choice there either, so it can be captured. A prefill goes expert by expert, which needs one host synchronisation.
     """
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, use_kernels: bool) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.tp, self.top_k, self.normalise = tp, config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = Linear(config.hidden_size, config.num_experts, use_kernels=use_kernels)
-        self.experts = Experts(config, tp, use_kernels)
+        self.gate = Linear(config.hidden_size, config.num_experts)
+        self.experts = Experts(config, tp)
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         h = norm(x).flatten(0, 1)  # [M, D]
         weights, chosen = torch.softmax(self.gate(h).float(), -1).topk(self.top_k, -1)  # [M, k]
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        if h.shape[0] <= decode_kernels.MAX_ROWS:
+        if h.shape[0] <= DECODE_TOKENS:
             y = self.experts(h.repeat_interleave(self.top_k, 0), chosen.flatten()).view(*chosen.shape, -1)
             y = (y * weights.unsqueeze(-1)).sum(1)
-        elif x.shape[1] <= decode_kernels.MAX_ROWS:
+        elif x.shape[1] <= DECODE_TOKENS:
             y = torch.zeros_like(h, dtype=torch.float32)
             for e in range(self.experts.gate_up_proj.num_experts):
                 share = (weights * (chosen == e)).sum(-1, keepdim=True)
@@ -342,22 +288,14 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, use_kernels: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, tp, use_kernels)
+        self.self_attn = Attention(config, layer, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (MoE if config.sparse[layer] else MLP)(config, tp, use_kernels)
+        self.mlp = (MoE if config.sparse[layer] else MLP)(config, tp)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        positions: torch.Tensor,
-        cache: LayerCache,
-        end: int,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int) -> Tensor:
         x = self.self_attn(x, self.input_layernorm, cos, sin, positions, cache, end)
         return self.mlp(x, self.post_attention_layernorm)
 
@@ -365,17 +303,19 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """The whole decoder. Build it under `torch.device("meta")`; `checkpoint.py` fills it."""
 
-    inv_freq: torch.Tensor
+    fast: Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None = None  # of `embed`; None: plain PyTorch
+    inv_freq: Tensor
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = TensorParallel(), use_kernels: bool = False) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel = TensorParallel()) -> None:
         super().__init__()
-        self.config, self.tp, self.use_kernels = config, tp, use_kernels
+        self.config, self.tp = config, tp
         self.vocab_local = tp.local(config.vocab_size, "vocab_size")
+        self.first_id = tp.rank * self.vocab_local  # this rank's share of the embedding begins with this token
         # from_pretrained: nn.Embedding's own initialisation on the meta device imports sympy, a second of every start
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(self.vocab_local, config.hidden_size))
-        self.layers = nn.ModuleList(DecoderLayer(config, i, tp, use_kernels) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, tp) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, self.vocab_local, use_kernels=use_kernels)
+        self.lm_head = Linear(config.hidden_size, self.vocab_local)
         self.register_buffer("inv_freq", torch.empty(config.head_dim // 2), persistent=False)
         self.rope_factor = 1.0
 
@@ -387,31 +327,35 @@ class Transformer(nn.Module):
         inv_freq, self.rope_factor = c.rope.frequencies(c.head_dim, c.max_position_embeddings)
         self.inv_freq = inv_freq.to(device)
 
-    def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """tokens, positions int64 [B, T] -> [B, T, D] and what `rope` returns; each rank looks up its slice of the
         vocabulary and the others add zeros.
         """
-        first = None if self.tp.size == 1 else self.tp.rank * self.vocab_local
-        table = self.embed_tokens.weight
-        few = self.use_kernels and tokens.shape[1] <= decode_kernels.MAX_ROWS and decode_kernels.reaches(table)
-        begin = decode_kernels.embed if few else embed_reference
-        x, cos, sin = begin(tokens, positions, table, self.inv_freq, self.rope_factor, first)
+        begun = None if self.fast is None else self.fast(self, tokens, positions)
+        if begun is None:
+            table, (cos, sin) = self.embed_tokens.weight, self.rope(positions)
+            if self.tp.size == 1:
+                return F.embedding(tokens, table), cos, sin
+            at = tokens - self.first_id
+            here = (at >= 0) & (at < self.vocab_local)
+            begun = F.embedding(at.where(here, 0), table) * here[..., None], cos, sin
+        x, cos, sin = begun
         return self.tp.all_reduce(x), cos, sin
 
-    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin float32 [B, T, 1, Dh / 2]."""
         return angles(positions, self.inv_freq, self.rope_factor)
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
+        tokens: Tensor,
+        positions: Tensor,
         cache: KVCache,
-        run: Callable[..., torch.Tensor] = DecoderLayer.__call__,
+        run: Callable[..., Tensor] = DecoderLayer.__call__,
         *,
         end: int,
-        select: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        select: Tensor | None = None,
+    ) -> Tensor:
         """tokens, positions int64 [B, T] -> logits in the activations' dtype, [B, T, V], or [B, 1, V] at index
         select[b] of each row.
 
@@ -425,3 +369,21 @@ class Transformer(nn.Module):
         if select is not None:
             x = x[torch.arange(x.shape[0], device=x.device), select][:, None]
         return self.tp.all_gather(self.lm_head(x, norm=self.norm))
+
+    def bytes_per_slot(self) -> int:
+        """Of this rank's cache, for one row."""
+        c = self.config
+        heads = c.num_key_value_heads // self.tp.size
+        return 2 * c.num_hidden_layers * heads * c.head_dim * self.norm.weight.element_size()
+
+    def bytes_per_step(self, batch_size: int, prefix: int) -> int:
+        """What a decode step must read: every weight and scale that it uses (of one embedding row), and the keys and
+        values of `prefix` slots, or of the window, in every row.
+        """
+        c, total = self.config, 0
+        for module in self.modules():
+            if isinstance(module, Linear):
+                rows = batch_size * c.num_experts_per_tok
+                total += module.bytes_read() * (min(rows, module.num_experts) if module.num_experts else 1)
+        slots = sum(min(prefix, window or prefix) for window in c.windows)
+        return total + batch_size * slots * self.bytes_per_slot() // c.num_hidden_layers

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import decode_kernels
-
 _MIX1, _MIX2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # splitmix64's constants as int64
 Structure = tuple[bool, int, bool, bool]  # what changes the program: greedy, top_k, top-p on, min-p on
 
@@ -120,14 +118,10 @@ def draw(probs: Tensor, seeds: Tensor, positions: Tensor, stream: int = 0, ids: 
     return torch.argmax(probs / e, -1)
 
 
-def sample(
-    logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor, fused: bool = False
-) -> Tensor:
-    """Next token [B] int64 for logits [B, V] of the tokens at `positions`; -1 in a row whose logits are not finite (the
-    host raises). fused: as two kernels, where `decode_kernels.samples` says that they can.
+def sample(logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Next token [B] int64 for logits [B, V] of the tokens at `positions` int64 [B]; -1 in a row whose logits are not
+    finite (the host raises). seeds int64 [B].
     """
-    if fused:
-        return decode_kernels.sample(logits, knobs, seeds, positions, 1 if structure[0] else structure[1])
     probs, ids = distribution(logits, structure, knobs)
     token = probs.argmax(-1) if structure[0] else draw(probs, seeds, positions, ids=ids)
     if ids is not None:

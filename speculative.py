@@ -2,7 +2,7 @@
 the host.
 
 Knows how to emit several tokens per step of the target without changing what the target says. Refuses to know models,
-files and text: it drives two engines (`engine.py`) through their models, caches and captured programs.
+files and text: it drives two engines through the interface `Stepper`.
 
 A round: the drafter proposes K tokens; the target scores the last token and the K proposals in one step of K + 1 rows;
 the longest accepted run and one more token of the target's own come out. Legend: B rows, S cache slots, K
@@ -13,23 +13,26 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sampling import Structure, distribution, draw, sample, uniform
 
-Program = Callable[[], None]
-Programs = tuple[list[Program], dict[int, Program]]  # drafts, and a verification for each K
+Program = Callable[[], None]  # one step on static tensors
+Read = Callable[[], tuple[Tensor, Tensor]]  # -> the tokens and positions int64 [B, T] of a step
+Write = Callable[[Tensor], None]  # logits [B, T, V] -> where they are wanted
 ACCEPT, RESAMPLE, DRAFT = 1, 2, 3  # streams of randomness; 0 is plain decoding's
 EARNED = 0.005  # of a plain step, by every token, to be spent on drafts that may not pay
 REST = 512  # plain steps at most before another choice
+KINDS = 4  # of sampling, for which programs are kept
 CHOICES = (0, 1, 2, 3, 4, 6, 8, 12)  # what `auto` chooses from: one captured verification each
 
 
-def spread(probs: torch.Tensor, ids: torch.Tensor | None, V: int) -> torch.Tensor:
+def spread(probs: Tensor, ids: Tensor | None, V: int) -> Tensor:
     """What `sampling.distribution` returns, as probs float32 [..., V] over the target's vocabulary."""
     if ids is None:
         return F.pad(probs, (0, V - probs.shape[-1]))
@@ -37,13 +40,8 @@ def spread(probs: torch.Tensor, ids: torch.Tensor | None, V: int) -> torch.Tenso
 
 
 def accept(
-    drafted: torch.Tensor,
-    q: torch.Tensor,
-    p: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    rate: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    drafted: Tensor, q: Tensor, p: Tensor, seeds: Tensor, positions: Tensor, rate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The accept/resample rule (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, theorem 1): what comes out is
     distributed as p.
 
@@ -65,7 +63,7 @@ def accept(
     return F.pad(drafted, (0, 1)).scatter(1, count, token[:, None]), count + 1
 
 
-def lookup(history: torch.Tensor, position: torch.Tensor, K: int, longest: int = 3) -> torch.Tensor:
+def lookup(history: Tensor, position: Tensor, K: int, longest: int = 3) -> Tensor:
     """Prompt lookup (Saxena 2023): the K tokens behind the latest earlier place where the last n ids stand, n = 3, 2,
     1.
 
@@ -126,62 +124,136 @@ class Chooser:
             self.accepted, self.tested = self.accepted * keep, self.tested * keep
 
 
+class Rows(Protocol):
+    """The static tensors of an engine that a step reads and writes."""
+
+    token: Tensor  # int64 [B, 1], the newest token of each row
+    position: Tensor  # int64 [B, 1], its position
+    seeds: Tensor  # int64 [B]
+    knobs: Tensor  # float32 [3], see `SamplingParams.knobs`
+    out: Tensor  # int64 [B, S], what plain steps emit
+    step: Tensor  # int64 [1], the column of `out` that comes next
+
+
+class Stepper(Protocol):
+    """What speculation needs of an engine."""
+
+    device: torch.device
+    vocab_size: int
+    context: int  # positions that the model can tell apart
+
+    @property
+    def state(self) -> Rows:
+        """Of the rows that are decoded now."""
+
+    def reserve(self, batch_size: int, max_seq_len: int, slack: int = 0) -> None:
+        """Make room for batch_size rows of max_seq_len + slack slots."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], start: int = 0) -> Tensor:
+        """Fill the cache behind `start` slots that are right."""
+
+    def attended(self, position: int) -> int:
+        """How many slots a program for rows at `position` looks at."""
+
+    def program(self, read: Read, write: Write, end: int, park: Program, fused: bool = False) -> Program:
+        """One step that reads, runs the model over `end` slots, and writes. park: see `park`, called before trials."""
+
+    def small_program(self, fn: Program, park: Program) -> Program:
+        """A step that does not run the model."""
+
+    def decode(self, position: int, structure: Structure) -> Program:
+        """A plain step for rows at `position`."""
+
+    def steps(self, count: int, position: int, structure: Structure) -> Iterator[list[list[int]]]:
+        """`count` plain steps; yields ids [B][n], a few steps at a time."""
+
+    def park(self, margin: int = 1) -> None:
+        """Let every row stand at the last `margin` slots, where trial steps do no harm."""
+
+    def static(self, *tensors: Tensor) -> None:
+        """Say that programs will find these tensors where they are now."""
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x on every rank."""
+
+
+@dataclass
+class Programs:
+    """What a round runs, for one kind of sampling and one number of slots."""
+
+    drafts: list[Program]  # of a model: for its first token, and for each later one; of lookup: one for all
+    verify: dict[int, Program]  # by K
+
+
 class Speculation:
     """Rounds of draft and verify for one target engine, with a draft engine that shares its ids, or None for prompt
     lookup. `simulated`: accept each proposal at this rate, to measure costs on random weights.
     """
 
-    def __init__(self, target: Any, draft: Any | None, num_draft_tokens: int | None) -> None:  # noqa: ANN401
-        self.target, self.draft, self.vocab = target, draft, target.model.config.vocab_size
-        self.simulated: torch.Tensor | None = None  # float32 scalar on the device
+    def __init__(self, target: Stepper, draft: Stepper | None, num_draft_tokens: int | None) -> None:
+        self.target, self.draft, self.vocab = target, draft, target.vocab_size
+        self.simulated: Tensor | None = None  # float32 scalar on the device
         self.choices = CHOICES if num_draft_tokens is None else (num_draft_tokens,)
+        self.rests = 0 in self.choices  # by running the target's own plain programs
         self.margin = max(self.choices) + 2  # slots behind the last token kept that rounds may write to
-        self.owner: tuple[Any, ...] = ()  # what the programs were built for
-        self.programs: dict[tuple[int, Structure], Programs] = {}
+        self.owner: tuple[Rows | Tensor | None, ...] = ()  # what the programs were built for
+        self.programs: dict[Structure, dict[int, Programs]] = {}
         self.costs: dict[Structure, dict[int, tuple[float, float]]] = {}  # K -> milliseconds of draft and of verify
         self.resume_ms = 0.0  # of reading what plain steps have emitted
         self.ids: list[list[int]] = []  # per row: prompt and everything emitted
         self.draft_knows = 0  # slots of the draft's cache, and ids of the history, that are right in every row
         self.book: list[tuple[int, list[int]]] = []  # every round of the last generation: K, tokens emitted by row
 
+    # -- before a generation ----------------
+
     def prepare(self, longest: int, limit: int, structure: Structure) -> None:
         """Before a prefill, for `limit` new tokens behind prompts of at most `longest`: buffers, programs, costs."""
-        target, draft, stats, began = self.target, self.draft, self.target.stats, time.perf_counter()
-        B, S = target.state.out.shape
+        target, draft = self.target, self.draft
+        slots = context = target.state.out.shape[1]
         if draft is not None:  # beyond its context a draft guesses badly, and that is all
-            context = min(S, draft.model.config.max_position_embeddings)
-            draft.reserve(B, context, S - context)
+            context = min(slots, draft.context)
+            draft.reserve(len(target.state.out), context, slots - context)
         owner = (target.state, draft and draft.state, self.simulated)
         if owner != self.owner:
+            self._allocate()
             self.owner, self.programs, self.costs, self.draft_knows = owner, {}, {}, 0
-            most = max(self.choices)
-            self.history = torch.zeros((B, S), dtype=torch.int64, device=target.device)
-            self.log = torch.zeros((B, most + 2), dtype=torch.int64, device=target.device)
-            self.q = torch.zeros((B, most if draft else 0, self.vocab), device=target.device)
-            self.offsets = torch.arange(-1, most + 1, device=target.device)  # kept: captured graphs read them
         self.last = longest + limit - 1
-        already = stats.compile_s
-        rests = 0 in self.choices  # by running the target's own plain programs
+        self.programs[structure] = self.programs.pop(structure, {})  # the newest kind stands last
+        while len(self.programs) > KINDS:
+            del self.programs[next(iter(self.programs))]
         for position in range(longest, longest + limit):
-            self._programs(target.attended(position), structure)
-            if rests:
-                target._decode(position, structure)
+            self._programs(position, structure)
+            if self.rests:
+                target.decode(position, structure)
         if structure not in self.costs:
-            drafts, verify = self._programs(target.attended(longest), structure)
-            programs = [*drafts, *verify.values()]
-            if rests:
-                programs[len(drafts)] = target._decode(longest, structure)
-            times = self._milliseconds(programs, longest + 1)
-            first, later = times[0], sum(times[1 : len(drafts)])
-            ms = [[first * (K > 0) + later * max(K - 1, 0) for K in verify], times[len(drafts) :]]
-            ms.append([0.0] * len(verify))
-            if rests:
-                self.ids = [[0] * min(129, S - 1, context if draft else S)] * B
-                ms[2] = self._milliseconds([lambda: self.catch_up(0)], longest + 1) * len(verify)
-                self.draft_knows = 0
-            *agreed, resume = target.model.tp.broadcast(torch.tensor(ms, device=target.device)).tolist()
-            self.costs[structure], self.resume_ms = dict(zip(verify, zip(*agreed))), resume[0]
-        stats.compile_s = already + time.perf_counter() - began
+            self._measure(longest, min(129, context - 1), structure)
+
+    def _allocate(self) -> None:
+        (B, S), device, most = self.target.state.out.shape, self.target.device, max(self.choices)
+        self.history = torch.zeros((B, S), dtype=torch.int64, device=device)  # of every row: what it holds, and drafts
+        self.log = torch.zeros((B, most + 2), dtype=torch.int64, device=device)  # of a round: how many tokens, which
+        self.q = torch.zeros((B, most if self.draft else 0, self.vocab), device=device)  # what drafts were drawn from
+        self.drafted = torch.zeros(1, dtype=torch.int64, device=device)  # how many tokens this round has drafted
+        self.offsets = torch.arange(-1, most + 1, device=device)
+        self.target.static(self.history, self.log, self.q, self.drafted)
+
+    def _measure(self, position: int, prompt: int, structure: Structure) -> None:
+        """Milliseconds of each choice of K at `position`, and of resuming behind `prompt` ids; rank 0's count."""
+        target, programs = self.target, self._programs(position, structure)
+        verify = list(programs.verify.values())
+        if self.rests:
+            verify[0] = target.decode(position, structure)
+        times = self._milliseconds([*programs.drafts, *verify], position + 1)
+        first, later = times[0], sum(times[1 : len(programs.drafts)])
+        drafts = [first * (K > 0) + later * max(K - 1, 0) for K in programs.verify]
+        resume = 0.0
+        if self.rests:
+            self.ids = [[0] * prompt] * len(self.history)
+            (resume,) = self._milliseconds([lambda: self.catch_up(0)], position + 1)
+            self.draft_knows = 0
+        measured = [drafts, times[len(programs.drafts) :], [resume] * len(drafts)]
+        *agreed, resumes = target.broadcast(torch.tensor(measured, device=target.device)).tolist()
+        self.costs[structure], self.resume_ms = dict(zip(programs.verify, zip(*agreed))), resumes[0]
 
     def _milliseconds(self, programs: Sequence[Program], position: int) -> list[float]:
         """Of a run of each at `position`, behind every slot that is kept: the best of four, one after the other as in
@@ -191,6 +263,7 @@ class Speculation:
         for program in (*programs, *programs, *programs, *programs):
             self.target.state.position.fill_(position)
             self.target.state.step.zero_()
+            self.drafted.zero_()
             wait()
             began = time.perf_counter()
             program()
@@ -198,83 +271,88 @@ class Speculation:
             times.append(1e3 * (time.perf_counter() - began))
         return [min(times[i :: len(programs)]) for i in range(len(programs))]
 
-    def _programs(self, end: int, structure: Structure) -> Programs:
-        """Over `end` slots. Drafts: a model's first token, and each later one; of lookup: all tokens at once."""
-        if (end, structure) not in self.programs:
-            offsets, propose, verify = self.offsets, self._propose(end, structure), self._verify(end, structure)
-            # two rows first: after a run accepted to its end, the draft has not seen the last token but one
-            drafts = [partial(propose, offsets[:2]), partial(propose, offsets[1:2])][: 2 if self.draft else 1]
-            checks = [partial(verify, offsets[1 : K + 2]) for K in self.choices]
-            done = [self.target.captured(program, [], self.margin) for program in (*drafts, *checks)]
-            self.programs[end, structure] = done[: len(drafts)], dict(zip(self.choices, done[len(drafts) :]))
-        return self.programs[end, structure]
+    def _park(self) -> None:
+        self.target.park(self.margin)
+        self.drafted.zero_()
 
-    def _propose(self, end: int, structure: Structure) -> Callable[[torch.Tensor], None]:
-        draft, state, history, proposed = self.draft, self.target.state, self.history, self.q
-        V, offsets = self.vocab, self.offsets
+    # -- the programs ----------------
 
-        def guess(_: torch.Tensor) -> None:
+    def _programs(self, position: int, structure: Structure) -> Programs:
+        """For rows at `position` at most; built on first use."""
+        end, built = self.target.attended(position), self.programs[structure]
+        if end not in built:
+            draft, offsets = self.draft, self.offsets
+            if draft is None:
+                drafts = [self._lookup()]
+            else:  # two rows first: after a run accepted to its end, the draft has not seen the last token but one
+                drafts = [self._propose(draft, shift, end, structure) for shift in (offsets[:2], offsets[1:2])]
+            verify = {K: self._verify(offsets[1 : K + 2], end, structure) for K in self.choices}
+            built[end] = Programs(drafts, verify)
+        return built[end]
+
+    def _lookup(self) -> Program:
+        state, history, offsets = self.target.state, self.history, self.offsets
+
+        def guess() -> None:
             found = lookup(history, state.position, len(offsets) - 2)
             history.scatter_(1, state.position + offsets[2:], found)
 
-        if draft is None:
-            return self.target.compiled(guess, f"guess_{end}", None)
+        return self.target.small_program(guess, self._park)
 
-        def pick(logits: torch.Tensor, position: torch.Tensor) -> None:
+    def _propose(self, draft: Stepper, shift: Tensor, end: int, structure: Structure) -> Program:
+        """The tokens at `shift` [1 or 2] from the newest one -> the next into history, its distribution into q."""
+        state, history, proposed, drafted = self.target.state, self.history, self.q, self.drafted
+        V, most = self.vocab, draft.vocab_size - 1
+
+        def read() -> tuple[Tensor, Tensor]:
+            positions = state.position + drafted + shift
+            return history.gather(1, positions).clamp(max=most), positions
+
+        def write(logits: Tensor) -> None:
             probs, ids = distribution(logits[:, -1, :V], structure, state.knobs)
+            position = state.position + drafted + 1
             token = draw(probs, state.seeds, position[:, 0], DRAFT, ids)[:, None]
             history.scatter_(1, position, token if ids is None else ids.gather(1, token))
-            proposed.index_copy_(1, state.step, spread(probs, ids, V)[:, None])
-            state.step.add_(1)
+            proposed.index_copy_(1, drafted, spread(probs, ids, V)[:, None])
+            drafted.add_(1)
 
-        pick, layer = self.target.compiled(pick, f"pick_{end}", whole=False), draft.layer(end)
+        return draft.program(read, write, end, self._park)
 
-        def propose(offsets: torch.Tensor) -> None:
-            """Tokens at `offsets` [1 or 2] from the newest -> the next one into history, its distribution into q."""
-            positions = state.position + state.step + offsets
-            tokens = history.gather(1, positions).clamp(max=draft.model.config.vocab_size - 1)
-            logits = draft.model(tokens, positions, draft.cache, layer, end=end)
-            pick(logits, positions[:, -1:] + 1)
-
-        return self.target.compiled(propose, f"propose_{end}")
-
-    def _verify(self, end: int, structure: Structure) -> Callable[[torch.Tensor], None]:
+    def _verify(self, offsets: Tensor, end: int, structure: Structure) -> Program:
+        """offsets 0..K: one step of K + 1 rows; what comes out of it goes into the log, and the state moves on."""
         target, state, history, log = self.target, self.target.state, self.history, self.log
-        model, V, last = target.model, self.vocab, history.shape[1] - self.margin
-        proposed, rate, fused = self.q if self.draft else None, self.simulated, target.fused(structure)
+        V, K, last = self.vocab, len(offsets) - 1, self.history.shape[1] - self.margin
+        q, rate, done = self.q if self.draft else None, self.simulated, self.drafted
 
-        def settle(logits: torch.Tensor, drafted: torch.Tensor, positions: torch.Tensor) -> None:
-            """logits [B, K + 1, V] -> count and tokens into the log, and the state moved on."""
-            K = drafted.shape[1]
+        def read() -> tuple[Tensor, Tensor]:
+            positions = state.position + offsets
+            drafted = target.broadcast(history.gather(1, positions[:, 1:]))
+            return torch.cat((state.token, drafted), 1), positions
+
+        def write(logits: Tensor) -> None:
+            positions = state.position + offsets + 1  # of the tokens that come out
             if K:
-                q = F.one_hot(drafted, V).float() if proposed is None else proposed[:, :K]
+                drafted = history.gather(1, positions[:, :-1])
+                given = F.one_hot(drafted, V).float() if q is None else q[:, :K]
                 p = spread(*distribution(logits, structure, state.knobs), V)
-                tokens, count = accept(drafted, q, p, state.seeds, positions, rate)
+                tokens, count = accept(drafted, given, p, state.seeds, positions, rate)
             else:  # a plain step, draw for draw
-                tokens = sample(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0], fused)[:, None]
+                tokens = sample(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0])[:, None]
                 count = torch.ones_like(tokens)
             finite = logits.abs().amax(-1) < float("inf")
-            result = model.tp.broadcast(torch.cat((count, torch.where(finite, tokens, -1)), 1))
+            result = target.broadcast(torch.cat((count, torch.where(finite, tokens, -1)), 1))
             log[:, : K + 2].copy_(result)
             count, tokens = result[:, :1], result[:, 1:].clamp(min=0)
             history.scatter_(1, positions, tokens)
             state.token.copy_(tokens.gather(1, count - 1))
             state.position.copy_((state.position + count).clamp(max=last))  # rows that have ended stay there
-            state.step.zero_()
+            done.zero_()
 
-        settle, layer = target.compiled(settle, f"settle_{end}", whole=False), target.layer(end)
+        return target.program(read, write, end, self._park)
 
-        def verify(offsets: torch.Tensor) -> None:
-            """offsets 0..K: one step of K + 1 rows; everything stays on the device."""
-            positions = state.position + offsets
-            drafted = model.tp.broadcast(history.gather(1, positions[:, 1:]))
-            tokens = torch.cat((state.token, drafted), 1)
-            logits = model(tokens, positions, target.cache, layer, end=end)
-            settle(logits, drafted, positions + 1)
+    # -- a generation ----------------
 
-        return target.compiled(verify, f"verify_{end}")
-
-    def begin(self, rows: Sequence[Sequence[int]], first: torch.Tensor) -> None:
+    def begin(self, rows: Sequence[Sequence[int]], first: Tensor) -> None:
         """The target has prefilled `rows` and sampled `first` int64 [B]: the draft reads them too."""
         self.book, known, before = [], 0, self.ids
         self.ids = [[*ids, token] for ids, token in zip(rows, first.tolist())]
@@ -292,7 +370,7 @@ class Speculation:
         for row, ids in zip(self.history, self.ids):
             row[start : len(ids)] = torch.tensor(ids[start:], device=row.device)
         if self.draft is not None:
-            top = self.draft.model.config.vocab_size - 1
+            top = self.draft.vocab_size - 1
             self.draft.prefill([[min(i, top) for i in row[:-1]] for row in self.ids], start)
         self.draft_knows = shortest - 1
 
@@ -303,7 +381,7 @@ class Speculation:
         target, cuda, drafting = self.target, self.target.device.type == "cuda", True
         costs = self.costs[structure]
         chooser = Chooser({K: sum(ms) for K, ms in costs.items()}, self.resume_ms)
-        pending: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
+        pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
         def take() -> list[list[int]]:
             """Wait for the oldest round and book it."""
@@ -330,7 +408,7 @@ class Speculation:
             if not K and not pending:
                 position = max(map(len, self.ids)) - 1
                 target.state.step.zero_()
-                for block in target._steps(min(chooser.rest, self.last - position), position, structure):
+                for block in target.steps(min(chooser.rest, self.last - position), position, structure):
                     for ids, new in zip(self.ids, block):
                         ids.extend(new)
                     for _ in block[0]:
@@ -341,10 +419,10 @@ class Speculation:
                 if position < self.last:
                     continue
             position = max(map(len, self.ids)) - 1 + K + sum(k + 1 for k, _, _ in pending)
-            drafts, verify = self._programs(target.attended(min(position, self.last)), structure)
+            programs = self._programs(min(position, self.last), structure)
             for i in range(K if self.draft else min(K, 1)):
-                drafts[min(i, 1)]()
-            verify[K]()
+                programs.drafts[min(i, 1)]()
+            programs.verify[K]()
             host = torch.empty_like(self.log, device="cpu", pin_memory=cuda).copy_(self.log, non_blocking=True)
             event = torch.cuda.Event() if cuda else None
             if event is not None:
@@ -361,17 +439,19 @@ class Speculation:
         rates = [sum(n > i for _, n in runs) / max(reached[i], 1) for i in depth]
         return rates, sum(n for _, n in runs) / max(len(runs), 1)
 
-    def round_ms(self) -> tuple[float, float, float]:
-        """Of a mean round of the last generation: draft and verify, as measured before it, and all the rest."""
+    def round_ms(self, decode_s: float) -> tuple[float, float, float]:
+        """Of a mean round of the last generation, which took decode_s seconds: draft and verify, as measured before it,
+        and all the rest.
+        """
         n, costs = max(len(self.book), 1), next(reversed(self.costs.values()), {})
         draft, verify = (sum(costs[K][i] for K, _ in self.book) / n for i in (0, 1))
-        return draft, verify, 1e3 * self.target.stats.decode_s / n - draft - verify
+        return draft, verify, 1e3 * decode_s / n - draft - verify
 
-    def summary(self) -> str:
+    def summary(self, decode_s: float) -> str:
         """The last generation's acceptance, and where a round's time goes, in one line."""
         rates, mean = self.acceptance()
         rounds = ", ".join(f"{n} of K={K}" for K, n in sorted(Counter(K for K, _ in self.book).items()))
-        draft, verify, overhead = self.round_ms()
+        draft, verify, overhead = self.round_ms(decode_s)
         return (
             f"rounds {rounds} | accepted by position {' '.join(f'{rate:.2f}' for rate in rates)} | mean accepted "
             f"{mean:.2f} | draft {draft:.2f} + verify {verify:.2f} + overhead {overhead:.2f} ms a round"

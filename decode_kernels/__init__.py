@@ -1,9 +1,9 @@
 """Triton kernels for decoding at the speed of the memory bus: the front door.
 
-Knows which devices, shapes and dtypes the kernels serve, and calls them. Each file here holds the kernels of one
-subject and the operators that launch them; it is imported, and Triton with it, when the first of them is wanted. The
-plain PyTorch that stands beside every kernel is in `linear.py`, `model.py` and `engine.py`. Refuses to know models,
-layers, files, and where weights come from.
+Knows which modules have a fast path, and which devices, shapes and dtypes the kernels serve. `use_(model)` sets the
+field `fast` of a model's modules; a fast path returns None for what it does not serve, and the module goes on in plain
+PyTorch. Each file here holds the kernels of one subject and the operators that launch them; it is imported, and Triton
+with it, when the first of them is wanted. Refuses to know files, and how a model is run.
 
 How they come near the memory's speed (measurements in benchmarks/NOTES.md):
 
@@ -26,173 +26,165 @@ How they come near the memory's speed (measurements in benchmarks/NOTES.md):
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-MAX_ROWS = 16
+from linear import Experts, Linear, QuantizedLinear, RMSNorm
+from model import Attention, LayerCache, Transformer
+from sampling import Structure
+
+ROWS = 16  # of activations in one launch, at most
 # Triton runs its kernels in its CPU interpreter (for tests); it reads the variable when it is imported, as this does
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def supported(device: torch.device) -> bool:
     """Whether the Triton kernels run on this device; elsewhere plain PyTorch serves."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    if INTERPRETED:
-        return True
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    able = INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+    return able and importlib.util.find_spec("triton") is not None
 
 
-def reaches(x: Tensor) -> bool:
-    """Whether a kernel can take this tensor, on a machine whose device is `supported`. Unlike that, it asks nobody, so
-    that a compiled graph may contain it.
+def use_(model: nn.Module, on: bool = True) -> None:
+    """Set the fast path of every module under `model` that has one, or clear it. The weights must lie where they will
+    be used; quantized ones are laid out anew, one matrix at a time.
     """
-    return INTERPRETED or x.is_cuda
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.use_({8: INT8, 4: INT4}[module.bits] if on else None)
+        elif isinstance(module, Linear):
+            module.fast = DENSE if on else None
+        elif isinstance(module, Attention):
+            module.fast = attend if on else None
+        elif isinstance(module, Transformer):
+            module.fast = begin if on else None
 
 
-def lies_plain(weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether these are int8 weights that are not packed."""
-    return scale is not None and weight.dtype == torch.int8 and weight.dim() == scale.dim() + 1
+def serves(x: Tensor) -> bool:
+    """Whether kernels take such activations. It asks no device, so that a compiled graph may contain it."""
+    return x.dtype in (torch.bfloat16, torch.float16) and (INTERPRETED or x.is_cuda)
 
 
-def out_features(weight: Tensor, scale: Tensor | None) -> int:
-    return weight.shape[-2] if scale is None else scale.shape[-1 if weight.dtype == torch.int8 else -2]
+def _of_norm(norm: RMSNorm | None) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if norm is None else (norm.weight, norm.eps)
 
 
-def group_size(weight: Tensor, scale: Tensor | None, k: int) -> int:
-    return k if scale is None or weight.dtype == torch.int8 else k // scale.shape[-1]
+class Dense:
+    """`Linear.fast` for 16-bit weights: see `linear.FastLinear`."""
+
+    def covers(self, linear: Linear) -> bool:
+        return linear.in_features % 8 == 0
+
+    def __call__(
+        self, linear: Linear, x: Tensor, norm: RMSNorm | None, residual: Tensor | None, silu_mul: bool, experts: Experts
+    ) -> Tensor | None:
+        one, many = (experts, None) if isinstance(experts, int) else (None, experts)
+        product, gain = self.product(linear, one, silu_mul), _of_norm(norm)
+        if product is None or not (serves(x) and self.covers(linear)) or (len(x) > ROWS and many is None):
+            return None
+        if many is None or len(x) <= ROWS:
+            return product(x, linear.bias, *gain, residual, silu_mul, many)
+        assert residual is None  # of experts: it is added to their sum
+        parts = zip(x.split(ROWS), many.split(ROWS))  # their rows may be more: one launch after another
+        return torch.cat([product(rows, linear.bias, *gain, None, silu_mul, chosen) for rows, chosen in parts])
+
+    def product(self, linear: Linear, one: int | None, silu_mul: bool) -> Callable[..., Tensor] | None:
+        """The kernel with the weights of `linear`, or of one of its experts; None for a shape without one."""
+        from decode_kernels import dense
+
+        weight = linear.weight if one is None else linear.weight[one]
+        return lambda x, *others: dense.linear(x, weight, *others)
 
 
-def fits_linear(x: Tensor, weight: Tensor, scale: Tensor | None, silu_mul: bool, bias: Tensor | None) -> bool:
-    """Whether the kernels cover these formats and shapes; plain PyTorch takes the rest."""
-    k = x.shape[-1]
-    if not reaches(x):
-        return False
-    if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[0] > MAX_ROWS or (bias is not None and bias.dim() > 1):
-        return False
-    if scale is None:
-        return k % 8 == 0 and weight.dtype == x.dtype
-    group = group_size(weight, scale, k)
-    fits = group >= 32 and (group == k or group & (group - 1) == 0) and not lies_plain(weight, scale)
-    return fits and (not silu_mul or out_features(weight, scale) % 32 == 0)
+class Quantized(Dense):
+    """`Linear.fast` for int8 and int4 weights: see `linear.FastQuantized`."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def covers(self, linear: QuantizedLinear) -> bool:
+        """A scale is one of a row, or of a group whose size is a power of two from 32 on."""
+        group = linear.in_features // (linear.weight_scale.shape[-1] if self.bits == 4 else 1)
+        return group == linear.in_features or (group >= 32 and group & (group - 1) == 0)
+
+    def product(self, linear: QuantizedLinear, one: int | None, silu_mul: bool) -> Callable[..., Tensor] | None:
+        from decode_kernels import quantized
+
+        if silu_mul and linear.out_features % 32:  # gates and ups would share a tile
+            return None
+        operands = linear.operands(one)
+        return lambda x, *others: quantized.linear(x, *operands, *others)
+
+    def pack(self, q: Tensor) -> Tensor:
+        from decode_kernels import quantized
+
+        return quantized.pack(q, self.bits)
+
+    def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
+        from decode_kernels import quantized
+
+        return quantized.unpack(packed, self.bits)[..., :n, :k]
+
+    def matrix(self, linear: QuantizedLinear, experts: Experts, dtype: torch.dtype) -> Tensor | None:
+        """By a kernel that reads the integers once: what a prefill multiplies by."""
+        from decode_kernels import quantized
+
+        weight, scale, zero = linear.operands(experts)
+        if weight.dim() > 3 or not (INTERPRETED or weight.is_cuda):
+            return None
+        return quantized.dequantize(weight, scale, zero, linear.out_features, linear.in_features, dtype)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-    experts: Tensor | None = None,
-) -> Tensor:
-    """y = epilogue(norm(x) @ dequantized(weight).T), one pass over the weights: [M, K], M <= 16 -> [M, N or N/2].
+DENSE, INT8, INT4 = Dense(), Quantized(8), Quantized(4)
 
-    weight: [N, K] in x's dtype; `linear.pack_int8`'s with scale [N]; or `linear.pack_int4`'s with scale [N, G], G =
-    K / group, and zero [N, G] (float; None when symmetric): w = (q - zero) * scale. With experts (int64 [M]) weight,
-    scale and zero have a leading E, and row m uses matrix experts[m].
-    norm_weight [K]: RMSNorm of x first. bias [N] is added; silu_mul: rows [0, N/2) are gates, the rest ups, and the
-    result is silu(gate) * up; residual [M, N or N/2] is added last. Accumulates in float32. `fits_linear` says
-    which dtypes, shapes and devices have a kernel.
+
+def attend(
+    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache
+) -> Tensor | None:
+    """`Attention.fast`: norms, rotation, cache write and attention of up to 16 new tokens, whose positions must be
+    consecutive in each row: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh].
     """
-    from decode_kernels import dense, quantized
+    b, t, _ = qkv.shape
+    if t > ROWS or attention.head_dim % 8 or attention.head_dim > 256 or not serves(qkv) or cache.k.dtype != qkv.dtype:
+        return None
+    from decode_kernels import attention as kernels
 
-    if scale is None:
-        return dense.linear(x, weight, bias, norm_weight, eps, residual, silu_mul, experts)
-    return quantized.linear(x, weight, scale, zero, bias, norm_weight, eps, residual, silu_mul, experts)
-
-
-def fits_dequantize(weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether `dequantize` covers this weight."""
-    return reaches(weight) and weight.dim() == 3 and not lies_plain(weight, scale)
-
-
-def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """The [..., N, K] matrix in `dtype` that a packed weight of `linear` stands for; scale None: its integers.
-
-    What prefill multiplies by: one pass over the weights, little beside a product with many rows.
-    """
-    from decode_kernels import quantized
-
-    return quantized.dequantize(weight, scale, zero, n, k, dtype)
+    (q_norm, eps), (k_norm, _) = _of_norm(attention.q_norm), _of_norm(attention.k_norm)
+    qkv, cos, sin = (x.reshape(b * t, -1).contiguous() for x in (qkv, cos, sin))
+    y = kernels.attention(
+        qkv, cos, sin, positions.contiguous(), cache.k, cache.v, q_norm, k_norm, eps, attention.window
+    )
+    return y.view(b, t, -1)
 
 
-def fits_attention(qkv: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether `decode_attention` covers these dtypes and shapes; plain PyTorch takes the rest."""
-    t, dim = positions.shape[1], k_cache.shape[3]
-    fits = t <= 16 and dim % 8 == 0 and dim <= 256 and qkv.dtype in (torch.bfloat16, torch.float16)
-    return fits and k_cache.dtype == v_cache.dtype == qkv.dtype and reaches(qkv)
-
-
-def decode_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
-    window: int = 0,
-) -> Tensor:
-    """Attention of T <= 16 new tokens to a cache: qkv [B T, (H + 2 Hkv) Dh] (q, k, v heads) -> [B T, H Dh].
-
-    Per head: optional RMSNorm of q and k by q_norm, k_norm [Dh]; half-split rotary embedding by cos, sin float32
-    [B T, Dh/2]; k and v are written in place into k_cache, v_cache [B, Hkv, S, Dh] at positions int64 [B, T], which
-    must be consecutive in each row; then softmax(q k / sqrt(Dh)) v over the slots <= position (and > position - window,
-    if window > 0). The length is read on the device, so one captured graph serves every position, and slots behind it
-    cost nothing. The prefix is split over the multiprocessors and read once for all query heads of a group.
-    """
-    from decode_kernels import attention
-
-    qkv, cos, sin, positions = (x.contiguous() for x in (qkv, cos, sin, positions))
-    return attention.attention(qkv, cos, sin, positions, k_cache, v_cache, q_norm, k_norm, eps, window)
-
-
-def embed(
-    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float = 1.0, first: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """How a step begins, in one kernel: tokens, positions int64 [B, T] -> rows of table [V, D], and `model.angles`.
-
-    first: of a slice of a larger table that begins with this id; ids outside get zeros.
-    """
+def begin(model: Transformer, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`Transformer.fast`: the embedding and the angles of up to 16 tokens a row."""
+    table = model.embed_tokens.weight
+    if not serves(table) or tokens.shape[1] > ROWS:
+        return None
     from decode_kernels import step
 
-    return step.embed(tokens, positions, table, inv_freq, factor, first or 0)
+    return step.embed(tokens, positions, table, model.inv_freq, model.rope_factor, model.first_id)
 
 
-def samples(dtype: torch.dtype, vocabulary: int, structure: tuple[bool, int, bool, bool]) -> bool:
-    """Whether `sample` can for logits of a model that runs by kernels. structure: `sampling.Structure`."""
+def samples(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure) -> bool:
+    """Whether `sample` and `advance_` serve such logits of a model on which `use_` was called."""
     greedy, top_k, use_top_p, _ = structure
-    few = greedy or (not use_top_p and 0 < top_k <= 256)
-    return few and top_k < vocabulary <= 1 << 18 and dtype in (torch.bfloat16, torch.float16)
+    able = rows <= 1024 and top_k < vocabulary <= 1 << 18 and dtype in (torch.bfloat16, torch.float16)
+    return able and (greedy or (not use_top_p and 0 < top_k <= 256))
 
 
-def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
-    """`sampling.sample`, its twin, with top-k (1 is greedy) and min-p, in two kernels: logits [B, V] -> int64 [B].
-
-    knobs float32 [3] as `SamplingParams.knobs`; seeds int64 [B] or [1], positions int64 [B].
-    """
+def sample(logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """`sampling.sample` for what `samples`, in two kernels."""
     from decode_kernels import step
 
-    return step.sample(logits, knobs, seeds, positions, top_k)
-
-
-def fits_advance(out: Tensor) -> bool:
-    """Whether `advance_` covers that many rows."""
-    return reaches(out) and len(out) <= 1024
+    greedy, top_k, _, _ = structure
+    return step.sample(logits, knobs, seeds, positions, 1 if greedy else top_k)
 
 
 def advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
-    """How a step ends, in place: tokens int64 [B] go into column step [1] of out [B, S] and, -1 as 0, into token
-    [B, 1]; position [B, 1] and step advance by one.
-    """
-    from decode_kernels import step as ends
+    """`engine.advance_` in one kernel."""
+    from decode_kernels import step as kernels
 
-    ends.advance_(tokens, token, position, step, out)
+    kernels.advance_(tokens, token, position, step, out)

@@ -97,11 +97,11 @@ from torch._dynamo.utils import counters
 
 import architectures
 import checkpoint
-import decode_kernels
 import tp
-from engine import DTYPES, Engine, pick_device
+from engine import DTYPES, Engine, EngineOptions, pick_device
 from linear import Linear
-from sampling import SamplingParams, sample
+from sampling import SamplingParams, Structure
+from speculative import Program
 from tokenizer import Ids
 
 # Bytes per second that the best read-only kernel reached; a slower measurement must not flatter MBU.
@@ -158,20 +158,16 @@ def process_seconds() -> float:
 
 def build(args: argparse.Namespace, device: torch.device) -> Engine:
     """The engine of a checkpoint, or of a named shape with random weights in the asked format."""
-    options = {"compile": args.compile, "compile_prefill": args.compile_prefill}
+    options = EngineOptions(device.type, args.dtype, args.kernels, args.compile, args.compile_prefill)
     if args.checkpoint:
-        return Engine.load(args.checkpoint, device=device.type, dtype=args.dtype, kernel_choice=args.kernels, **options)
-    config, size, fused = architectures.shape_config(args.shape), args.group_size, decode_kernels.supported(device)
-    if args.kernels == "triton" and not fused:
-        raise ValueError(f"--kernels triton does not run on {device}")
+        return Engine.load(args.checkpoint, options)
+    config, size = architectures.shape_config(args.shape), args.group_size
     if size != -1 and (size < 1 or config.hidden_size % size):
         raise ValueError(f"--group-size {size} does not divide hidden_size {config.hidden_size}")
-    fused, group, bits = args.kernels != "inductor" and fused, tp.init(device), BITS[args.mode or "bf16"]
+    group, bits = tp.init(device), BITS[args.mode or "bf16"]
     dtype = DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    model = checkpoint.random_model(
-        config, bits=bits, group_size=size, tp=group, device=device, dtype=dtype, use_kernels=fused
-    )
-    return Engine(model, Ids(config.vocab_size), use_kernels=fused, **options)
+    model = checkpoint.random_model(config, bits=bits, group_size=size, tp=group, device=device, dtype=dtype)
+    return Engine(model, Ids(config.vocab_size), options)
 
 
 def random_prompts(engine: Engine, batch: int, length: int, seed: int) -> list[list[int]]:
@@ -239,7 +235,7 @@ def drafter(engine: Engine, args: argparse.Namespace) -> Engine | None:
         return None
     if args.draft in ("self-int4", "self-int8"):
         copy = checkpoint.quantized_copy(engine.model, int(args.draft[-1]))
-        return Engine(copy, engine.tokenizer, use_kernels=engine.use_kernels, compile=args.compile)
+        return Engine(copy, engine.tokenizer, kernels=args.kernels, compile=args.compile)
     name, _, mode = args.draft.partition(":")
     other = {"checkpoint": args.draft} if args.checkpoint else {"shape": name, "mode": mode or args.mode}
     if not args.checkpoint and mode not in ("", *BITS):
@@ -270,7 +266,9 @@ def measure_speculation(engine: Engine, args: argparse.Namespace, plain: dict[st
         for seed in range(1, 2 + args.repeats):  # the first one warms up
             times.append(decode(engine, args, seed)[1] / engine.stats.decode_steps)
             rounds += speculation.book if seed > 1 else []
-        parts = dict(zip(("round_draft_ms", "round_verify_ms", "round_other_ms"), speculation.round_ms()))
+        parts = dict(
+            zip(("round_draft_ms", "round_verify_ms", "round_other_ms"), speculation.round_ms(engine.stats.decode_s))
+        )
         speculation.book = rounds
         K, mean = args.num_draft_tokens, speculation.acceptance()[1]
         E = mean + 1 if rate is None else sum(rate**i for i in range((K or 0) + 1))
@@ -349,16 +347,10 @@ def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any
     engine.reserve(1, max(position + 2 * MAX_ROWS, args.cache_len or 1))
     sampling, out = SamplingParams(temperature=args.temperature, top_k=args.top_k), []
     state, chosen = engine.state, torch.zeros(MAX_ROWS, dtype=torch.int64, device=engine.device)
-    structure, fused = sampling.structure, engine.fused(sampling.structure)
     state.knobs.copy_(sampling.knobs(engine.device))
-
-    def settle(logits: torch.Tensor, positions: torch.Tensor) -> None:
-        tokens = sample(logits, structure, state.knobs, state.seeds, positions, fused)
-        chosen[: len(tokens)].copy_(engine.model.tp.broadcast(tokens))
-
-    settle = settle if fused else engine.compiled(settle, "settle", whole=False)
+    engine.static(chosen)
     for rows in args.rows_table:
-        program = rows_program(engine, rows, engine.attended(position + rows), settle)
+        program = rows_program(engine, rows, engine.attended(position + rows), sampling.structure, chosen)
         state.position.fill_(position)
         s = statistics.median(seconds(program, engine.device, times) for _ in range(args.repeats + 1))
         out.append({"position": position, "rows": rows, "ms": 1e3 * s})
@@ -366,16 +358,22 @@ def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any
     return out
 
 
-def rows_program(engine: Engine, rows: int, end: int, settle: Callable[..., None]) -> Callable[[], None]:
-    model, cache, state, layer = engine.model, engine.cache, engine.state, engine.layer(end)
-    tokens = torch.randint(model.config.vocab_size, (1, rows), device=engine.device)
+def rows_program(engine: Engine, rows: int, end: int, structure: Structure, chosen: torch.Tensor) -> Program:
+    """A step of `rows` new tokens over `end` slots, each sampled into `chosen`."""
+    state, fused = engine.state, engine.fused(structure)
+    tokens = torch.randint(engine.vocab_size, (1, rows), device=engine.device)
     later = torch.arange(rows, device=engine.device)
+    draw = engine.sampler(structure)
 
-    def step() -> None:
-        positions = state.position + later
-        settle(model(tokens, positions, cache, layer, end=end)[0], positions[0])
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens, state.position + later
 
-    program = engine.captured(engine.compiled(step, f"rows_{rows}"), [state.position, state.step], margin=rows)
+    def write(logits: torch.Tensor) -> None:
+        drawn = draw(logits[0], structure, state.knobs, state.seeds, (state.position + later)[0])
+        chosen[:rows].copy_(engine.broadcast(drawn))
+
+    program = engine.program(read, write, end, functools.partial(engine.park, rows), fused)
+    engine.park(rows)
     program()
     return program
 
@@ -474,7 +472,7 @@ def measure(args: argparse.Namespace) -> None:
         decoded |= {key: tables["prefill"][-1][key] for key in ("prefill_tok_s", "mfu")}
     if args.compile_twice and engine.compile:
         torch._dynamo.reset()
-        again = Engine(engine.model, engine.tokenizer, use_kernels=engine.use_kernels, compile=True)
+        again = Engine(engine.model, engine.tokenizer, kernels=args.kernels, compile=True)
         engine.cache = None
         decoded["compile_s_warm"] = decode(again, args, seed=1)[2]
     if engine.model.tp.rank == 0:

@@ -29,7 +29,6 @@ import torch
 import checkpoint
 from engine import Engine
 from linear import Linear
-from model import Attention
 from sampling import SamplingParams
 
 GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=50)
@@ -91,12 +90,6 @@ def against_float32(engine: Engine, twin: Engine, prompt: list[int]) -> Iterator
 def against_twins(engine: Engine, prompt: list[int]) -> Iterator[Check]:
     """Each kernel of the first layer and of the head, and a whole step, against plain PyTorch on the same weights."""
     limit = 1e-4 if engine.dtype == torch.float32 else 2e-2
-    modules = [m for m in engine.model.modules() if isinstance(m, (Linear, Attention))]
-
-    def switch(on: bool) -> None:
-        for module in modules:
-            module.use_kernels = on
-
     for name, module in engine.model.named_modules():
         if not isinstance(module, Linear) or not name.startswith(("lm_head", "layers.0.")):
             continue
@@ -105,17 +98,17 @@ def against_twins(engine: Engine, prompt: list[int]) -> Iterator[Check]:
             experts = torch.arange(rows, device=engine.device) % module.num_experts if module.num_experts else None
             y = []
             for on in (True, False):
-                switch(on)
+                engine.switch_kernels_(on)
                 y.append(module(x, experts=experts))
             yield f"kernel of {name}, {rows} rows", relative(*y), limit
     for new in (1, 9):
         logits = []
         for on in (True, False):
-            switch(on)
+            engine.switch_kernels_(on)
             engine.prefill([prompt])
             logits.append(engine.prefill([prompt], len(prompt) - new))
         yield f"all kernels together, {new} rows", relative(*logits), limit
-    switch(True)
+    engine.switch_kernels_(True)
 
 
 def against_golden(twin: Engine, folder: Path) -> Iterator[Check]:
@@ -133,12 +126,12 @@ def selftest(args: argparse.Namespace) -> bool:
         args.checkpoint,
         device=args.device,
         dtype=args.dtype,
-        kernel_choice=args.kernels,
+        kernels=args.kernels,
         compile=args.compile,
         compile_prefill=args.compile_prefill,
         prefill_chunk=args.prefill_chunk,
     )
-    plain = {"device": engine.device.type, "dtype": "float32", "kernel_choice": "inductor", "compile": False}
+    plain = {"device": engine.device.type, "dtype": "float32", "kernels": "inductor", "compile": False}
     twin = Engine.load(args.checkpoint, **plain)
     vocab, room = engine.model.config.vocab_size, engine.max_seq_len - 32
     prompt = torch.randint(vocab, (min(100, room),), generator=torch.Generator().manual_seed(0)).tolist()

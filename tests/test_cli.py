@@ -350,9 +350,9 @@ def test_compile_flags(records, dice, eager_compile):
         assert records(*argv, "--device", "cpu")[0]["ids"] == eager
         assert eager_compile == []  # the default on a CPU
     assert records(*argv, "--compile", "--device", "cpu")[0]["ids"] == eager
-    assert eager_compile == ["decode_128"]
+    assert eager_compile == ["layer_128", "write_128"]
     assert records(*argv, "--no-compile", "--compile-prefill", "--device", "cpu")[0]["ids"] == eager
-    assert eager_compile == ["decode_128", "prefill"]
+    assert eager_compile == ["layer_128", "write_128", "prefill"]
 
 
 def test_compile_prefill_refuses_a_mixture_of_experts(fails, tiny):

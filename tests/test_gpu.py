@@ -5,9 +5,10 @@ import torch
 
 import architectures
 import checkpoint
+import decode_kernels
 from engine import DEFAULT_CHECKPOINT, Engine
-from linear import Linear, RMSNorm, from_linear, linear_reference
-from model import KVCache, Transformer
+from linear import Linear, RMSNorm, from_linear
+from model import KVCache
 from sampling import SamplingParams
 from speculative import Speculation
 from tokenizer import Ids
@@ -30,12 +31,6 @@ def config_of(kind: str):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 1000, "head_dim": 64}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096}
     return architectures.config_from_hf({"model_type": kind} | sizes | heads | KINDS[kind])
-
-
-def switch_kernels(model: Transformer, on: bool) -> None:
-    for module in model.modules():
-        if "use_kernels" in vars(module):
-            module.use_kernels = on
 
 
 def run(engine: Engine, prompts, n: int, sampling: SamplingParams = GREEDY) -> list[list[int]]:
@@ -67,13 +62,13 @@ def test_kernels_in_the_whole_model(kind, bits):
     torch.manual_seed(0)
     device, config = torch.device("cuda"), config_of(kind)
     dtype = torch.float16 if config.num_experts else torch.bfloat16
-    model = checkpoint.random_model(config, bits=bits, device=device, dtype=dtype, use_kernels=True)
+    model = checkpoint.random_model(config, bits=bits, device=device, dtype=dtype)
     for batch, new in ((1, 1), (2, 1), (3, 5), (1, 16)):
         tokens = torch.randint(0, 1000, (batch, 40 + new), device=device)
         positions = torch.arange(40 + new, device=device).repeat(batch, 1)
         logits = []
         for on in (False, True):
-            switch_kernels(model, on)
+            decode_kernels.use_(model, on)
             cache = KVCache(config, batch, 128, device, dtype)
             model(tokens[:, :40], positions[:, :40], cache, end=40)
             logits.append(model(tokens[:, 40:], positions[:, 40:], cache, end=128).float())
@@ -97,21 +92,20 @@ def test_tiles_of_real_shapes(name, bits, rows):
     """Those of Llama-2-7B: smaller matrices get other tiles."""
     torch.manual_seed(rows)
     cuda, (k, n) = {"device": torch.device("cuda"), "dtype": torch.bfloat16}, SHAPES[name]
-    plain, norm = Linear(k, n, use_kernels=True, **cuda), RMSNorm(k, 1e-5, **cuda)
+    plain, norm = Linear(k, n, **cuda), RMSNorm(k, 1e-5, **cuda)
     plain.weight.normal_(std=0.02)
     norm.weight.uniform_(0.5, 1.5)
     linear, silu_mul = plain if bits == 16 else from_linear(plain, bits), name == "gate_up"
     x, first = torch.randn(rows, k, **cuda), silu_mul or name == "qkv"
     residual = None if first else torch.randn(rows, n, **cuda)
-    got = linear(x, norm=norm if first else None, residual=residual, silu_mul=silu_mul)
-    wanted = linear_reference(
-        x.float(),
-        linear.dequantize(torch.float32),
-        norm_weight=norm.weight.float() if first else None,
-        eps=1e-5,
-        residual=None if residual is None else residual.float(),
-        silu_mul=silu_mul,
-    )
+    wanted, norm = Linear(k, n, device=cuda["device"]), norm if first else None
+    wanted.weight.copy_(linear.dequantize(torch.float32))
+    decode_kernels.use_(linear)
+    got = linear.fast(linear, x, norm, residual, silu_mul, None)
+    gain = norm and RMSNorm(k, 1e-5, cuda["device"])
+    if gain is not None:
+        gain.weight.copy_(norm.weight)
+    wanted = wanted(x.float(), norm=gain, residual=None if residual is None else residual.float(), silu_mul=silu_mul)
     assert (got - wanted).norm() < 8e-3 * wanted.norm()
 
 
@@ -171,8 +165,8 @@ def test_speculation_parts_only_where_rounding_decides(monkeypatch, draft, k):
 
 def test_quantized_random_model_decodes_through_the_engine():
     config = config_of("llama")
-    model = checkpoint.random_model(config, bits=4, device=torch.device("cuda"), use_kernels=True)
-    engine = Engine(model, Ids(config.vocab_size), use_kernels=True)
+    model = checkpoint.random_model(config, bits=4, device=torch.device("cuda"))
+    engine = Engine(model, Ids(config.vocab_size))
     ids = run(engine, [[1, 2, 3]], 50, SamplingParams(0.8, 50))[0]
     assert len(ids) == 50
     assert all(0 <= i < 1000 for i in ids)

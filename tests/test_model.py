@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
-import decode_kernels
-from model import KVCache, Rope, Transformer, attend
+from model import DECODE_TOKENS, KVCache, Rope, Transformer, attend
 
 CPU = torch.device("cpu")
 T = 64
@@ -121,15 +120,6 @@ def test_parity_with_transformers(tiny, case):
     check_parity(*tiny(kind, **changes))
 
 
-@pytest.mark.parametrize(
-    "case", ["llama-biases", "mistral-window", "qwen3", "qwen3-bias-tied-window", "mixtral", "qwen3-moe-normalised"]
-)
-def test_parity_through_the_kernels_interface(tiny, case):
-    """The packed heads, norms and residuals that kernels take, here served by their eager twins."""
-    kind, changes = CASES[case]
-    check_parity(*tiny(kind, **changes), use_kernels=True)
-
-
 def to_old_spelling(folder: Path, legacy: str) -> None:
     """config.json as transformers 4 wrote it: rope_theta and rope_scaling (`type` or `rope_type`), torch_dtype."""
     path = folder / "config.json"
@@ -223,16 +213,16 @@ def test_decoding_many_rows_needs_no_host(tiny):
     """A step of more rows than a gather is worth has fixed shapes: the same as row by row, and fit for capture."""
     model = checkpoint.load(str(tiny("qwen3_moe", **MOE)[0]))
     mlp, norm = model.layers[0].mlp, model.layers[0].post_attention_layernorm
-    x = torch.randn(decode_kernels.MAX_ROWS + 4, 1, 64, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(DECODE_TOKENS + 4, 1, 64, generator=torch.Generator().manual_seed(5))
     step = torch.compile(lambda x: mlp(x, norm), backend="eager", fullgraph=True)  # refuses data-dependent shapes
     assert torch.allclose(step(x), torch.cat([mlp(row[None], norm) for row in x]), atol=1e-5)
 
 
 def test_few_and_many_rows_go_through_the_same_experts(tiny):
-    """Up to MAX_ROWS rows gather their experts' weights, more go expert by expert."""
+    """Up to DECODE_TOKENS rows gather their experts' weights, more go expert by expert."""
     model = checkpoint.load(str(tiny("qwen3_moe", **MOE)[0]))
     mlp, norm = model.layers[0].mlp, model.layers[0].post_attention_layernorm
-    x = torch.randn(1, decode_kernels.MAX_ROWS + 5, 64, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(1, DECODE_TOKENS + 5, 64, generator=torch.Generator().manual_seed(5))
     few = torch.cat([mlp(part, norm) for part in x.split(7, 1)], 1)
     torch.testing.assert_close(mlp(x, norm), few, atol=1e-5, rtol=1e-5)
 
@@ -306,7 +296,7 @@ def test_the_compiled_decode_step_equals_the_eager_one_and_allocates_nothing_tha
 
 
 @pytest.mark.parametrize("window", [0, 3, 20])
-@pytest.mark.parametrize("rows", [1, 5, decode_kernels.MAX_ROWS, decode_kernels.MAX_ROWS + 3])
+@pytest.mark.parametrize("rows", [1, 5, DECODE_TOKENS, DECODE_TOKENS + 3])
 def test_attend_against_a_direct_computation(rows, window):
     generator = torch.Generator().manual_seed(6)
     q = torch.randn(2, rows, 6, 10, generator=generator)

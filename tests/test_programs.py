@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import decode_kernels
 import engine
 import generate
+import model
 from sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ def test_ctrl_c_is_an_exception_again_after_the_imports():
 def test_the_constants_of_the_command_are_those_of_the_engine():
     assert generate.DEFAULT_CHECKPOINT == engine.DEFAULT_CHECKPOINT
     assert tuple(engine.DTYPES) == generate.DTYPES
-    assert decode_kernels.MAX_ROWS == generate.MAX_ROWS
+    assert model.DECODE_TOKENS == generate.MAX_ROWS
 
 
 @pytest.mark.parametrize("name", generate.SAMPLING)

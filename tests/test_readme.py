@@ -234,7 +234,9 @@ def test_ci_installs_and_tests_as_the_readme_says():
 
 
 RUN = [c for c, need in commands() if not need and c not in (*INSTALLS, THE_TESTS)]
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+EXAMPLES = re.findall(
+    r"```python\n(?!# loader\.py)(.*?)```", README.read_text("utf-8"), re.DOTALL
+)  # test_parts.py: the loader
 DRIVER = """
 import io, json, runpy, shlex, sys, traceback
 from contextlib import redirect_stderr, redirect_stdout

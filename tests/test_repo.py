@@ -27,7 +27,7 @@ LIMITS = {
     "tokenizer.py": 290,
     "quantize.py": 440,
     "gptq.py": 120,
-    "decode_kernels/__init__.py": 100,
+    "decode_kernels/__init__.py": 105,  # DESIGN: 100; the fast paths of every format stand here, beside `use_`
     "decode_kernels/launch.py": 130,
     "decode_kernels/tiles.py": 160,
     "decode_kernels/dense.py": 350,
@@ -38,38 +38,28 @@ LIMITS = {
 SCRIPT_LIMIT = 400
 STORY_LIMIT = 1100
 # What is over its limit, with its size: a ratchet, which only falls, and which is empty when the house is in order.
-OVER = {"linear.py": 256}
+OVER: dict[str, int] = {}
 FUNCTION, KERNEL, PARAMETERS = 50, 120, 8  # code lines of a function, of a Triton kernel; parameters of a function
-LONG = {
-    "engine.py:generate": (58, "the whole of a generation, in its order"),
-    "engine.py:load": (52, "two ways to a model, and three to a draft"),
-    "decode_kernels/quantized.py:_quantized_kernel": (132, "int8 and int4, with and without zero points"),
-    "decode_kernels/attention.py:_attention_kernel": (152, "one new token and several, whole prefixes and splits"),
-}  # file:function -> (code lines, why it is longer)
-WIDE = {
-    "model.py:decode_attention_reference": 10,
-    "linear.py:linear": 10,
-    "linear.py:linear_reference": 10,
-    "engine.py:load": 11,
-}  # file:function -> parameters
+LONG: dict[str, tuple[int, str]] = {}  # file:function -> (code lines, why it is longer)
+WIDE: dict[str, int] = {}  # file:function -> parameters
 
 STORY = ("model.py", "linear.py", "sampling.py", "engine.py", "tp.py")  # what a visitor reads first
 KERNELS = {"decode_kernels"}
 MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
-    "linear": KERNELS,
-    "sampling": KERNELS,
+    "linear": set(),
+    "sampling": set(),
     "tp": set(),
     "formats": set(),
     "tokenizer": set(),
     "gptq": set(),
-    "model": {"tp", "linear", *KERNELS},
+    "model": {"tp", "linear"},
     "architectures": {"model"},
     "speculative": {"sampling"},
     "checkpoint": {"architectures", "model", "linear", "formats", "sampling", "tp"},
     "engine": {*"model linear sampling speculative tokenizer tp checkpoint architectures".split(), *KERNELS},
     "generate": {"engine", "sampling"},
     "quantize": {*"gptq engine generate tp model linear formats checkpoint architectures tokenizer".split()},
-    "decode_kernels": KERNELS,
+    "decode_kernels": {"model", "linear", "sampling", *KERNELS},
 }
 
 LEAVES = sorted((ROOT / "scripts").glob("*.py"))

@@ -259,8 +259,8 @@ def test_compiled_is_eager_and_choosing_another_k_compiles_nothing(monkeypatch):
 
 
 def test_programs_are_built_before_the_prefill_and_never_again(monkeypatch):
-    model, built, real = peaked(2, 40), [], Engine.captured
-    monkeypatch.setattr(Engine, "captured", lambda self, *args: built.append(1) or real(self, *args))
+    model, built, real = peaked(2, 40), [], Engine.program
+    monkeypatch.setattr(Engine, "program", lambda self, *args: built.append(1) or real(self, *args))
     engine = engine_of(model, "model", None)
     ks = itertools.cycle(CHOICES)
     monkeypatch.setattr(Chooser, "choose", lambda self: next(ks))
@@ -410,25 +410,6 @@ def test_a_chat_prefills_only_the_rest_in_both_caches():
     assert calls[-1] == (5, 2)
 
 
-def test_with_kernels_only_what_follows_the_models_is_compiled(monkeypatch):
-    """The way a GPU takes, here on the kernels' twins."""
-    names, real = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda fn, **kw: names.append(fn.__name__.split("_")[0]) or real(fn, **kw))
-    torch.manual_seed(4)
-    model = peaked(4, 40)
-    for module in model.modules():
-        if hasattr(module, "use_kernels"):
-            module.use_kernels = True
-    wanted = run(Engine(model, Ids(40), use_kernels=True), [[1, 2, 3, 1], [2]], n=60)
-    assert not names
-    assert run(Engine(model, Ids(40), use_kernels=True, compile=True), [[1, 2, 3, 1], [2]], n=60) == wanted
-    assert names == ["settle"]
-    engine = engine_of(model, "model", 3, use_kernels=True, compile=True)
-    assert run(engine, [[1, 2, 3, 1], [2]], n=60) == wanted
-    assert both(engine)
-    assert sorted(names) == ["pick", "settle", "settle"]
-
-
 GROUP = [("self-int8", 3), ("self-int8", None), ("ngram", 2), ("ngram", None)]
 
 
@@ -530,8 +511,8 @@ def test_costs_decide_and_are_measured_once():
     run(engine, [[1]])
     assert any(k > 1 for k, _ in engine.speculation.book)
     engine.speculation.costs[structure] = {k: (5.0 * k, 1.0) for k in CHOICES}
-    for _, verify in engine.speculation.programs.values():
-        verify[0] = None  # not even called: what rests is plain decoding, at its price
+    for programs in engine.speculation.programs[structure].values():
+        programs.verify[0] = None  # not even called: what rests is plain decoding, at its price
     assert run(engine, [[1]]) == run(Engine(engine.model, Ids(40)), [[1]])
     assert {k for k, _ in engine.speculation.book} == {0}
 

@@ -1,13 +1,17 @@
 """Attention of new tokens: the twin against a plain formula, the kernel against the twin, and what it compiles to."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, HAS_TRITON, compiled, needs_compiler, needs_kernels, relative_error, unhinted
 
+import architectures
 import decode_kernels
-import linear
-import model
 from decode_kernels import tiles
+from linear import Linear, RMSNorm
+from model import Attention, LayerCache
+from tp import TensorParallel
 
 if HAS_TRITON:
     import triton
@@ -29,6 +33,37 @@ ATTENTIONS = [
     (2, 1, 4, 1, 128, 1100, [511, 512], 500, True),  # it is the last slot of a step, and the first
     (2, 1, 16, 1, 256, 300, [63, 64], 0, False),
 ]
+
+
+def attention_of(h, hkv, dim, window, q_norm, k_norm):
+    """An Attention with these norms, on the device; its projections are not used."""
+    sizes = {"hidden_size": 8, "num_attention_heads": h, "num_key_value_heads": hkv, "head_dim": dim, "vocab_size": 8}
+    sizes |= {"num_hidden_layers": 1, "intermediate_size": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+    config = architectures.config_from_hf({"model_type": "llama" if q_norm is None else "qwen3"} | sizes)
+    module = Attention(replace(config, windows=(window,)), 0, TensorParallel())
+    if q_norm is not None:
+        module.q_norm.weight = torch.nn.Parameter(q_norm, requires_grad=False)
+        module.k_norm.weight = torch.nn.Parameter(k_norm, requires_grad=False)
+    return module
+
+
+def cache_of(k, v):
+    cache = LayerCache((0,), k.device, k.dtype)
+    cache.k, cache.v = k, v
+    return cache
+
+
+def attended(module, qkv, cos, sin, positions, k_cache, v_cache, fast):
+    """By the kernel, which must serve, or in plain PyTorch: [B T, H Dh]; caches are changed in place."""
+    b, t = positions.shape
+    cache = cache_of(k_cache, v_cache)
+    qkv, cos, sin = qkv.view(b, t, -1), cos.view(b, t, 1, -1), sin.view(b, t, 1, -1)
+    if fast:
+        decode_kernels.use_(module)
+        y = module.fast(module, qkv, cos, sin, positions, cache)
+    else:
+        y = module.attend(qkv, cos, sin, positions, cache, k_cache.shape[2])
+    return y.reshape(b * t, -1)
 
 
 def make_attention(b, t, h, hkv, dim, slots, first, dtype, norm):
@@ -73,7 +108,7 @@ def test_attention_twin_is_the_formula(case):
     b, t, h, hkv, dim, slots, first, window, norm = case
     args = make_attention(b, t, h, hkv, dim, slots, first, torch.float32, norm)
     wanted_args = [a.double() if i in (4, 5) else a for i, a in enumerate(args)]
-    got = model.decode_attention_reference(*args, eps=1e-5, window=window)
+    got = attended(attention_of(h, hkv, dim, window, *args[6:]), *args[:6], fast=False)
     wanted = naive_attention(*wanted_args, eps=1e-5, window=window)
     assert relative_error(got, wanted) < 1e-5
     assert all(relative_error(args[i], wanted_args[i]) < 1e-6 for i in (4, 5))
@@ -86,8 +121,8 @@ def test_attention_equals_twin(dtype, case):
     b, t, h, hkv, dim, slots, first, window, norm = case
     args = [a if a is None else a.to(DEVICE) for a in make_attention(b, t, h, hkv, dim, slots, first, dtype, norm)]
     wanted_args = [a if a is None or not a.is_floating_point() else a.float() for a in args]
-    got = decode_kernels.decode_attention(*args, eps=1e-5, window=window)
-    wanted = model.decode_attention_reference(*wanted_args, eps=1e-5, window=window)
+    got = attended(attention_of(h, hkv, dim, window, *args[6:]), *args[:6], fast=True)
+    wanted = attended(attention_of(h, hkv, dim, window, *wanted_args[6:]), *wanted_args[:6], fast=False)
     bound = 1e-2 if dtype == torch.bfloat16 else 2e-3
     assert relative_error(got, wanted) < bound
     assert all(relative_error(args[i], wanted_args[i]) < bound for i in (4, 5))
@@ -100,20 +135,26 @@ def test_attention_equals_twin(dtype, case):
 @needs_kernels
 def test_operators_survive_compilation_and_equals_twin():
     """One graph, no breaks, caches changed in place; shapes and schemas hold for fake tensors."""
-    x, w = torch.randn(2, 256, device=DEVICE).half(), torch.randn(32, 256, device=DEVICE).half()
-    gain = torch.rand(256, device=DEVICE).half()
+    x, linear = torch.randn(2, 256, device=DEVICE).half(), Linear(256, 32, dtype=torch.float16).to(DEVICE)
+    w, norm = linear.weight.normal_(), RMSNorm(256, 1e-5, dtype=torch.float16).to(DEVICE)
+    norm.weight.uniform_()
+    decode_kernels.use_(linear)
+    module = attention_of(4, 2, 64, 0, None, None)
     qkv, cos, sin, positions, k_cache, v_cache, _, _ = (
         t if t is None else t.to(DEVICE) for t in make_attention(1, 2, 4, 2, 64, 128, [5], torch.float16, False)
     )
 
-    def step(x, qkv, k_cache, v_cache):
-        y = linear.linear(x, w, norm_weight=gain, eps=1e-5)
-        return y * 2, decode_kernels.decode_attention(qkv, cos, sin, positions, k_cache, v_cache) + 1
+    caches = [cache_of(k_cache.clone(), v_cache.clone()) for _ in range(2)]
+    operands = [t.view(1, 2, -1) for t in (qkv, cos, sin)]
+    decode_kernels.use_(module)
 
-    copies = k_cache.clone(), v_cache.clone()
-    wanted = step(x, qkv, *copies)
-    got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, qkv, k_cache, v_cache)
-    assert all(torch.equal(a, b) for a, b in zip((*got, k_cache, v_cache), (*wanted, *copies)))
+    def step(x, qkv, cos, sin, cache):
+        return linear(x, norm=norm) * 2, module.fast(module, qkv, cos, sin, positions, cache) + 1
+
+    wanted = step(x, *operands, caches[0])
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, *operands, caches[1])
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+    assert torch.equal(caches[0].k, caches[1].k) and not torch.equal(caches[0].k, k_cache)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         torch.ops.decode.dense_linear.default, (x, w, None, None, 0.0, None, False, None), test_utils=utils

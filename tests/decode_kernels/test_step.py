@@ -4,29 +4,40 @@ import pytest
 import torch
 from kernel_checks import DEVICE, needs_kernels
 
+import architectures
 import decode_kernels
 import engine
-import model
 from decode_kernels import INTERPRETED
+from model import Transformer
 from sampling import SamplingParams, sample
+from tp import TensorParallel
 
 
 @needs_kernels
-@pytest.mark.parametrize("first", [None, 40])
+@pytest.mark.parametrize("rank", [None, 1])
 @pytest.mark.parametrize("dim, half, factor", [(64, 32, 1.0), (96, 20, 1.25)])
-def test_embed_equals_twin(first, dim, half, factor):
+def test_embed_equals_twin(rank, dim, half, factor):
     gen = torch.Generator().manual_seed(dim)
-    table, frequencies = torch.randn(50, dim, generator=gen).half(), 1e4 ** -(torch.arange(half) / half)
-    tokens = torch.randint(50, (2, 3), generator=gen) + (0 if first is None else 20)
-    positions = torch.tensor([[0, 1, 2], [131_069, 131_070, 131_071]])
-    args = [t.to(DEVICE) for t in (tokens, positions, table, frequencies)]
-    x, cos, sin = decode_kernels.embed(*args, factor, first)
-    assert torch.equal(x, model.embed_reference(*args, factor, first)[0])
-    assert (x == 0).all(-1).any() == (first is not None)
-    exact = positions.double()[..., None, None] * frequencies.double()
-    for got, want, turn in zip((cos, sin), model.angles(args[1], args[3], factor), (exact.cos(), exact.sin())):
+    sizes = {"hidden_size": dim, "head_dim": 2 * half, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 50, "num_hidden_layers": 1, "intermediate_size": 64, "max_position_embeddings": 1 << 17}
+    config = architectures.config_from_hf({"model_type": "llama"} | sizes)
+    model = Transformer(config, TensorParallel(rank or 0, 1 if rank is None else 2)).half().to(DEVICE)
+    model.embed_tokens.weight.copy_(torch.randn(model.embed_tokens.weight.shape, generator=gen))
+    model.init_rope_(DEVICE)
+    model.rope_factor = factor
+    tokens = torch.randint(50, (2, 3), generator=gen).to(DEVICE)
+    positions = torch.tensor([[0, 1, 2], [131_069, 131_070, 131_071]], device=DEVICE)
+    model.tp = TensorParallel()  # no group to sum over here
+    decode_kernels.use_(model)
+    x, cos, sin = model.fast(model, tokens, positions)
+    mine = tokens >= model.first_id
+    mine &= tokens < model.first_id + model.vocab_local
+    assert mine.any() and mine.all() == (rank is None)
+    assert torch.equal(x[mine], model.embed_tokens.weight[(tokens - model.first_id)[mine]]) and not x[~mine].any()
+    exact = positions.double()[..., None, None] * model.inv_freq.double()
+    for got, want, turn in zip((cos, sin), model.rope(positions), (exact.cos(), exact.sin())):
         assert got.shape == (2, 3, 1, half) and (got - want).abs().max() < 1e-6
-        assert (got[0].cpu() - factor * turn[0]).abs().max() < 1e-6
+        assert (got[0] - factor * turn[0]).abs().max() < 1e-6
 
 
 SAMPLES = [(1000, 1), (1000, 7), (1024, 200), (4000, 200), (33_000, 200), (300, 256), (70, 50)]
@@ -52,13 +63,14 @@ def test_sample_equals_twin(vocabulary, k, dtype):
         logits = make_logits(rows, vocabulary, dtype, coarse)
         seeds, positions = torch.arange(rows, device=DEVICE) << 20, torch.arange(rows, device=DEVICE)[:, None] * 7
         for p in params:
-            assert decode_kernels.samples(dtype, vocabulary, p.structure)
+            assert decode_kernels.samples(dtype, vocabulary, rows, p.structure)
             args = logits, p.structure, p.knobs(DEVICE), seeds, positions[:, 0]
             # among equals the first ids stay: a millionth less for every id says so to the twin, in float64
             order = logits.double() - 1e-9 * torch.arange(vocabulary, device=DEVICE)
-            got, twin = sample(*args, fused=True), sample(order, *args[1:])
+            got, twin = decode_kernels.sample(*args), sample(order, *args[1:])
             assert torch.equal(got, twin)
-            assert torch.equal(got[2:3], sample(logits[2:3], *args[1:3], seeds[2:3], positions[2:3, 0], fused=True))
+            alone = decode_kernels.sample(logits[2:3], *args[1:3], seeds[2:3], positions[2:3, 0])
+            assert torch.equal(got[2:3], alone)
 
 
 @needs_kernels
@@ -68,7 +80,7 @@ def test_sample_says_where_logits_are_not_finite_and_equals_twin():
         logits = make_logits(3, 2000, torch.float16, False)
         logits[1, 1234] = value
         args = structure, knobs, torch.arange(3, device=DEVICE), torch.arange(3, device=DEVICE)
-        got = sample(logits, *args, fused=True)
+        got = decode_kernels.sample(logits, *args)
         assert got[1] == -1 and (got >= 0).sum() == 2
         assert torch.equal(got, sample(logits, *args))
 
@@ -80,7 +92,7 @@ def test_sample_draws_what_it_should():
     row, params = torch.linspace(-2, 1, vocabulary).to(torch.float16), SamplingParams(0.9, k)
     logits = row.to(DEVICE).expand(n, -1)
     seeds, positions = torch.arange(n, device=DEVICE), torch.zeros(n, dtype=torch.int64, device=DEVICE)
-    tokens = sample(logits, params.structure, params.knobs(DEVICE), seeds, positions, fused=True).cpu()
+    tokens = decode_kernels.sample(logits, params.structure, params.knobs(DEVICE), seeds, positions).cpu()
     expected = torch.softmax(row[-k:].double() / 0.9, -1) * n
     counts = torch.bincount(tokens - (vocabulary - k), minlength=k)
     assert len(counts) == k and counts.sum() == n
@@ -91,7 +103,7 @@ def test_sample_draws_what_it_should():
 @pytest.mark.parametrize("rows", [1, 5])
 def test_advance_equals_twin(rows):
     results = []
-    for function in (decode_kernels.advance_, engine.advance_reference_):
+    for function in (decode_kernels.advance_, engine.advance_):
         tokens = torch.arange(rows, device=DEVICE) * 100 - 1
         state = [torch.full((rows, 1), 9, device=DEVICE), torch.full((rows, 1), 40, device=DEVICE)]
         state += [torch.tensor([2], device=DEVICE), torch.zeros((rows, 6), dtype=torch.int64, device=DEVICE)]
