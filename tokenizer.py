@@ -13,8 +13,8 @@ bounds neither its loops nor its memory, so it runs in a child process that has 
 
 import codecs
 import contextlib
-import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +28,11 @@ import sentencepiece
 import tokenizers
 
 Json = dict[str, Any]
+MOST_EXTRA = 256  # ids by which the tokenizers of a draft and its target may differ at the end
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# GPT-2's alphabet: a printable Latin-1 character is its own byte, the other bytes follow from U+0100 on.
+BYTES = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+BYTES |= {chr(256 + n): byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
 
 
 class Decoder:
@@ -52,18 +57,72 @@ class Decoder:
         return self.add((), final=True)
 
 
+class Added:
+    """The tokens that the JSON files beside a tokenizer add to it, as transformers reads them.
+
+    `declared`: tokens by id, of `added_tokens_decoder` in tokenizer_config.json, else of added_tokens.json; `named`: by
+    role (`bos_token`, ...); `extra`: the rest of the special ones. special_tokens_map.json counts where there is no
+    `added_tokens_decoder`, and is then merged into `config`.
+    """
+
+    def __init__(self, folder: Path, config: Json) -> None:
+        declared, self.source = config.get("added_tokens_decoder"), "tokenizer_config.json"
+        if declared is None:
+            config.update(object_of(folder / "special_tokens_map.json"))
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        roles = {**dict.fromkeys(ROLES), **config, **(extra if isinstance(extra, dict) else {})}
+        self.named = {
+            role: token_of(role, value)
+            for role, value in roles.items()
+            if value and (role in ROLES or (role.endswith("_token") and isinstance(value, str | dict)))
+        }
+        self.extra = [] if isinstance(extra, dict) else [token_of("additional_special_tokens", t) for t in extra]
+        if declared is not None:
+            self.declared = {int(i): token_of(f"added_tokens_decoder[{i}]", t) for i, t in declared.items()}
+            return
+        self.source, special = "added_tokens.json", {t.content for t in (*self.named.values(), *self.extra)}
+        self.declared = {
+            i: tokenizers.AddedToken(text, normalized=text not in special, special=text in special)
+            for text, i in object_of(folder / self.source).items()
+        }
+
+    def beyond(self, own: dict[int, tokenizers.AddedToken]) -> list[tokenizers.AddedToken]:
+        """The tokens that a tokenizer with its `own` added tokens lacks, in the order in which they get ids."""
+        flags, names = {repr(t) for t in own.values()}, {t.content for t in own.values()}
+        if self.source == "tokenizer_config.json":  # whose flags replace those of the tokenizer's own
+            tokens = [t for _, t in sorted(self.declared.items()) if repr(t) not in flags]
+        else:
+            tokens = [t for _, t in sorted(self.declared.items()) if t.content not in names]
+        names |= {t.content for t in tokens}
+        tokens += [t for t in (*self.named.values(), *self.extra) if t.content not in names]
+        roles = {t.content for t in self.named.values()}
+        for token in tokens:
+            token.special = token.special or token.content in roles
+        return tokens
+
+
 class JsonFile:
     """tokenizer.json. `special`: the ids that are control tokens, which have no text; `size`: the largest id + 1."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, added: Added) -> None:
         self.model = model = tokenizers.Tokenizer.from_file(str(path))
         model.no_truncation()
         model.no_padding()
-        self.id_of, self.token, decode = model.token_to_id, model.id_to_token, model.decoder.decode
-        self.byte_level = decode(["Ġ"]) == " "
-        if not self.byte_level and decode(["a", "▁b"]) != "a b":
-            raise ValueError("its decoder is neither byte-level nor sentencepiece's")
-        self.special = {i for i, token in model.get_added_tokens_decoder().items() if token.special}
+        self.id_of, self.token = model.token_to_id, model.id_to_token
+        if model.decoder is None:
+            raise ValueError("tokenizer.json has no decoder")
+        self.byte_level = model.decoder.decode(["Ġ"]) == " "
+        if not self.byte_level and model.decoder.decode(["a", "▁b"]) != "a b":
+            raise ValueError("the decoder of tokenizer.json is neither byte-level nor sentencepiece's")
+        own = model.get_added_tokens_decoder()
+        new = {i: t.content for i, t in added.declared.items() if model.token_to_id(t.content) is None}
+        model.add_tokens(added.beyond(own))
+        if wrong := [(i, text) for i, text in new.items() if model.token_to_id(text) != i]:
+            (i, text), free = wrong[0], model.token_to_id(wrong[0][1])
+            raise ValueError(f"{added.source} gives {text!r} the id {i}; after tokenizer.json's ids it would be {free}")
+        # a token of both files is special where one of them says so
+        everything = [*own.items(), *model.get_added_tokens_decoder().items()]
+        self.special = {i for i, token in everything if token.special}
         self.size = max(model.get_vocab().values()) + 1
 
     def encode(self, text: str, bos: bool, control: bool) -> list[int]:
@@ -72,59 +131,101 @@ class JsonFile:
 
 
 class SentencePieceFile:
-    """tokenizer.model, with the attributes of `JsonFile`. After a control token a text starts as at the beginning."""
+    """tokenizer.model, with the attributes of `JsonFile`.
 
-    def __init__(self, path: Path, config: Json) -> None:
+    `legacy`: a text after a control token starts with a space, as at the beginning. sentencepiece puts that space
+    before whatever it is given; where it must not be, `mark`, a character that is in no piece, is put in between and
+    cut off.
+    """
+
+    byte_level = False
+
+    def __init__(self, path: Path, added: Added, config: Json, legacy: bool) -> None:
         self.model = model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.size = model.vocab_size()
-        self.special = {i for i in range(self.size) if model.is_control(i) or model.is_unknown(i)}
-        self.names = {model.id_to_piece(i): i for i in self.special}
-        self.id_of, self.token, self.byte_level = self.names.get, model.id_to_piece, False
-        self.ends = {
-            "add_bos": config.get("add_bos_token", model.bos_id() >= 0),
-            "add_eos": config.get("add_eos_token", False),
-        }
+        pieces = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+        control = {token: i for token, i in pieces.items() if model.is_control(i) or model.is_unknown(i)}
+        tokens = [tokenizers.AddedToken(token, normalized=False, special=True) for token in control]
+        tokens += added.beyond({})
+        self.added = {i: token for token, i in control.items()} | {i: t.content for i, t in added.declared.items()}
+        for text in (token.content for token in tokens):  # without a declared id it is a piece, or gets the next id
+            if text not in self.added.values():
+                self.added[pieces.get(text, max(model.vocab_size() - 1, *self.added) + 1)] = text
+        self.size = max(model.vocab_size() - 1, *self.added) + 1
+        names = {token: i for i, token in self.added.items()}
+        self.special, self.id_of = {names[t.content] for t in tokens if t.special}, (pieces | names).get
+        # finds the added tokens in a text, by the library's rules; what lies between them is id 0
+        self.finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+        self.finder.add_tokens(tokens)
+        self.found = {i: names[token.content] for i, token in self.finder.get_added_tokens_decoder().items()}
+        self.legacy = legacy
+        self.mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in piece for piece in pieces))
+        self.marked = len(model.encode(self.mark))
+        self.ends = []
+        for role, default, i in (("bos", model.bos_id() >= 0, model.bos_id()), ("eos", False, model.eos_id())):
+            if type(wanted := config.get(f"add_{role}_token", default)) is not bool:
+                raise ValueError(f"add_{role}_token is {wanted!r}; it must be true or false")
+            named = added.named.get(f"{role}_token")
+            i = names[named.content] if named else i
+            self.ends.append([i] * (wanted and i >= 0))
+
+    def token(self, i: int) -> str:
+        return self.added.get(i) or (self.model.id_to_piece(i) if i < self.model.vocab_size() else "")
 
     def encode(self, text: str, bos: bool, control: bool) -> list[int]:
-        if not control:
-            return self.model.encode(text, **self.ends if bos else {})
-        parts = re.split(f"({'|'.join(map(re.escape, self.names))})", text)
-        return [i for part in parts for i in ([self.names[part]] if part in self.names else self.model.encode(part))]
+        self.finder.encode_special_tokens = not control
+        found, (begin, end) = self.finder.encode(text), self.ends if bos else ([], [])
+        ids = list(begin)
+        for i, (a, b) in zip(found.ids, found.offsets):
+            if i:
+                ids.append(self.found[i])
+            elif a == 0 or self.legacy:
+                ids += self.model.encode(text[a:b])
+            else:
+                ids += self.model.encode(self.mark + text[a:b])[self.marked :]
+        return ids + end
 
 
 class Tokenizer:
     """The tokenizer of a folder; `vocab_size` is its largest id + 1, `stop_ids` what ends a text."""
 
     def __init__(self, folder: Path, config: Json, generation: Json, model: Json) -> None:
-        path = folder / "tokenizer.json"
-        self.file = file = JsonFile(path) if path.is_file() else SentencePieceFile(folder / "tokenizer.model", config)
-        self.vocab_size = file.size
-        self.strip = str(file.token(self.encode("a", bos=False)[0]))[0] == "▁"  # a text's first space is not its own
-        named = config.get("bos_token", "<s>"), config.get("eos_token", "</s>")
-        self.bos, self.eos = (token["content"] if isinstance(token, dict) else token or "" for token in named)
-        self.bos_id: int | None = file.id_of(self.bos)
+        added, path = Added(folder, config), folder / "tokenizer.json"
+        if path.is_file():
+            self.file: JsonFile | SentencePieceFile = JsonFile(path, added)
+        else:  # transformers 5 made `legacy: false` the default of Llama's class, which Mistral's models do not get
+            kind = model.get("model_type")
+            llama = str(config.get("tokenizer_class") or kind).lower().startswith("llama")
+            legacy = config.get("legacy", not llama or kind in ("mistral", "mixtral"))
+            self.file = SentencePieceFile(folder / "tokenizer.model", added, config, legacy)
+        file, self.vocab_size = self.file, self.file.size
+        first = [file.token(i) for i in self.encode("a", bos=False)[:1]]
+        self.strip = str(first[0]).startswith("▁") if first else False  # a text's first space is not its own
+        self.roles = {role: token.content for role, token in added.named.items()}
+        for role, token in (("bos_token", "<s>"), ("eos_token", "</s>")):
+            if role not in config and file.id_of(token) is not None:
+                self.roles[role] = token
+        self.bos_id: int | None = file.id_of(self.roles.get("bos_token", ""))
+        name = "generation_config.json" if generation.get("eos_token_id") is not None else "config.json"
         stop = generation.get("eos_token_id", model.get("eos_token_id"))
         stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
         if not all(type(i) is int for i in stop):
-            raise ValueError(f"eos_token_id is {stop}; it must be an id or a list of ids")
-        self.stop_ids = frozenset([file.id_of(self.eos), *stop]) - {None}
-        template = config.get("chat_template", "")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        self.template = text_of(folder / "chat_template.jinja") or template
-        self.has_chat_template = bool(self.template)
+            raise ValueError(f"{name}: eos_token_id is {stop}; it must be an id or a list of ids")
+        self.stop_ids = frozenset([file.id_of(self.roles.get("eos_token", "")), *stop]) - {None}
+        self.templates = templates_of(folder, config.get("chat_template"))
+        self.has_chat_template = bool(self.templates)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
         """Raises FileNotFoundError without a tokenizer, ValueError (one line) for one that cannot be read."""
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        if not any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model")):
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model")
         names = ("tokenizer_config.json", "generation_config.json", "config.json")
         configs = [object_of(folder / name) for name in names]
         try:
             return cls(folder, *configs)
         except Exception as error:  # `tokenizers` raises nothing more specific
-            raise ValueError(f"{folder}: its tokenizer cannot be read: {error!r}") from error
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{folder}: its tokenizer cannot be read: {' '.join(reason.split())}") from error
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a plain text, with BOS and EOS as the folder configures (`bos=False`: neither). "" is BOS alone."""
@@ -144,19 +245,21 @@ class Tokenizer:
     def piece(self, i: int) -> bytes:
         """The bytes of one id: none for a control token, or for an id beyond the vocabulary."""
         token = "" if i >= self.vocab_size or i in self.file.special else self.file.token(i) or ""
-        if self.file.byte_level:
-            # GPT-2's alphabet: a printable Latin-1 character is its own byte, the other bytes follow from U+0100 on.
-            text = token.translate({256 + n: byte for n, byte in enumerate([*range(33), *range(127, 161), 173])})
-            return text.encode("latin-1" if max(text, default="") <= "ÿ" else "utf-8")
+        if self.file.byte_level:  # an added token may hold other characters than the alphabet's: it is plain text
+            return bytes(map(BYTES.__getitem__, token)) if BYTES.keys() >= set(token) else token.encode()
         byte = re.fullmatch("<0x(..)>", token)
         return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
     def render_chat(self, messages: list[Json], add_generation_prompt: bool = True) -> str:
         """The text that the folder's template makes of `messages` (role, content). ValueError where that fails."""
-        if not self.template:
+        if not self.templates:
             raise ValueError("this tokenizer has no chat template: use a chat model, or a plain prompt")
-        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
-        request = json.dumps([self.template, {**variables, "bos_token": self.bos, "eos_token": self.eos}])
+        if "default" not in self.templates:
+            names = ", ".join(sorted(self.templates))
+            raise ValueError(f"this tokenizer has chat templates called {names}, but none called default")
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables |= {"tools": None, "documents": None, **self.roles}
+        request = json.dumps([self.templates["default"], variables])
         child = subprocess.run([sys.executable, __file__], input=request, capture_output=True, text=True)
         if child.returncode:
             reason = child.stderr.strip().split("\n")[-1] or "it ran into its limits (3 s, 1 GiB)"
@@ -233,15 +336,67 @@ class Answer:
         return taken, text
 
 
+def draft_mismatch(target: Tokenizer | Ids, draft: Tokenizer | Ids, proposed: int) -> str:
+    """Why the ids 0..proposed - 1 of a draft model do not all mean the same to its target; "" where they do.
+
+    Tokens that only one of the two knows, a few at the end or control tokens, are never both proposed and accepted.
+    """
+    if isinstance(target, Ids) or isinstance(draft, Ids):
+        return "" if type(target) is type(draft) else "one of the two models has random weights and no tokenizer"
+    sizes = target.vocab_size, draft.vocab_size
+    if abs(sizes[0] - sizes[1]) > MOST_EXTRA:
+        return f"the draft's tokenizer has {sizes[1]} ids and the target's {sizes[0]}"
+    for i in range(min(proposed, *sizes)):
+        mine, theirs = (str(t.file.token(i)) for t in (target, draft))
+        control = [i in t.file.special for t in (target, draft)]
+        if mine != theirs and all(control):  # renamed is harmless, moved to another id is not
+            control[0] = target.file.id_of(theirs) is None and draft.file.id_of(mine) is None
+        if control[0] != control[1] or (mine != theirs and not all(control)):
+            return f"id {i} is {mine!r} to the target and {theirs!r} to the draft"
+    return ""
+
+
+def token_of(what: str, value: Any) -> tokenizers.AddedToken:  # noqa: ANN401
+    """A special token as the JSON files write it: its text, or an object with the text and its flags."""
+    flags = value if isinstance(value, dict) else {"content": value, "special": True}
+    if not isinstance(flags.get("content"), str):
+        raise ValueError(f"{what} is {value!r}; it must be a token's text, or an object that has it as content")
+    special = bool(flags.get("special"))
+    chosen = {name: bool(flags[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in flags}
+    return tokenizers.AddedToken(flags["content"], special=special, **{"normalized": not special, **chosen})
+
+
+def templates_of(folder: Path, configured: Any) -> dict[str, str]:  # noqa: ANN401
+    """Chat templates by name: the folder's files, else those of tokenizer_config.json; a lone one is default."""
+    files = [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    found = {path.stem.replace("chat_template", "default"): text_of(path) for path in files if os.path.lexists(path)}
+    if found or not configured:
+        return found
+    if isinstance(configured, list) and all(isinstance(entry, dict) for entry in configured):
+        configured = {entry.get("name"): entry.get("template") for entry in configured}
+    templates = configured if isinstance(configured, dict) else {"default": configured}
+    if wrong := [value for pair in templates.items() for value in pair if not isinstance(value, str)]:
+        raise ValueError(f"chat_template holds {wrong[0]!r} where it must hold text")
+    return templates
+
+
 def text_of(path: Path) -> str:
-    """A file's text, "" where there is none."""
-    return path.read_text("utf-8") if path.is_file() else ""
+    """A file's text. ValueError names a file that cannot be read, such as a link to nowhere."""
+    try:
+        if not path.is_file():
+            raise OSError("it is not a file")
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def object_of(path: Path) -> Json:
     """The JSON object of a file, {} where there is none. ValueError names the file."""
+    if not os.path.lexists(path):
+        return {}
+    text = text_of(path)
     try:
-        value = json.loads(text_of(path) or "{}")
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -258,7 +413,11 @@ def render(template: str, variables: Json) -> str:
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+
+    def tojson(x: Any, ensure_ascii: bool = False, **options: Any) -> str:  # noqa: ANN401
+        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
+
+    env.filters["tojson"] = tojson
     env.globals |= {"raise_exception": fail, "strftime_now": datetime.now().strftime}
     # {% generation %} marks a training mask: a tag without effect here.
     template = re.sub(r"({%[-+]?\s*)(?:end)?generation(\s*[-+]?%})", r"\1set _ = 0\2", template)

@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tokenizer import Tokenizer
+from tokenizer import Ids, Tokenizer, draft_mismatch
 
 MODELS = Path(__file__).parent.parent.parent / "shared" / "models"
 TEXTS = [
@@ -283,7 +283,9 @@ def test_where_the_template_comes_from(llama_json, tmp_path):
         none.encode_chat(MESSAGES)
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "the default"}]
     assert with_template(llama_json, tmp_path, named).render_chat([]) == "the default"
-    assert not with_template(llama_json, tmp_path, named[:1]).has_chat_template
+    assert with_template(llama_json, tmp_path, {"default": "in an object"}).render_chat([]) == "in an object"
+    with pytest.raises(ValueError, match="has chat templates called tool_use, but none called default"):
+        with_template(llama_json, tmp_path, named[:1]).render_chat([])
     write(tmp_path, "chat_template.jinja", "the file")
     assert with_template(llama_json, tmp_path, named).render_chat([]) == "the file"
     (tmp_path / "chat_template.jinja").unlink()
@@ -367,3 +369,213 @@ def test_a_sentencepiece_model_without_bos(tmp_path):
     assert tokenizer.bos_id is None and tokenizer.stop_ids == frozenset() and tokenizer.encode("") == []
     assert tokenizer.encode("hello world") == tokenizer.encode("hello world", bos=False) != []
     assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+
+
+# -- tokens that only the files beside the tokenizer name ----------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def flags(content, special=True, **changes):
+    return dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False) | {
+        "content": content, "special": special, **changes
+    }  # fmt: skip
+
+
+def beside(source, first):
+    """(tokenizer_config.json, other files) that add two ids from `first` on."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHATML}
+    named = {"eos_token": "<|im_end|>"}
+    if source == "added_tokens_decoder":
+        decoder = {str(first): flags("<|im_start|>", rstrip=True), str(first + 1): flags("<|im_end|>")}
+        return config | named | {"added_tokens_decoder": decoder}, {}
+    if source == "disagreeing flags":
+        decoder = {str(first): flags("<|im_start|>", special=False), str(first + 1): flags("<|im_end|>", False)}
+        return config | named | {"added_tokens_decoder": decoder}, {}
+    if source == "added_tokens.json":
+        return config | named, {"added_tokens.json": {"<|im_start|>": first, "<|im_end|>": first + 1}}
+    if source == "special_tokens_map.json":
+        tokens = {"eos_token": flags("<|im_start|>"), "additional_special_tokens": ["<|im_end|>"]}
+        return config | {"eos_token": "</s>"}, {"special_tokens_map.json": tokens}
+    return config | {"eos_token": "<|im_start|>", "additional_special_tokens": ["<|im_end|>"]}, {}
+
+
+SOURCES = ["added_tokens_decoder", "disagreeing flags", "added_tokens.json", "special_tokens_map.json", "names alone"]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama_json"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_added_tokens_equal_transformers(kind, source, request, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer_json = json.loads((request.getfixturevalue(kind) / "tokenizer.json").read_text("utf-8"))
+    first = Tokenizer.from_folder(request.getfixturevalue(kind)).vocab_size
+    write(tmp_path, "tokenizer.json", tokenizer_json | {"padding": None})  # whose token transformers would add
+    config, files = beside(source, first)
+    for name, content in ({"tokenizer_config.json": config} | files).items():
+        write(tmp_path, name, content)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_folder(tmp_path)
+    ids = ours.encode_chat(MESSAGES)
+    assert ids == theirs.apply_chat_template(MESSAGES)["input_ids"] and {first, first + 1} <= set(ids)
+    assert theirs.eos_token_id in ours.stop_ids
+    assert ours.vocab_size == first + 2
+    for i in (first, first + 1):  # one is a control token and has no text, or both are plain
+        assert ours.decode([i]) == theirs.decode([i], skip_special_tokens=True)
+    text = "say <|im_start|> \n"
+    assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_added_tokens_of_a_sentencepiece_folder(piece_model, tmp_path, source):
+    (tmp_path / "tokenizer.model").write_bytes((piece_model / "tokenizer.model").read_bytes())
+    config, files = beside(source, 420)
+    for name, content in ({"tokenizer_config.json": config | {"legacy": True}} | files).items():
+        write(tmp_path, name, content)
+    tokenizer, plain = Tokenizer.from_folder(tmp_path), Tokenizer.from_folder(piece_model)
+    user, answer = (plain.encode(text, bos=False) for text in ("user\nHi", "assistant"))
+    want = [420, *user, 421, *plain.encode("\n", bos=False), 420, *answer]
+    assert tokenizer.encode_chat([{"role": "user", "content": "Hi"}]) == want
+    eos = 421 if source in SOURCES[:3] else 420
+    assert eos in tokenizer.stop_ids and tokenizer.vocab_size == 422
+    special = {"disagreeing flags": {421}, "added_tokens.json": {421}}.get(source, {420, 421})
+    assert tokenizer.file.special - plain.file.special == special
+    assert tokenizer.decode([420]) == ("" if 420 in special else "<|im_start|>")
+    text = "say <|im_end|>"
+    assert not {420, 421} & set(tokenizer.encode(text)) and tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "legacy, spaced", [({"legacy": True}, True), ({"legacy": False}, False), ({}, True),
+                       ({"tokenizer_class": "LlamaTokenizer"}, False)]
+)  # fmt: skip
+def test_space_after_a_control_token(piece_model, tmp_path, legacy, spaced):
+    """transformers' `legacy: false` starts only the text itself with a space, not what follows a control token."""
+    (tmp_path / "tokenizer.model").write_bytes((piece_model / "tokenizer.model").read_bytes())
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }} {{ messages[0].content }}"
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "</s>", "chat_template": template, **legacy})
+    tokenizer, model = Tokenizer.from_folder(tmp_path), Tokenizer.from_folder(piece_model).file.model
+    hello = model.encode("hello")
+    bare = hello if spaced else model.encode("\nhello")[len(model.encode("\n")) :]
+    assert (hello != bare) != spaced
+    after = model.encode(" hello") if spaced else hello
+    assert tokenizer.encode_chat([{"role": "user", "content": "hello"}]) == [1, *bare, 2, *after]
+    assert tokenizer.encode("hello") == [1, *hello]
+
+
+def test_ids_that_cannot_be_as_declared_are_refused(llama_json, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((llama_json / "tokenizer.json").read_bytes())
+    size = Tokenizer.from_folder(tmp_path).vocab_size
+    for source, files in (
+        ("tokenizer_config.json", {"tokenizer_config.json": {"added_tokens_decoder": {str(size + 3): flags("<a>")}}}),
+        ("added_tokens.json", {"added_tokens.json": {"<a>": size + 3}, "tokenizer_config.json": {}}),
+    ):
+        for name, content in files.items():
+            write(tmp_path, name, content)
+        with pytest.raises(ValueError, match=f"{source} gives '<a>' the id {size + 3}; .* it would be {size}$"):
+            Tokenizer.from_folder(tmp_path)
+
+
+def test_added_tokens_with_characters_beyond_the_byte_alphabet(byte_level, tmp_path):
+    model = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    model.add_tokens(["naïve café", "<tool é>", "你好"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for text in ("a naïve café b", "<tool é>", "你好"):
+        ids = tokenizer.encode(text, bos=False)
+        assert max(ids) >= 405 and tokenizer.decode(ids) == model.decode(ids) == text
+
+
+def with_tokens(llama_json, folder, *tokens, rename=()):
+    folder.mkdir()
+    content = json.loads((llama_json / "tokenizer.json").read_text("utf-8"))
+    for old, new in rename:
+        entry = next(t for t in content["added_tokens"] if t["content"] == old)
+        entry["content"], content["model"]["vocab"][new] = new, content["model"]["vocab"].pop(old)
+        content = json.loads(json.dumps(content).replace(f'"{old}"', f'"{new}"'))
+    write(folder, "tokenizer.json", content)
+    first = Tokenizer.from_folder(folder).vocab_size
+    decoder = {str(first + n): flags(text, special) for n, (text, special) in enumerate(tokens)}
+    write(folder, "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    return Tokenizer.from_folder(folder)
+
+
+def test_drafts_whose_ids_mean_the_same(llama_json, byte_level, tmp_path):
+    plain = Tokenizer.from_folder(llama_json)
+    size = plain.vocab_size
+    chat = with_tokens(llama_json, tmp_path / "chat", ("<|im_start|>", True), ("<|im_end|>", True))
+    swapped = with_tokens(llama_json, tmp_path / "swapped", ("<|im_end|>", True), ("<|im_start|>", True))
+    other = with_tokens(llama_json, tmp_path / "other", ("<|reserved_0|>", True), ("<|im_end|>", True))
+    think = with_tokens(llama_json, tmp_path / "think", ("<think>", False))
+    many = with_tokens(llama_json, tmp_path / "many", *((f"<{i}>", True) for i in range(300)))
+    for target, draft in ((plain, plain), (plain, chat), (chat, plain), (chat, other), (plain, think), (think, plain)):
+        assert draft_mismatch(target, draft, size + 64) == ""
+    assert f"id {size} is '<|im_start|>' to the target and '<|im_end|>' " in draft_mismatch(chat, swapped, size + 64)
+    assert draft_mismatch(chat, swapped, size) == ""  # a draft model that has no rows for them cannot propose them
+    assert "'<think>' to the draft" in draft_mismatch(chat, think, size + 64)
+    assert f"has {size + 300} ids and the target's {size}" in draft_mismatch(plain, many, size + 512)
+    assert draft_mismatch(plain, Tokenizer.from_folder(byte_level), 400)
+    assert draft_mismatch(Ids(8), Ids(8), 8) == "" and "random weights" in draft_mismatch(plain, Ids(8), 8)
+
+
+def test_chat_variables_equal_transformers(llama_json, tmp_path):
+    from transformers import AutoTokenizer
+
+    roles = "pad_token unk_token sep_token image_token tools documents date_string eos_token".split()
+    template = "".join(f"{{{{ {r} if {r} is defined else '(no {r})' }}}};{{{{ {r} is none }}}} " for r in roles)
+    config = {
+        "pad_token": "</s>",
+        "unk_token": flags("<unk>", __type="AddedToken"),
+        "image_token": "<image>",
+        "eos_token": "</s>",
+    }
+    write(tmp_path, "tokenizer.json", (llama_json / "tokenizer.json").read_text("utf-8"))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, "sep_token": None}
+    write(tmp_path, "tokenizer_config.json", config)
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
+    assert Tokenizer.from_folder(tmp_path).render_chat(MESSAGES, add_generation_prompt=False) == theirs
+    assert "None;True" in theirs and "<image>;False" in theirs and "(no sep_token);False" in theirs
+
+
+def test_additional_chat_templates(llama_json, tmp_path):
+    with_template(llama_json, tmp_path, "configured")
+    (tmp_path / "additional_chat_templates").mkdir()
+    write(tmp_path, "additional_chat_templates/tool_use.jinja", "tools")
+    with pytest.raises(ValueError, match="called tool_use, but none called default"):
+        Tokenizer.from_folder(tmp_path).render_chat([])
+    write(tmp_path, "chat_template.jinja", "the file")
+    assert Tokenizer.from_folder(tmp_path).render_chat([]) == "the file"
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+def test_a_link_to_nowhere_is_not_an_absent_file(llama_json, tmp_path, name):
+    (tmp_path / "tokenizer.json").write_bytes((llama_json / "tokenizer.json").read_bytes())
+    for target in (tmp_path / "nowhere", tmp_path / name, tmp_path):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(ValueError, match=f"{name} cannot be read: ") as caught:
+            Tokenizer.from_folder(tmp_path)
+        assert "\n" not in str(caught.value)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"eos_token": 7}, "eos_token is 7"),
+        ({"bos_token": ["<s>"]}, "bos_token is"),
+        ({"eos_token": {"special": True}}, "it must be a token's text"),
+        ({"added_tokens_decoder": {"9": 3}}, r"added_tokens_decoder\[9\] is 3"),
+        ({"added_tokens_decoder": {"x": "<a>"}}, "'x'"),
+        ({"additional_special_tokens": [None]}, "additional_special_tokens is None"),
+        ({"chat_template": {"default": 3}}, "chat_template holds 3"),
+        ({"chat_template": [{"name": "default"}]}, "chat_template holds None"),
+        ({"add_bos_token": "yes"}, "add_bos_token is 'yes'; it must be true or false"),
+    ],
+)
+def test_wrong_types_are_named(piece_model, tmp_path, config, words):
+    (tmp_path / "tokenizer.model").write_bytes((piece_model / "tokenizer.model").read_bytes())
+    write(tmp_path, "tokenizer_config.json", config)
+    with pytest.raises(ValueError, match=words) as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert "Error" not in str(caught.value) and "\n" not in str(caught.value)
