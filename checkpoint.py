@@ -37,6 +37,18 @@ from tp import SHARD_DIM, TensorParallel
 Params = TypeVar("Params")
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICEN[CS]E*", "NOTICE*"]
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # keys of generation_config.json that `SamplingParams` knows
+# other keys that change the output, each with the value that is off; null and what is empty always are
+NOT_SAMPLED = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1),
+    **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
+    **dict.fromkeys("no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens".split(), 0),
+    **dict.fromkeys("epsilon_cutoff eta_cutoff diversity_penalty penalty_alpha top_h token_healing".split(), 0),
+    **dict.fromkeys("presence_penalty frequency_penalty".split(), 0),
+    **dict.fromkeys("bad_words_ids force_words_ids constraints suppress_tokens begin_suppress_tokens".split()),
+    **dict.fromkeys("forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty max_time".split()),
+    **dict.fromkeys("sequence_bias stop_strings watermarking_config dola_layers".split()),
+}
 HUB_IGNORED = ["*/*", "consolidated*"]  # sub-folders hold other formats; consolidated*: a second copy of the weights
 
 
@@ -87,9 +99,11 @@ def _hub_problem(repo: str, revision: str, error: Exception) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; {} when the file is not there. ValueError when it is not a JSON object."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
+        if not path.is_file():
+            raise OSError("it is not a file, or a link to nowhere")
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
@@ -452,24 +466,38 @@ def check_weights_fit(
 
 
 def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[str, float] | None) -> Params:
-    """`make` called with what generation_config.json says of temperature, top_k, top_p and min_p (`do_sample: false` is
-    greedy), but for what is `chosen`. A ValueError of it names the file.
+    """`make` called with what generation_config.json says of the `SAMPLING` parameters (`do_sample: false` is greedy),
+    but for what is `chosen`. A ValueError of it names the file; what is set and not implemented is told in one line.
+
+    What other programs take for "off" is off here: top_k -1. What they round is rounded: a temperature below 0.001 is
+    greedy, as is top_p 0, which leaves the most probable token.
     """
-    path, names = folder / "generation_config.json", ("temperature", "top_k", "top_p", "min_p")
-    config, chosen = read_json(path), chosen or {}
-    values = {name: config[name] for name in names if config.get(name) is not None and name not in chosen}
-    for name, value in values.items():
-        if type(value) not in (int, float)[: 1 + (name != "top_k")]:
-            raise ValueError(
-                f"{path}: {name} is {value!r}; it must be {'an integer' if name == 'top_k' else 'a number'}"
-            )
+    path, chosen, values = folder / "generation_config.json", chosen or {}, {}
+    config = read_json(path)
+    for name in (n for n in SAMPLING if config.get(n) is not None and n not in chosen):
+        value, whole = config[name], name == "top_k"
+        if type(value) not in (int, float) or (whole and value % 1 != 0):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be {'an integer' if whole else 'a number'}")
+        rounded = {"top_k": 0 if value == -1 else value, "top_p": value or 1e-6}
+        rounded["temperature"] = 0.0 if 0 <= value < 1e-3 else value
+        values[name] = int(rounded[name]) if whole else rounded.get(name, value)
     if not isinstance(sampled := config.get("do_sample"), bool | None):
         raise ValueError(f"{path}: do_sample is {sampled!r}; it must be true or false")
-    values = {"temperature": 0.0} if sampled is False else values
+    if sampled is False:
+        values = {"temperature": 0.0} | {n: v for n, v in values.items() if n == "repetition_penalty"}
+    on = [n for n, off in NOT_SAMPLED.items() if config.get(n) not in (None, off, "", [], {}) and n not in SAMPLING]
+    if on:
+        tell(f"warning: {path} sets {', '.join(on)}: not implemented here, so the output may be another")
     try:
         return make(**{**values, **chosen})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def tell(line: str) -> None:
+    """A line on standard error, of one rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def quantized_copy(model: Transformer, bits: int) -> Transformer:

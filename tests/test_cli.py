@@ -317,7 +317,7 @@ def test_sampling_defaults_come_from_generation_config(monkeypatch, call, tmp_pa
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": "0.7"}, {"temperature": [1]}, {"top_k": 50.0}, {"top_k": "50"}, {"top_p": 0}, {"min_p": 2}],
+    [{"temperature": "0.7"}, {"temperature": [1]}, {"top_k": 50.5}, {"top_k": "50"}, {"top_p": 2}, {"min_p": 2}],
 )
 def test_sampling_defaults_that_are_wrong_are_named_unless_overruled(call, fails, tmp_path, wrong):
     folder, ((name, value),) = recital(tmp_path, "abc", "<|eos|>", **wrong), wrong.items()
