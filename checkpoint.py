@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,27 +29,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from architectures import config_from_hf
+from architectures import config_from_hf, sampling_from_hf
 from formats import QuantConfig, Quantized, Scheme, merge, suffixes, unpack
 from linear import Int4Linear, Int8Linear, Linear, RMSNorm, from_linear
 from model import ModelConfig, Transformer
 from tp import SHARD_DIM, TensorParallel
 
 Params = TypeVar("Params")
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+# Prefixes of torch.compile and of DistributedDataParallel; names of a model that was saved without its head.
+WRAPPED, BARE = re.compile(r"^(?:module\.)+|_orig_mod\."), re.compile(r"(?:layers|embed_tokens|norm)\.")
+# Computed here anew; for a quantized KV cache, which is not kept here.
+LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([kv]_proj\.output_scale|[qkv]_(scale|zero_point)))")
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICEN[CS]E*", "NOTICE*"]
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # keys of generation_config.json that `SamplingParams` knows
-# other keys that change the output, each with the value that is off; null and what is empty always are
-NOT_SAMPLED = {
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1),
-    **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
-    **dict.fromkeys("no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens".split(), 0),
-    **dict.fromkeys("epsilon_cutoff eta_cutoff diversity_penalty penalty_alpha top_h token_healing".split(), 0),
-    **dict.fromkeys("presence_penalty frequency_penalty".split(), 0),
-    **dict.fromkeys("bad_words_ids force_words_ids constraints suppress_tokens begin_suppress_tokens".split()),
-    **dict.fromkeys("forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty max_time".split()),
-    **dict.fromkeys("sequence_bias stop_strings watermarking_config dola_layers".split()),
-}
 HUB_IGNORED = ["*/*", "consolidated*"]  # sub-folders hold other formats; consolidated*: a second copy of the weights
 
 
@@ -83,9 +77,8 @@ def _hub_problem(repo: str, revision: str, error: Exception) -> str:
     if isinstance(cause, RevisionNotFoundError):
         return f"{repo} has no revision {revision!r}: see {page}/commits"
     if status == 401 and "Invalid credentials" in str(cause):
-        return (
-            f"{hub} does not know the token in HF_TOKEN (or the saved one): correct it, or unset it for a public model"
-        )
+        token = "the token in HF_TOKEN (or the saved one)"
+        return f"{hub} does not know {token}: correct it, or unset it for a public model"
     if isinstance(cause, (RepositoryNotFoundError, HFValidationError)) or status == 401:
         return f"{repo!r}: no such folder, and no such repository on {hub}; if it is private, set HF_TOKEN"
     if status == 403:
@@ -129,39 +122,57 @@ def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 class Weights:
-    """The tensors of a folder's safetensors, single file or sharded, by name; memory-mapped, read to `device`."""
+    """The tensors of a folder's safetensors, single file or sharded, by name; memory-mapped, read to `device`.
+
+    The files' headers say what there is; an index only names the files. Names are the usual ones also where a file
+    spells them as a compiled, a wrapped or a bare model does.
+    """
 
     def __init__(self, folder: Path, device: torch.device = torch.device("cpu")) -> None:
         self.folder, self.device = folder, device
-        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         self._files: dict[str, Any] = {}
-        if single.is_file():
-            self.where = dict.fromkeys(self._open(single.name).keys(), single.name)
-        elif index.is_file():
-            where = read_json(index).get("weight_map")
-            if not isinstance(where, dict):
-                raise ValueError(f"{index} has no weight_map of tensor names to files")
-            self.where = where
-            for file in sorted({str(f) for f in self.where.values()}):
-                if Path(file).name != file or not file.endswith(".safetensors"):
-                    raise ValueError(
-                        f"{index} names the file {file!r}; only .safetensors files in the folder itself are read"
-                    )
-            self._check_index(index)
-        else:
-            self._refuse()
+        self.where: dict[str, str] = {}  # the file of each tensor
+        self._stored: dict[str, str] = {}  # its name there
+        files, index = self._shards()
+        for file in files:
+            for stored in self._open(file).keys():  # noqa: SIM118 (no mapping)
+                name = WRAPPED.sub("", stored)
+                name = f"model.{name}" if BARE.match(name) else name
+                if self.where.get(name) == file:
+                    raise ValueError(f"{folder / file} holds {name!r} twice, once as {stored!r}")
+                if name not in self.where or index.get(stored) == file:
+                    self.where[name], self._stored[name] = file, stored
 
-    def _check_index(self, index: Path) -> None:
-        names = {file: set(self._open(file).keys()) for file in sorted(set(self.where.values()))}
-        if absent := [name for name, file in self.where.items() if name not in names[file]]:
-            raise ValueError(f"{index} lists tensors that their files do not hold: {_some(absent)}")
+    def _shards(self) -> tuple[list[str], dict[str, Any]]:
+        """The files to read, and the index's word for tensors that are in several of them."""
+        if (self.folder / "model.safetensors").is_file():
+            return ["model.safetensors"], {}
+        path, found = self.folder / "model.safetensors.index.json", sorted(p.name for p in self.folder.iterdir())
+        index = read_json(path).get("weight_map") if os.path.lexists(path) else {}
+        if not isinstance(index, dict):
+            raise ValueError(f"{path} has no weight_map of tensor names to files")
+        files = {str(file) for file in index.values()}
+        for file in sorted(files):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"{path} names the file {file!r}; only .safetensors files in the folder are read")
+        sets: dict[tuple[str, ...], set[str]] = {}  # of files that number each other
+        for match in filter(None, map(SHARD.fullmatch, found)):
+            sets.setdefault(match.groups(), set()).add(match[0])
+        for key in {match.groups() for match in map(SHARD.fullmatch, files) if match} & sets.keys():
+            files |= sets[key]
+        if not index:
+            whole = [names for (_, total), names in sets.items() if len(names) == int(total)]
+            files = whole[0] if len(whole) == 1 else files
+        if not files:
+            self._refuse()
+        return sorted(files), index
 
     def _refuse(self) -> None:
         files, own = sorted(self.folder.iterdir()), "only safetensors are read: convert with transformers'"
         message = f"{self.folder} has no model.safetensors and no model.safetensors.index.json"
         for pattern, advice in (
             (r"adapter_.*\.safetensors", "an adapter: merge it into its base model with peft's merge_and_unload()"),
-            (r".*-of-\d+\.safetensors", "download the index too"),
+            (r".*-of-\d+\.safetensors", "download the rest of them too"),
             (r".*\.safetensors", "a single file must be called model.safetensors"),
             (r".*\.gguf", f"{own} from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(...)"),
             (r"consolidated.*\.pth", f"{own} convert_llama_weights_to_hf.py, or take the model's -hf folder"),
@@ -178,12 +189,15 @@ class Weights:
             try:
                 self._files[file] = safe_open(self.folder / file, "pt", device=str(self.device))
             except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{self.folder / file} cannot be read as safetensors (truncated or corrupt?): {error}"
-                ) from error
+                what = f"{self.folder / file} cannot be read as safetensors (truncated or corrupt?)"
+                raise ValueError(f"{what}: {error}") from error
         return self._files[file]
 
-    def __contains__(self, name: str) -> bool:
+    def rename(self, old: str, new: str) -> None:
+        """Call a tensor by another name, instead of one that had it."""
+        self.where[new], self._stored[new] = self.where.pop(old), self._stored.pop(old)
+
+    def __contains__(self, name: object) -> bool:
         return name in self.where
 
     def __iter__(self) -> Iterator[str]:
@@ -195,7 +209,10 @@ class Weights:
         """
         if name not in self.where:
             raise ValueError(f"{self.folder} has no tensor {name!r}, which config.json calls for")
-        return self._open(self.where[name]).get_slice(name)
+        try:
+            return self._open(self.where[name]).get_slice(self._stored[name])
+        except SafetensorError as error:  # a dtype that this library or PyTorch does not know
+            raise ValueError(f"{self.folder / self.where[name]}: {name!r} cannot be read: {error}") from error
 
 
 def _some(names: list[str], limit: int = 4) -> str:
@@ -223,6 +240,31 @@ def sources(name: str, config: ModelConfig) -> list[list[str]]:
     return [[path]]
 
 
+def as_stored(config: ModelConfig, weights: Weights) -> ModelConfig:
+    """The config, tied embeddings being what the files hold. ValueError where its sizes are not the files'.
+
+    A tied pair may be stored under one name or both; two that differ are two, whatever config.json says.
+    """
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in weights:
+        a, b = weights.slice(head), weights.slice(embed if embed in weights else head)
+        if a.get_shape() == b.get_shape() and torch.equal(a[:], b[:]):
+            weights.rename(head, embed)
+        else:
+            tell(f"note: {weights.folder} ties the word embeddings, but {head} differs from them: it is used")
+            config = replace(config, tie_word_embeddings=False)
+    if not config.tie_word_embeddings and not any(name.startswith("lm_head.") for name in weights):
+        raise ValueError(f"{weights.folder} has no {head}, and config.json has no tie_word_embeddings that is true")
+    if (found := weights.slice(embed).get_shape()) != (want := [config.vocab_size, config.hidden_size]):
+        wanted = f"config.json calls for {want} (vocab_size, hidden_size)"
+        raise ValueError(f"tensor {embed!r} has shape {found}; {wanted}")
+    for key, part in (("num_hidden_layers", "layers"), ("num_experts", "experts")):
+        numbers = map(re.compile(rf".*\.{part}\.(\d{{1,6}})\.").match, weights)
+        if (want := getattr(config, key)) != (count := max((int(n[1]) + 1 for n in numbers if n), default=0)):
+            raise ValueError(f"config.json has {key} = {want}, and the files hold {count}")
+    return config
+
+
 class Loader:
     """Fills modules of a `Transformer` from `Weights` and remembers what it used, so that leftovers can be refused."""
 
@@ -235,9 +277,11 @@ class Loader:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.weights, self.config, self.quant, self.tp = weights, config, quant, tp
+        self.weights, self.config, self.quant, self.tp = weights, as_stored(config, weights), quant, tp
         self.device, self.dtype = device, dtype
         self.used: set[str] = set()
+        modules = sorted({name.rpartition(".")[0] for name in weights})
+        self.schemes = quant.schemes(modules, weights) if quant else {}
 
     def fill_(self, root: nn.Module, prefix: str = "", progress: bool = False) -> None:
         """Fill everything under root (on the meta device), whose path in the Transformer is `prefix`. Quantized Linears
@@ -263,13 +307,15 @@ class Loader:
         says so.
         """
         grid = self._grid(path, module)
-        schemes = {self._scheme(name) for row in grid for name, _ in row}
+        schemes = {self.schemes.get(name) for row in grid for name, _ in row}
         quantized = None if schemes == {None} else self._quantized(grid)
         if quantized is not None:
             module = self._replacement(module, quantized)
         else:
-            rows, columns = module.out_features, module.in_features
-            weight = torch.empty((len(grid), rows, columns), device=self.device, dtype=self.dtype)
+            for name, shape in (part for row in grid for part in row if self.schemes.get(part[0]) is None):
+                self._plain(name, "weight", shape)  # refuses a wrong shape before it is allocated
+            sizes = len(grid), module.out_features, module.in_features
+            weight = torch.empty(sizes, device=self.device, dtype=self.dtype)
             for e, row in enumerate(grid):
                 at = 0
                 for name, shape in row:
@@ -278,8 +324,7 @@ class Loader:
                     at += len(part)
             module.weight = nn.Parameter(weight if module.num_experts else weight[0], requires_grad=False)
         if module.bias is not None:
-            parts = [self._read(name, "bias", shape[:1]).to(self.dtype) for name, shape in grid[0]]
-            bias = torch.cat(parts).to(self.device)
+            bias = torch.cat([self._read(n, "bias", shape[:1]).to(self.dtype) for n, shape in grid[0]]).to(self.device)
             row_parallel = SHARD_DIM.get(grid[0][0][0].rpartition(".")[2]) == 1
             # a row-parallel bias enters the sum over ranks once
             module.bias = nn.Parameter(bias * (0 if row_parallel and self.tp.rank else 1), requires_grad=False)
@@ -289,17 +334,10 @@ class Loader:
         """ValueError for tensors nobody asked for, but for the few that real folders are known to contain."""
         extra = []
         for name in self.weights:
-            if name in self.used or name.endswith(".rotary_emb.inv_freq"):
+            if name in self.used or LEFTOVER.fullmatch(name):
                 continue
             if name.endswith(".bias") and (part := self.weights.slice(name)).get_shape() and not part[:].any():
                 continue  # GPTQ writers add zero biases
-            if name == "lm_head.weight" and self.config.tie_word_embeddings:
-                head, embed = self.weights.slice(name), self.weights.slice("model.embed_tokens.weight")
-                if head.get_shape() == embed.get_shape() and torch.equal(head[:], embed[:]):
-                    continue
-                raise ValueError(
-                    "config.json ties the word embeddings, but lm_head.weight differs from model.embed_tokens.weight"
-                )
             extra.append(name)
         if extra:
             raise ValueError(f"the checkpoint has tensors that config.json does not call for: {_some(sorted(extra))}")
@@ -314,9 +352,6 @@ class Loader:
         rows = {1: (n,), 2: (n // 2, n // 2), 3: (c.num_attention_heads * c.head_dim, kv, kv)}[len(names[0])]
         return [[(name, (r, k)) for name, r in zip(row, rows)] for row in names]
 
-    def _scheme(self, name: str) -> Scheme | None:
-        return None if self.quant is None else self.quant.scheme(name)
-
     def _span(self, name: str, shape: tuple[int, ...], dim: int) -> tuple[int, int]:
         """This rank's half-open range of one dimension of one weight."""
         size = shape[dim]
@@ -325,13 +360,18 @@ class Loader:
         local = self.tp.local(size, name)
         return self.tp.rank * local, (self.tp.rank + 1) * local
 
-    def _read(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
-        """This rank's slice of an unquantized tensor."""
+    def _plain(self, name: str, kind: str, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
+        """An unquantized tensor, unread, of the right shape and dtype."""
         source = self.weights.slice(f"{name}.{kind}")
         if (found := tuple(source.get_shape())) != shape:
             raise ValueError(f"tensor '{name}.{kind}' has shape {list(found)}; config.json calls for {list(shape)}")
         if source.get_dtype() not in ("F32", "F16", "BF16"):
             raise ValueError(f"tensor '{name}.{kind}' has dtype {source.get_dtype()}; supported are F32, F16 and BF16")
+        return source
+
+    def _read(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
+        """This rank's slice of an unquantized tensor."""
+        source = self._plain(name, kind, shape)
         self.used.add(f"{name}.{kind}")
         spans = [self._span(name, shape, d) for d in range(len(shape))]
         return source[tuple(slice(a, b) for a, b in spans)]
@@ -343,12 +383,8 @@ class Loader:
         return unpack(name, tensors, scheme, shape, rows=self._span(name, shape, 0), columns=self._span(name, shape, 1))
 
     def _dense(self, name: str, shape: tuple[int, int]) -> Tensor:
-        scheme = self._scheme(name)
-        return (
-            self._read(name, "weight", shape)
-            if scheme is None
-            else self._unpack(name, scheme, shape).dequantize(self.dtype)
-        )
+        scheme = self.schemes.get(name)
+        return self._unpack(name, scheme, shape).dequantize(self.dtype) if scheme else self._read(name, "weight", shape)
 
     def _quantized(self, grid: list[list[tuple[str, tuple[int, int]]]]) -> Quantized | None:
         """All parts and experts of one module as one logical tensor; None when they cannot be one (it is then
@@ -358,7 +394,7 @@ class Loader:
         for row in grid:
             parts = []
             for name, shape in row:
-                if (scheme := self._scheme(name)) is None:
+                if (scheme := self.schemes.get(name)) is None:
                     return None
                 parts.append(self._unpack(name, scheme, shape))
             if (joined := merge(parts)) is None:
@@ -392,12 +428,14 @@ def load(
     folder = resolve(checkpoint)
     hf = read_config(folder)
     config = config_from_hf(hf)
-    quant = QuantConfig.from_hf(hf.get("quantization_config"), read_json(folder / "quantize_config.json") or None)
-    weights = Weights(folder, device)
+    told = hf.get("quantization_config") or hf.get("compression_config") or hf.get("quantization")
+    quant = QuantConfig.from_hf(told, read_json(folder / "quantize_config.json") or None)
     dtype = dtype or default_dtype(folder, device)
+    loader = Loader(Weights(folder, device), config, quant, tp, device, dtype)
+    for note in quant.notes if quant else ():
+        tell(note)
     with torch.device("meta"):
-        model = Transformer(config, tp)
-    loader = Loader(weights, config, quant, tp, device, dtype)
+        model = Transformer(loader.config, tp)
     loader.fill_(model, progress=progress)
     loader.finish()
     return _finish_(model, device)
@@ -466,32 +504,19 @@ def check_weights_fit(
 
 
 def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[str, float] | None) -> Params:
-    """`make` called with what generation_config.json says of the `SAMPLING` parameters (`do_sample: false` is greedy),
-    but for what is `chosen`. A ValueError of it names the file; what is set and not implemented is told in one line.
-
-    What other programs take for "off" is off here: top_k -1. What they round is rounded: a temperature below 0.001 is
-    greedy, as is top_p 0, which leaves the most probable token.
+    """`make` called with what generation_config.json says of sampling, but for what is `chosen`. A ValueError of it
+    names the file; what is set there and not implemented is told in one line.
     """
-    path, chosen, values = folder / "generation_config.json", chosen or {}, {}
+    path = folder / "generation_config.json"
     config = read_json(path)
-    for name in (n for n in SAMPLING if config.get(n) is not None and n not in chosen):
-        value, whole = config[name], name == "top_k"
-        if type(value) not in (int, float) or (whole and value % 1 != 0):
-            raise ValueError(f"{path}: {name} is {value!r}; it must be {'an integer' if whole else 'a number'}")
-        rounded = {"top_k": 0 if value == -1 else value, "top_p": value or 1e-6}
-        rounded["temperature"] = 0.0 if 0 <= value < 1e-3 else value
-        values[name] = int(rounded[name]) if whole else rounded.get(name, value)
-    if not isinstance(sampled := config.get("do_sample"), bool | None):
-        raise ValueError(f"{path}: do_sample is {sampled!r}; it must be true or false")
-    if sampled is False:
-        values = {"temperature": 0.0} | {n: v for n, v in values.items() if n == "repetition_penalty"}
-    on = [n for n, off in NOT_SAMPLED.items() if config.get(n) not in (None, off, "", [], {}) and n not in SAMPLING]
-    if on:
-        tell(f"warning: {path} sets {', '.join(on)}: not implemented here, so the output may be another")
     try:
-        return make(**{**values, **chosen})
+        values, ignored = sampling_from_hf({k: v for k, v in config.items() if k not in (chosen or {})})
+        params = make(**{**values, **(chosen or {})})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if ignored:
+        tell(f"warning: {path} sets {', '.join(ignored)}: not implemented here, so the output may be another")
+    return params
 
 
 def tell(line: str) -> None:

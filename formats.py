@@ -4,7 +4,7 @@ Knows: what compressed-tensors (`pack-quantized`, `int-quantized`), GPTQ (v1, v2
 write into config.json and into safetensors. Refuses to know: files, models, devices, kernels. How a loader uses it::
 
     config = QuantConfig.from_hf(config_json.get("quantization_config"), quantize_config_json)  # None: not quantized
-    scheme = config.scheme("model.layers.0.self_attn.q_proj")  # None: a plain `.weight`
+    schemes = config.schemes(names of Linears, names of tensors)  # None: a plain `.weight`
     tensors = {s: file.get_slice(f"{name}.{s}") for s in suffixes(scheme) if it is in the file}
     q = unpack(name, tensors, scheme, (N, K), rows=(n0, n1), columns=(k0, k1))  # only this rank's share
     qkv = merge([q, k, v])  # rows of all; stack=True: experts. None: they disagree, join their `dequantize()` instead
@@ -18,9 +18,12 @@ takes that size.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +41,13 @@ LAYOUTS = {
     "gptq_v2": _GPTQ,
     "awq": {"qweight": "K N*", "scales": "G N", "qzeros": "G N*"},
 }
-READABLE = "compressed-tensors (pack-quantized, int-quantized), gptq and awq (gemm) weights of 4 or 8 bits are"
+# Dtypes, as safetensors calls them, of what is not packed; packed tensors are I32
+FLOATS, INTEGERS = ("F32", "F16", "BF16"), ("I32", "I64")
+DTYPES = {"weight": ("I8",), "scales": FLOATS, "weight_scale": FLOATS, "weight_zero_point": ("I32", "I8")}
+DTYPES |= dict.fromkeys(("g_idx", "weight_g_idx", "weight_shape"), INTEGERS)
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
+NAMES |= {torch.int8: "I8", torch.uint8: "U8"}
+READABLE = "compressed-tensors (pack-quantized, int-quantized), gptq, auto-round and awq (gemm) of 4 or 8 bits are"
 AWQ_SLOTS = [0, 4, 1, 5, 2, 6, 3, 7]  # output 8c + j sits in field AWQ_SLOTS[j] of word c
 ROUTERS = r"re:.*\.(gate|shared_expert_gate)$"  # GPTQ and AWQ writers leave them plain without saying so
 
@@ -55,6 +64,9 @@ class Scheme:
 
     def __post_init__(self) -> None:
         """ValueError for what no reader here understands."""
+        for name, kind in (("bits", int), ("group_size", int), ("symmetric", bool), ("act_order", bool)):
+            if type(value := getattr(self, name)) is not kind:
+                raise ValueError(f"the quantization has {name} = {value!r:.100}; it must be of type {kind.__name__}")
         widths = {"int-quantized": (8,), "awq": (4,)}.get(self.format, (4, 8))
         if self.format not in LAYOUTS or self.bits not in widths or (self.group_size < 1 and self.group_size != -1):
             what = f"{self.bits!r}-bit {self.format!r} weights with group_size {self.group_size!r}"
@@ -93,16 +105,34 @@ class QuantConfig:
     """What a checkpoint's config says about its weights, as rules (patterns, scheme or None), the first match wins.
 
     A pattern is "Linear" (any), a full module name, or `re:` and an expression that matches from the start of the name.
+    `notes`: what a user should know of the rest of the config, a line each.
     """
 
     rules: tuple[tuple[tuple[str, ...], Scheme | None], ...]
+    notes: tuple[str, ...] = ()
 
     def scheme(self, name: str) -> Scheme | None:
         """How the Linear called `name` (its path on disk, without suffix) is stored; None: a plain weight."""
-        for patterns, scheme in self.rules:
-            if any(p in ("Linear", name) or (p[:3] == "re:" and re.match(p[3:], name)) for p in patterns):
-                return scheme
-        return None
+        return self.schemes([name])[name]
+
+    def schemes(self, names: Sequence[str], tensors: Container[str] | None = None) -> dict[str, Scheme | None]:
+        """`scheme` of each. Writers forget to list what they left plain, or rounded all the same (routers, heads): with
+        the names of a file's `tensors`, what it holds of a Linear decides.
+        """
+        matched = _matches([p for patterns, _ in self.rules for p in patterns if p[:3] == "re:"], names)
+        general = next((scheme for _, scheme in reversed(self.rules) if scheme), None)
+        found: dict[str, Scheme | None] = {}
+        for name in names:
+            known = (s for patterns, s in self.rules for p in patterns if p in ("Linear", name) or (p, name) in matched)
+            found[name] = scheme = next(known, None)
+            if tensors is None or general is None:
+                continue
+            plain = f"{name}.weight" in tensors
+            if scheme is None and not plain and f"{name}.{suffixes(general)[0]}" in tensors:
+                found[name] = general
+            elif scheme is not None and plain and f"{name}.{suffixes(scheme)[1]}" not in tensors:
+                found[name] = None
+        return found
 
     @staticmethod
     def from_hf(config: dict[str, Any] | None, legacy: dict[str, Any] | None = None) -> QuantConfig | None:
@@ -113,17 +143,19 @@ class QuantConfig:
         if not config:
             return None
         method = config.get("quant_method", config.get("method"))
-        readers = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
+        readers = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq, "auto-round": _auto_round}
         if str(method) not in readers:
             raise ValueError(f"quantization method {method!r} is not supported: {READABLE}")
         try:
             rules = tuple(readers[str(method)](config))
             for pattern in (p for patterns, _ in rules for p in patterns):
                 re.compile(pattern.removeprefix("re:") if pattern[:3] == "re:" else "")
-        except (AttributeError, LookupError, TypeError, re.error) as error:  # parts of other types than their writers'
+        except (AttributeError, LookupError, TypeError, RecursionError, OverflowError, re.error) as error:
+            # parts of other types than their writers'
             what = f"quantization_config cannot be read as {method}'s ({error!r}): {str(config)[:300]}"
             raise ValueError(what) from error
-        return QuantConfig(rules)
+        cache = "note: the checkpoint has scales for a quantized KV cache; the cache here keeps the model's dtype"
+        return QuantConfig(rules, (cache,) if config.get("kv_cache_scheme") else ())
 
     def to_hf(self) -> dict[str, Any]:
         """`quantization_config` for config.json, for rules [(ignored, None), (("Linear",), symmetric scheme)]."""
@@ -155,22 +187,43 @@ class QuantConfig:
 
 
 Rules = list[tuple[tuple[str, ...], Scheme | None]]
+# Expressions of a download may backtrack for ever: they run in a child process that has 3 s and 1 GiB.
+MATCHER = """
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (3, 3))
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+except (ImportError, ValueError):  # Windows has no such limits, macOS not the second
+    pass
+patterns, names = json.load(sys.stdin)
+print(json.dumps([[p, n] for p in patterns for n in names if re.match(p[3:], n)]))
+"""
+
+
+def _matches(patterns: list[str], names: Sequence[str]) -> set[tuple[str, str]]:
+    """Which `re:` patterns match which names, from their start."""
+    if not patterns:
+        return set()
+    request, argv = json.dumps([patterns, list(names)]), [sys.executable, "-S", "-c", MATCHER]
+    child = subprocess.run(argv, input=request, capture_output=True, text=True)
+    if child.returncode:
+        raise ValueError(f"quantization_config has expressions that take too long to match: {str(patterns)[:200]}")
+    return {(pattern, name) for pattern, name in json.loads(child.stdout)}
 
 
 def _compressed_tensors(config: dict[str, Any]) -> Rules:
-    """Ignored modules, then the groups: those that name modules before those that name the class.
+    """Ignored modules, then each target of the groups in the library's order: names, expressions, the class.
 
     Dynamic activation quantization is an approximation made for speed: activations simply stay whole here.
     """
     rules: Rules = [(tuple(config.get("ignore") or ()), None)]
-    changes = [config.get("kv_cache_scheme"), config.get("transform_config")]
-    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense" or any(changes):
-        raise ValueError(
-            "compressed-tensors with a sparsity_config, kv_cache_scheme or transform_config is not supported"
-        )
+    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense" or config.get("transform_config"):
+        raise ValueError("compressed-tensors with a sparsity_config or transform_config is not supported")
     if not isinstance(groups := config.get("config_groups"), dict):
         raise ValueError(f"compressed-tensors with config_groups = {groups!r} is not supported; it must be an object")
-    for group in sorted(groups.values(), key=lambda group: "Linear" in group["targets"]):
+    targets: dict[str, Scheme | None] = {}
+    for group in groups.values():
         weights, inputs = group["weights"], group.get("input_activations")
         form, size = group.get("format") or config["format"], weights.get("group_size") or -1
         if weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel", "tensor", None):
@@ -178,13 +231,15 @@ def _compressed_tensors(config: dict[str, Any]) -> Rules:
         if (inputs and not inputs["dynamic"]) or group.get("output_activations"):
             raise ValueError(f"compressed-tensors {form!r} with static activation scales is not supported: {READABLE}")
         scheme = Scheme(form, weights["num_bits"], size, weights["symmetric"], weights.get("actorder") == "group")
-        rules.append((tuple(group["targets"]), scheme))
-    return rules
+        targets |= dict.fromkeys(group["targets"], scheme)
+    order = sorted(targets, key=lambda target: (target == "Linear", target[:3] == "re:", target))
+    return rules + [((target,), targets[target]) for target in order]
 
 
 def _gptq(config: dict[str, Any]) -> Rules:
     """`dynamic` overrides first, then what is plain unless said, then one scheme for the rest."""
-    form = "marlin" if config.get("is_marlin_format") else config.get("checkpoint_format", config.get("format", "gptq"))
+    form = config.get("checkpoint_format") or config.get("format") or "gptq"
+    form = "marlin" if config.get("is_marlin_format") else form
     if form not in ("gptq", "gptq_v2") or config.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"gptq checkpoint_format {form!r} ({config.get('pack_dtype', 'int32')}) is not supported")
 
@@ -207,11 +262,30 @@ def _gptq(config: dict[str, Any]) -> Rules:
 def _awq(config: dict[str, Any]) -> Rules:
     """One scheme, less every module whose path contains a name of `modules_to_not_convert`."""
     version, zero_point = config.get("version", "gemm"), config.get("zero_point", True)
-    if version.lower() != "gemm" or not zero_point:
-        raise ValueError(f"awq version {version!r} with zero_point {zero_point} is not supported: {READABLE}")
+    if version.lower() != "gemm":
+        raise ValueError(f"awq version {version!r} is not supported: {READABLE}")
     plain = [ROUTERS, "lm_head", *(f"re:.*{re.escape(name)}" for name in config.get("modules_to_not_convert") or ())]
     bits, size = config.get("bits", config.get("w_bit", 0)), config.get("group_size", config.get("q_group_size", -1))
-    return [(tuple(plain), None), (("Linear",), Scheme("awq", bits, size, False))]
+    return [(tuple(plain), None), (("Linear",), Scheme("awq", bits, size, zero_point is False))]
+
+
+def _auto_round(config: dict[str, Any]) -> Rules:
+    """gptq's or awq's tensors; `extra_config` by module, a name or an expression, 16 bits or more being plain."""
+    form = config.get("packing_format", "auto_round:auto_gptq")
+    if form not in ("auto_round:auto_gptq", "auto_round:auto_awq") or config.get("data_type", "int") != "int":
+        raise ValueError(f"auto-round packing_format {form!r} ({config.get('data_type')}) is not supported: {READABLE}")
+
+    def scheme(override: dict[str, Any]) -> Scheme | None:
+        c = {"sym": True} | config | override
+        return None if c["bits"] >= 16 else Scheme(form.rpartition("_")[2], c["bits"], c["group_size"], c["sym"])
+
+    extra = config.get("extra_config") or {}
+    rules: Rules = [((name, f"re:(?:{name})$"), scheme(override)) for name, override in extra.items()]
+    blocks = config.get("block_name_to_quantize") or ()
+    blocks = blocks.split(",") if isinstance(blocks, str) else blocks
+    blocks = [name for names in blocks for name in ([names] if isinstance(names, str) else names)]
+    plain = [ROUTERS, "lm_head"] + [f"re:(?!{'|'.join(map(re.escape, blocks))})"] * bool(blocks)
+    return [*rules, (tuple(plain), None), (("Linear",), scheme({}))]
 
 
 def suffixes(scheme: Scheme) -> tuple[str, ...]:
@@ -232,16 +306,29 @@ def _words(fields: Tensor, bits: int) -> Tensor:
     return octets.contiguous().view(torch.int32)
 
 
+def _checked(what: str, tensor: Any) -> list[int]:  # noqa: ANN401
+    """The shape of a tensor or slice that has the dtype of its suffix: others would be read as if they had it."""
+    found = NAMES.get(tensor.dtype, str(tensor.dtype)) if isinstance(tensor, Tensor) else tensor.get_dtype()
+    if found not in (wanted := DTYPES.get(what.rpartition(".")[2], ("I32",))):
+        raise ValueError(f"{what} has dtype {found}; it must be {' or '.join(wanted)}")
+    return list(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+
+
 def _read(what: str, tensor: Any, axes: str, sizes: dict[str, int], scheme: Scheme, **spans: range) -> Tensor:  # noqa: ANN401
     """Check the full shape, read the spans (the other axes whole) and return signed values with N first."""
-    shape = list(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+    shape = _checked(what, tensor)
     span = [spans.get(axis[0], range(sizes[axis[0]])) for axis in axes.split()]
     if axes == "N G" and sizes["G"] == 1 and shape in ([1], [sizes["N"]]):  # one scale for all, or a bare column
         return tensor[:].expand(sizes["N"])[span[0].start : span[0].stop, None]
     per_word = [32 // scheme.bits if axis[1:] else 1 for axis in axes.split()]
     expected = [-(-sizes[axis[0]] // per) for axis, per in zip(axes.split(), per_word)]
     if shape != expected:
-        raise ValueError(f"{what} has shape {shape}, expected {expected}")
+        others = [(n, m) for n, m, axis in zip(shape, expected, axes.split()) if axis[0] != "G"]
+        if len(shape) == len(expected) and all(n == m for n, m in others):
+            groups = shape[[axis[0] for axis in axes.split()].index("G")]
+            of = f"group_size {scheme.group_size} makes {sizes['G']} of {sizes['K']} columns"
+            raise ValueError(f"{what} holds {groups} groups, but the quantization's {of}")
+        raise ValueError(f"{what} has shape {shape}, expected {expected} for {scheme.bits}-bit {scheme.format} weights")
     x = tensor[tuple(slice(r.start // per, -(-r.stop // per)) for r, per in zip(span, per_word))]
     if max(per_word) > 1:
         dim = per_word.index(max(per_word))
@@ -273,14 +360,17 @@ def unpack(
     needed = [values, scales] + [zeros] * (not scheme.symmetric) + [index] * (scheme.act_order and index in layout)
     if missing := [suffix for suffix in needed if suffix not in tensors]:
         raise ValueError(f"{name} is stored as {scheme.format} but has no {', '.join(missing)}")
-    if "weight_shape" in tensors and (stored := tensors["weight_shape"][:].tolist()) != list(shape):
-        raise ValueError(f"{name}.weight_shape is {stored}, expected {list(shape)}")
+    if "weight_shape" in tensors:
+        _checked(f"{name}.weight_shape", tensors["weight_shape"])
+        if (stored := tensors["weight_shape"][:].tolist()) != list(shape):
+            raise ValueError(f"{name}.weight_shape is {stored}, expected {list(shape)}")
 
     def read(suffix: str, axes: str, **spans: range) -> Tensor:
         return _read(f"{name}.{suffix}", tensors[suffix], axes, sizes, scheme, **spans)
 
     q, scale, zero = read(values, layout[values], N=n, K=k), read(scales, layout[scales], N=n), None
     if zeros in tensors:
+        _checked(f"{name}.{zeros}", tensors[zeros])
         unpacked = tensors[zeros][:1].dtype == torch.int8  # compressed-tensors before 2025-04
         zero = read(zeros, "N G" if unpacked else layout[zeros], N=n)
         if scheme.symmetric and bool(zero.any()):

@@ -442,13 +442,76 @@ def test_absent_keys_mean_what_transformers_makes_of_them(config, absent, want):
         ({"num_attention_heads": 0}, ["num_attention_heads = 0"]),
         ({"layer_types": ["full_attention"]}, ["layer_types", "1", "32"]),
         ({"layer_types": ["chunked_attention"] * 32}, ["chunked_attention"]),
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps = 1000"]),
+        ({"rope_theta": 1e300}, ["rope_theta = 1e+300"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 5e-324}}, ["beta_fast = 5e-324"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1e-300}}, ["1e-300"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 10**400}}, ["factor = 1000"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "extrapolation_factor": 0.5}}, ["extrapolation_factor"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
+        ({"num_hidden_layers": 10**6}, ["num_hidden_layers = 1000000", "100000"]),
+        (MIXTRAL | {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "8 experts"]),
+        ({"num_key_value_heads": 5}, ["num_key_value_heads = 5", "32 heads"]),
+        ({"head_dim": 5}, ["head_dim = 5", "odd"]),
+        ({"\x1b[2J\x1b[31mPWNED": 1}, ["\\x1b[2J"]),
     ],
 )
 def test_configs_that_are_refused(changes, words):
     with pytest.raises(ValueError) as caught:
         config_from_hf(LLAMA_2_7B | changes)
     assert all(word in str(caught.value) for word in words), caught.value
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "changes, context, rope",
+    [
+        # switched on as the model cards say, and with the context that is then true
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 16384, Rope(1e4, "yarn", 4.0, 4096)),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+          "max_position_embeddings": 16384}, 16384, Rope(1e4, "yarn", 4.0, 4096)),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+          "max_position_embeddings": 40960}, 131072, Rope(1e4, "yarn", 4.0, 32768)),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 1024},
+         4096, Rope(1e4, "yarn", 2.0, 1024)),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, 32768, Rope(1e4, "linear", 8.0)),
+        ({"rope_scaling": LLAMA_31_8B["rope_scaling"]}, 4096, Rope(1e4, "llama3", 8.0, 8192, 1.0, 4.0)),
+        ({"rope_scaling": {"type": "yarn", "factor": 16.0, "finetuned": True, "extrapolation_factor": 1}},
+         65536, Rope(1e4, "yarn", 16.0, 4096)),
+    ],
+)  # fmt: skip
+def test_context_of_scaled_positions(changes, context, rope):
+    got = config_from_hf(LLAMA_2_7B | changes)
+    assert (got.max_position_embeddings, got.rope) == (context, rope)
+
+
+def test_attn_factor_multiplies():
+    """DeepSeek-R1-0528-Qwen3-8B ships the inverse of what YaRN makes of a factor of 4, so that nothing is scaled."""
+    shipped = {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.8782488562869419}
+    rope = config_from_hf(QWEN3_8B | {"rope_scaling": shipped | {"original_max_position_embeddings": 32768}}).rope
+    assert rope.frequencies(128, 1)[1] == pytest.approx(1.0, abs=1e-6)
+    plain = config_from_hf(QWEN3_8B | {"rope_scaling": shipped | {"attn_factor": 1.0}}).rope
+    assert plain.attention_factor is None and plain.frequencies(128, 1)[1] == pytest.approx(1.138629, abs=1e-6)
+
+
+BOOKKEEPING = {
+    "_attn_implementation": "sdpa", "_flash_attn_2_enabled": True, "_commit_hash": "abc", "add_cross_attention": False,
+    "attn_implementation": None, "bad_words_ids": None, "begin_suppress_tokens": None, "device_map": "auto",
+    "diversity_penalty": 0.0, "do_sample": True, "early_stopping": False, "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None, "forced_bos_token_id": None, "gradient_checkpointing": True,
+    "image_token_id": 32000, "length_penalty": 1.0, "max_length": 4096, "min_length": 0, "model_parallel_size": 1,
+    "neftune_noise_alpha": 5, "no_repeat_ngram_size": 0, "num_beams": 1, "output_scores": False, "pruned_heads": {},
+    "repetition_penalty": 1.05, "return_dict_in_generate": False, "sep_token_id": None, "suppress_tokens": None,
+    "temperature": 0.6, "tf_legacy_loss": False, "tokenizer_model_max_length": 4096, "top_k": 50, "typical_p": 1.0,
+    "unsloth_version": "2024.9", "use_flash_attn": True, "world_size": 8,
+}  # fmt: skip
+
+
+def test_bookkeeping_changes_nothing():
+    assert config_from_hf(LLAMA_2_7B | BOOKKEEPING) == config_from_hf(LLAMA_2_7B)
+    for kind in ("mistral", "mixtral", "qwen2"):  # whose classes do not read it
+        config = {"mistral": MISTRAL_V01, "mixtral": MIXTRAL, "qwen2": QWEN25_7B}[kind]
+        assert config_from_hf(config | {"attention_bias": kind != "qwen2", "mlp_bias": True}) == config_from_hf(config)
 
 
 def test_both_spellings_of_rope_mean_the_same():
@@ -571,6 +634,29 @@ def test_tensors_of_other_dtypes_are_named(folder, dtype):
     assert name in (line := refusal(folder)) and "BF16" in line
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_hidden_layers": 90_000}, ["num_hidden_layers = 90000", "the files hold 2"]),
+        ({"num_hidden_layers": 1}, ["num_hidden_layers = 1", "the files hold 2"]),
+        ({"vocab_size": 2**31 - 1}, ["vocab_size", "[200, 64]"]),
+        ({"hidden_size": 2**31 - 1, "head_dim": 16}, ["hidden_size", "[200, 64]"]),
+        ({"intermediate_size": 2**31 - 1}, ["[112, 64]", "[2147483647, 64]"]),
+        ({"head_dim": 2**31 - 2}, ["q_proj.weight", "[64, 64]"]),
+    ],
+)
+def test_sizes_that_are_not_the_files_are_refused_before_anything_is_made(folder, changes, words):
+    edit_config(folder, **changes)
+    line = refusal(folder)
+    assert all(word in line for word in words), line
+
+
+def test_dtypes_that_no_library_knows_are_named(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"F9Z"', 1))
+    assert "model.safetensors" in refusal(folder)
+
+
 def test_truncated_and_corrupt_files(folder):
     file = folder / "model.safetensors"
     whole = file.read_bytes()
@@ -604,21 +690,63 @@ def test_index_entries_that_leave_the_folder(tiny, file):
 
 
 def test_index_that_is_wrong(tiny):
+    """The headers are the truth: an index only names files, and these the others that belong to them."""
     folder = tiny(shard="60KB")[0]
-    path = folder / "model.safetensors.index.json"
+    path, want = folder / "model.safetensors.index.json", logits_of(folder)
     index = json.loads(path.read_text())
     files = sorted(set(index["weight_map"].values()))
-    moved = dict.fromkeys(index["weight_map"], files[0])
-    path.write_text(json.dumps({"weight_map": moved}))
-    assert "do not hold: " in refusal(folder)
-    path.write_text(json.dumps({"weight_map": {k: v for k, v in index["weight_map"].items() if "norm" not in k}}))
-    assert "norm.weight" in refusal(folder)
+    for stale in (
+        dict.fromkeys(index["weight_map"], files[0]),
+        {k: v for k, v in index["weight_map"].items() if "norm" not in k},
+        {k: v for k, v in index["weight_map"].items() if v == files[1]},
+        index["weight_map"] | {"model.layers.0.self_attn.rotary_emb.inv_freq": files[1], "gone.weight": files[2]},
+    ):
+        path.write_text(json.dumps({"weight_map": stale}))
+        assert torch.equal(logits_of(folder), want)
     for bad in ([], "x", None, 3):
         path.write_text(json.dumps({"weight_map": bad}))
         assert "index.json" in refusal(folder)
     path.write_text(json.dumps(index))
-    (folder / files[1]).unlink()
+    (folder / files[1]).rename(folder / "away")
     assert f"{files[1]} is missing" in refusal(folder, FileNotFoundError)
+    path.unlink()
+    assert "download the rest" in refusal(folder, FileNotFoundError)
+    (folder / "away").rename(folder / files[1])
+    assert torch.equal(logits_of(folder), want)  # a whole set of files needs no index
+
+
+def test_a_tensor_in_two_files_is_where_the_index_says(tiny):
+    folder = tiny(shard="60KB")[0]
+    path, want = folder / "model.safetensors.index.json", logits_of(folder)
+    where = json.loads(path.read_text())["weight_map"]
+    for other in sorted(set(where.values()) - {where["model.norm.weight"]}):
+        tensors = load_file(folder / other)
+        save_file(tensors | {"model.norm.weight": torch.zeros(64)}, folder / other)
+    assert torch.equal(logits_of(folder), want)
+
+
+def renamed(change):
+    return lambda tensors: tensors.update({change(name): tensors.pop(name) for name in list(tensors)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+        lambda name: name.removeprefix("model."),
+    ],
+)
+def test_names_of_wrapped_and_of_bare_models(folder, change):
+    want = logits_of(folder)
+    edit_tensors(folder, renamed(change))
+    assert torch.equal(logits_of(folder), want)
+
+
+def test_a_tensor_under_two_names_is_named(folder):
+    edit_tensors(folder, lambda t: t.update({"norm.weight": t["model.norm.weight"] + 1}))
+    assert "holds 'model.norm.weight' twice" in refusal(folder)
 
 
 def test_tolerated_leftovers(folder):
@@ -638,8 +766,27 @@ def test_tied_head(tiny):
     want = logits_of(folder)
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert torch.equal(logits_of(folder), want)
-    edit_tensors(folder, lambda t: t["lm_head.weight"][0].add_(1))
-    assert "lm_head.weight differs" in refusal(folder)
+    edit_tensors(folder, lambda t: t.pop("model.embed_tokens.weight"))  # as safetensors.torch.save_model writes it
+    assert torch.equal(logits_of(folder), want)
+
+
+def test_a_head_that_differs_is_used(tiny, capsys):
+    """As transformers does: what is stored says that the two are not tied."""
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = tiny(tie_word_embeddings=True)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].flip(0).contiguous()}))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    capsys.readouterr()
+    torch.testing.assert_close(logits_of(folder), theirs(torch.arange(3, 11)[None]).logits, atol=1e-4, rtol=1e-4)
+    assert "lm_head.weight differs" in (line := capsys.readouterr().err) and line.startswith("note: ")
+
+
+def test_a_model_without_a_head_that_is_not_tied_is_refused(tiny):
+    folder = tiny(tie_word_embeddings=True)[0]
+    for config in ({"tie_word_embeddings": False}, {"tie_word_embeddings": None}):
+        edit_config(folder, **config)
+        assert "has no lm_head.weight, and config.json has no tie_word_embeddings that is true" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -650,7 +797,7 @@ def test_tied_head(tiny):
         ("consolidated.00.pth", "convert_llama_weights_to_hf.py"),
         ("model.Q4_K_M.gguf", "gguf_file="),
         ("adapter_model.safetensors", "merge_and_unload"),
-        ("model-00001-of-00002.safetensors", "index"),
+        ("model-00001-of-00002.safetensors", "download the rest of them"),
         ("consolidated.safetensors", "must be called model.safetensors"),
     ],
 )

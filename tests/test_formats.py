@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from formats import LAYOUTS, QuantConfig, Quantized, Scheme, merge, pack, suffixes, unpack
 
@@ -259,10 +260,9 @@ REFUSED = {
     "int16": {"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"},
     "3-bit": {"quant_method": "gptq", "bits": 3, "group_size": 128},
     "gemv": {"quant_method": "awq", "bits": 4, "version": "gemv"},
-    "zero_point False": {"quant_method": "awq", "bits": 4, "zero_point": False},
     "block": compressed(weights={"strategy": "block"}),
     "static": compressed(group={"input_activations": {"num_bits": 8, "dynamic": False}}),
-    "kv_cache_scheme": compressed(top={"kv_cache_scheme": {"num_bits": 8, "type": "float"}}),
+    "transform_config": compressed(top={"transform_config": {"config_groups": {}}}),
     "sparsity_config": compressed(top={"sparsity_config": {"format": "sparse-24-bitmask"}}),
     "None": {"load_in_8bit": True},
     "'fp8'; it must be an object": "fp8",
@@ -273,8 +273,20 @@ REFUSED = {
     "'group_0': 'W4A16'": compressed(top={"config_groups": {"group_0": "W4A16"}}),
     "'ignore': [7]": compressed(top={"ignore": [7]}),
     "'ignore': ['re:*']": compressed(top={"ignore": ["re:*"]}),
-    "'4'-bit 'gptq'": {"quant_method": "gptq", "bits": "4", "group_size": 128},
-    "'group_size': '128'": {"quant_method": "gptq", "bits": 4, "group_size": "128"},
+    "bits = '4'": {"quant_method": "gptq", "bits": "4", "group_size": 128},
+    "group_size = '128'": {"quant_method": "gptq", "bits": 4, "group_size": "128"},
+    "group_size = 128.0": {"quant_method": "gptq", "bits": 4, "group_size": 128.0},
+    "symmetric = {}": compressed(weights={"symmetric": {}}),
+    "symmetric = 1": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": 1},
+    "act_order = [1]": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": [1]},
+    "auto_round:marlin": {
+        "quant_method": "auto-round",
+        "bits": 4,
+        "group_size": 128,
+        "packing_format": "auto_round:marlin",
+    },
+    "(fp)": {"quant_method": "auto-round", "bits": 4, "group_size": 128, "data_type": "fp"},
+    "'extra_config': [1]": {"quant_method": "auto-round", "bits": 4, "group_size": 128, "extra_config": [1]},
     "'+:x': [1]": {"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": [1]}},
     "'version': 4": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": 4},
 }
@@ -298,3 +310,98 @@ def test_written_config_reads_back(scheme):
     assert scheme.format == "gptq" or (
         written["format"] == written["config_groups"]["group_0"]["format"] == scheme.format
     )
+
+
+def test_groups_that_overlap_in_the_librarys_order():
+    """Exact names before expressions, expressions in alphabetical order, the class last."""
+
+    def group(bits, *targets):
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
+        return {"targets": list(targets), "weights": weights}
+
+    groups = [group(4, "Linear"), group(8, "re:.*mlp.*"), group(4, "model.layers.1.mlp.down_proj", "re:.*layers.0.*")]
+    for order in (groups, groups[::-1]):
+        top = {"config_groups": {f"group_{i}": g for i, g in enumerate(order)}}
+        names = [f"model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("up", "down")] + ["lm_head"]
+        found = QuantConfig.from_hf(compressed(top=top)).schemes(names)
+        assert [found[name].bits for name in names] == [4, 4, 8, 4, 4]  # "re:.*l" sorts before "re:.*m"
+
+
+def test_a_kv_cache_scheme_is_a_note():
+    top = {"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}}
+    read = QuantConfig.from_hf(compressed(top=top))
+    assert read.rules == QuantConfig.from_hf(compressed()).rules
+    assert len(read.notes) == 1 and "KV cache" in read.notes[0]
+
+
+def test_what_a_file_holds_decides():
+    read = QuantConfig.from_hf({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True})
+    scheme = Scheme("gptq", 4, 32, True)
+    tensors = {f"{m}.{s}" for m in ("q", "b.gate", "lm_head") for s in ("qweight", "qzeros", "scales", "g_idx")}
+    tensors |= {"k.weight", "a.gate.weight", "o.scales", "both.qweight", "both.scales", "both.weight"}
+    names = ["q", "k", "a.gate", "b.gate", "lm_head", "o", "both", "absent"]
+    assert read.schemes(names) == {n: None if n in ("a.gate", "b.gate", "lm_head") else scheme for n in names}
+    plain = ("k", "a.gate")  # of the others something is missing or left over, which the loader names
+    assert read.schemes(names, tensors) == {n: None if n in plain else scheme for n in names}
+    ints = QuantConfig.from_hf(
+        compressed("int-quantized", weights={"num_bits": 8, "strategy": "channel", "group_size": None})
+    )
+    assert ints.schemes(["a", "b"], {"a.weight", "a.weight_scale", "b.weight"}) == {"a": ints.scheme("a"), "b": None}
+
+
+def test_auto_round_config():
+    config = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, "data_type": "int",
+              "packing_format": "auto_round:auto_gptq", "block_name_to_quantize": "model.layers",
+              "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 16, "data_type": "fp"},
+                               r".*\.down_proj": {"bits": 8, "group_size": 32}}}  # fmt: skip
+    read, form = QuantConfig.from_hf(config), "gptq"
+    assert read.scheme("model.layers.1.mlp.up_proj") == Scheme(form, 4, 128, True)
+    assert read.scheme("model.layers.0.mlp.up_proj") is None and read.scheme("lm_head") is None
+    assert read.scheme("model.layers.0.mlp.down_proj") == Scheme(form, 8, 32, True)
+    assert read.scheme("visual.layers.0.mlp.up_proj") is None and read.scheme("model.layers.1.mlp.gate") is None
+    awq = config | {"packing_format": "auto_round:auto_awq", "block_name_to_quantize": [["model.layers"]], "sym": False}
+    assert QuantConfig.from_hf(awq | {"extra_config": None}).scheme("model.layers.9.x") == Scheme("awq", 4, 128, False)
+
+
+WRONG_DTYPES = [
+    ("gptq", "qweight", torch.int64), ("gptq", "qzeros", torch.uint8), ("gptq", "scales", torch.int32),
+    ("gptq", "g_idx", torch.float32), ("pack-quantized", "weight_packed", torch.int64),
+    ("pack-quantized", "weight_packed", torch.float32), ("pack-quantized", "weight_scale", torch.int8),
+    ("pack-quantized", "weight_scale", torch.float64), ("pack-quantized", "weight_shape", torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form, suffix, dtype", WRONG_DTYPES)
+def test_tensors_of_another_dtype_are_named(form, suffix, dtype, tmp_path):
+    """They were read as raw bits, and the text was noise."""
+    scheme = Scheme(form, 4, 32, True)
+    tensors = pack(random_part(4, 32), scheme)
+    tensors[suffix] = tensors[suffix].to(dtype)
+    save_file({f"m.{k}": v for k, v in tensors.items()}, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        for given in (tensors, {k: file.get_slice(f"m.{k}") for k in tensors}):
+            with pytest.raises(ValueError, match=f"^m.{suffix} has dtype .*; it must be [IF]"):
+                unpack("m", given, scheme, (24, 96))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.uint8])
+def test_int_quantized_weights_of_another_dtype_are_named(dtype):
+    tensors = {"weight": torch.ones(4, 8).to(dtype), "weight_scale": torch.ones(4, 1)}
+    with pytest.raises(ValueError, match="^m.weight has dtype .*; it must be I8"):
+        unpack("m", tensors, Scheme("int-quantized", 8, -1, True), (4, 8))
+    zero = {"weight": torch.ones(4, 8, dtype=torch.int8), "weight_zero_point": torch.ones(4, 1)}
+    with pytest.raises(ValueError, match="^m.weight_zero_point has dtype F32"):
+        unpack("m", tensors | zero, Scheme("int-quantized", 8, -1, False), (4, 8))
+
+
+def test_another_group_size_than_the_files_is_named():
+    for form in ("gptq", "pack-quantized"):
+        tensors = pack(random_part(4, 32), Scheme(form, 4, 32, True))
+        with pytest.raises(ValueError, match=r"holds 3 groups, but the quantization's group_size 48 makes 2 of 96 col"):
+            unpack("m", tensors, Scheme(form, 4, 48, True), (24, 96))
+
+
+def test_expressions_that_never_end_are_ended():
+    config = QuantConfig.from_hf(compressed(top={"ignore": [r"re:.*\.gate$", "re:(x+x+)+y"]}))
+    with pytest.raises(ValueError, match="expressions that take too long to match"):
+        config.schemes(["x" * 40])
