@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from architectures import config_from_hf, sampling_from_hf
-from formats import QuantConfig, Quantized, Scheme, merge, suffixes, unpack
+from formats import FLOATS, QuantConfig, Quantized, Scheme, merge, suffixes, unpack
 from linear import Int4Linear, Int8Linear, Linear, RMSNorm, from_linear
 from model import ModelConfig, Transformer
 from tp import SHARD_DIM, TensorParallel
@@ -336,7 +336,8 @@ class Loader:
         for name in self.weights:
             if name in self.used or LEFTOVER.fullmatch(name):
                 continue
-            if name.endswith(".bias") and (part := self.weights.slice(name)).get_shape() and not part[:].any():
+            part = self.weights.slice(name)
+            if name.endswith(".bias") and part.get_shape() and part.get_dtype() in FLOATS and not part[:].any():
                 continue  # GPTQ writers add zero biases
             extra.append(name)
         if extra:
@@ -365,7 +366,7 @@ class Loader:
         source = self.weights.slice(f"{name}.{kind}")
         if (found := tuple(source.get_shape())) != shape:
             raise ValueError(f"tensor '{name}.{kind}' has shape {list(found)}; config.json calls for {list(shape)}")
-        if source.get_dtype() not in ("F32", "F16", "BF16"):
+        if source.get_dtype() not in FLOATS:
             raise ValueError(f"tensor '{name}.{kind}' has dtype {source.get_dtype()}; supported are F32, F16 and BF16")
         return source
 

@@ -9,6 +9,9 @@ because a chat template speaks in control tokens. What tokenizer.json adds witho
 
 A chat template is a program that came with a download. Jinja's immutable sandbox keeps it from Python's objects but
 bounds neither its loops nor its memory, so it runs in a child process that has limits: this file, run as a program.
+A tokenizer is one too: its expressions may backtrack for ever, its replacements multiply, its parser panic. One from
+outside `checkpoints/` is first loaded and tried on a few texts in such a child (`TRIAL`). That finds what any text
+meets; what a certain text alone would trigger is found when that text comes.
 """
 
 import codecs
@@ -32,6 +35,32 @@ MOST_EXTRA = 256  # ids by which the tokenizers of a draft and its target may di
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # GPT-2's alphabet: a printable Latin-1 character is its own byte, the other bytes follow from U+0100 on.
 BYTES = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+MOST_TEXT, MOST_RENDERED = 1 << 26, 1 << 22  # characters of a text to encode, of a rendered conversation
+TRUSTED = Path(__file__).resolve().parent / "checkpoints"
+TRIAL = """
+import contextlib, json, sys
+with contextlib.suppress(ImportError, ValueError):  # Windows has no such limits, macOS not the second
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))  # seconds
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes
+path, texts, sys.path[:] = json.load(sys.stdin)
+if path.endswith("json"):
+    import tokenizers
+    model = tokenizers.Tokenizer.from_file(path)
+    model.no_truncation(), model.no_padding()
+    encode = lambda text: model.encode(text).ids
+else:
+    import sentencepiece
+    model = sentencepiece.SentencePieceProcessor(model_file=path)
+    encode = model.encode
+for text in texts:
+    ids = encode(text)
+    if len(ids) > 64 + 4 * len(text.encode()):
+        sys.exit(f"it makes {len(ids)} ids of {len(text)} characters")
+    model.decode(ids)
+"""
+TRIAL_TEXTS = ["", " ", "Once upon a time, there was a little girl. " * 50, "a" * 2000, "1234567890" * 100, " " * 1000]
+TRIAL_TEXTS += ["\n\t{x[0] ** 2}  # é 日本語 🙂\r\n" * 50, "don't I'LL </s> <|im_end|> <unk> \ue000" * 20]
 BYTES |= {chr(256 + n): byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
 
 
@@ -217,11 +246,14 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
         """Raises FileNotFoundError without a tokenizer, ValueError (one line) for one that cannot be read."""
-        if not any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model")):
+        paths = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
+        if not any(map(os.path.lexists, paths)):
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model")
         names = ("tokenizer_config.json", "generation_config.json", "config.json")
         configs = [object_of(folder / name) for name in names]
         try:
+            if TRUSTED not in folder.resolve().parents:
+                try_out(next(path for path in paths if os.path.lexists(path)))
             return cls(folder, *configs)
         except Exception as error:  # `tokenizers` raises nothing more specific
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -229,10 +261,21 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a plain text, with BOS and EOS as the folder configures (`bos=False`: neither). "" is BOS alone."""
-        text.encode()  # ValueError for a lone surrogate, Python's sign of broken UTF-8
         if bos and not text:
             return [] if self.bos_id is None else [self.bos_id]
-        return self.file.encode(text, bos, control=False)
+        return self._encode(text, bos, control=False)
+
+    def _encode(self, text: str, bos: bool, control: bool) -> list[int]:
+        """ValueError for a text that is too long, that is no Unicode, or in which the library fails."""
+        text.encode()  # ValueError for a lone surrogate, Python's sign of broken UTF-8
+        if len(text) > MOST_TEXT:
+            raise ValueError(f"the text has {len(text)} characters; {MOST_TEXT} are encoded at most")
+        try:
+            return self.file.encode(text, bos, control)
+        except (ValueError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # `tokenizers` raises Exception itself, and its panics are not even that
+            raise ValueError(f"the tokenizer failed: {str(error)[:200]!a}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole sequence, without control tokens."""
@@ -268,9 +311,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[Json]) -> list[int]:
         """Ids of the rendered template, which writes its own BOS."""
-        text = self.render_chat(messages)
-        text.encode()  # as in `encode`
-        return self.file.encode(text, bos=False, control=True)
+        return self._encode(self.render_chat(messages), bos=False, control=True)
 
 
 class Ids:
@@ -334,6 +375,15 @@ class Answer:
             keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return taken, text
+
+
+def try_out(path: Path) -> None:
+    """ValueError where a tokenizer's file cannot be loaded and used within limits of time, memory and output."""
+    request = json.dumps([str(path.resolve()), TRIAL_TEXTS, sys.path])
+    child = subprocess.run([sys.executable, "-S", "-c", TRIAL], input=request, capture_output=True, text=True)
+    if child.returncode:
+        reason = (child.stderr.strip().split("\n")[-1] if child.returncode > 0 else "") or "it ran into its limits"
+        raise ValueError(f"{path.name} was tried (10 s, 4 GiB): {reason[:200]!a}")
 
 
 def draft_mismatch(target: Tokenizer | Ids, draft: Tokenizer | Ids, proposed: int) -> str:
@@ -425,9 +475,12 @@ def render(template: str, variables: Json) -> str:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(ImportError, ValueError):  # Windows has no such limits, macOS not the second
+    with contextlib.suppress(ImportError, ValueError):  # as in TRIAL
         import resource
 
         resource.setrlimit(resource.RLIMIT_CPU, (3, 3))  # seconds
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))  # bytes
-    print(json.dumps(render(*json.load(sys.stdin))))
+    text = render(*json.load(sys.stdin))
+    if len(text) > MOST_RENDERED:
+        sys.exit(f"it made {len(text)} characters; {MOST_RENDERED} are allowed")
+    print(json.dumps(text))

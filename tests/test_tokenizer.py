@@ -579,3 +579,45 @@ def test_wrong_types_are_named(piece_model, tmp_path, config, words):
     with pytest.raises(ValueError, match=words) as caught:
         Tokenizer.from_folder(tmp_path)
     assert "Error" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 99}}, "makes .* ids of"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "PanicException: chunk size must be non-zero"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "tokenizer.json was tried"),
+        ({"post_processor": {"type": "TemplateProcessing"}}, "tokenizer.json was tried"),
+    ],
+)
+def test_tokenizers_are_tried_before_they_are_used(byte_level, tmp_path, capfd, change, words):
+    """Panics and bombs end in a child process; here there is one line, and nothing on standard error."""
+    content = json.loads((byte_level / "tokenizer.json").read_text("utf-8"))
+    write(tmp_path, "tokenizer.json", content | change)
+    with pytest.raises(ValueError, match=words) as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert str(caught.value).isprintable() and str(tmp_path) in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_too_long_is_refused(llama_json, tmp_path, monkeypatch):
+    tokenizer = with_template(llama_json, tmp_path, "{{ 'ab ' * 10000000 }}")
+    with pytest.raises(ValueError, match="the chat template failed: it made 30000000 characters; 4194304 are allowed"):
+        tokenizer.render_chat(MESSAGES)
+    monkeypatch.setattr("tokenizer.MOST_TEXT", 100)
+    assert tokenizer.encode("a" * 100)
+    with pytest.raises(ValueError, match="the text has 101 characters; 100 are encoded at most"):
+        tokenizer.encode("a" * 101)
+
+
+def test_a_panic_on_a_certain_text_is_one_line(llama_json, monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def encode(*_):
+        raise Panic("range end index 9 out of range\n")
+
+    tokenizer = Tokenizer.from_folder(llama_json)
+    monkeypatch.setattr(tokenizer.file, "encode", encode)
+    with pytest.raises(ValueError, match="^the tokenizer failed: 'range end index 9 out of range"):
+        tokenizer.encode("a")
