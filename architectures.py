@@ -106,7 +106,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> Rope:
         for k, v in numbers.items()
         if type(v) not in (int, float) or not low.get(k, 1e-6) < v < high.get(k, 1e6)
     ]:
-        raise ValueError(f"config.json has {', '.join(wrong)}; numbers from 1e-6 to 1e6 are needed (rope_theta: above 1)")
+        raise ValueError(f"config.json has {', '.join(wrong)}; it takes numbers from 1e-6 to 1e6 (rope_theta: above 1)")
     if raw["rope_type"] == "llama3" and raw["low_freq_factor"] >= raw["high_freq_factor"]:
         raise ValueError("rope_scaling has a low_freq_factor that is not below its high_freq_factor")
     rope = Rope(**raw)

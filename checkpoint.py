@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -163,11 +163,9 @@ class Weights:
         if not index:
             whole = [names for (_, total), names in sets.items() if len(names) == int(total)]
             files = whole[0] if len(whole) == 1 else files
-        if not files:
-            self._refuse()
-        return sorted(files), index
+        return sorted(files or self._refuse()), index
 
-    def _refuse(self) -> None:
+    def _refuse(self) -> NoReturn:
         files, own = sorted(self.folder.iterdir()), "only safetensors are read: convert with transformers'"
         message = f"{self.folder} has no model.safetensors and no model.safetensors.index.json"
         for pattern, advice in (
