@@ -97,9 +97,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise OSError("it is not a file, or a link to nowhere")
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8-sig"))  # some editors put a mark in front
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
@@ -428,7 +428,8 @@ def load(
     hf = read_config(folder)
     config = config_from_hf(hf)
     told = hf.get("quantization_config") or hf.get("compression_config") or hf.get("quantization")
-    quant = QuantConfig.from_hf(told, read_json(folder / "quantize_config.json") or None)
+    older = read_json(folder / "quantize_config.json") or read_json(folder / "quant_config.json")  # GPTQ's, AWQ's
+    quant = QuantConfig.from_hf(told, older or None)
     dtype = dtype or default_dtype(folder, device)
     loader = Loader(Weights(folder, device), config, quant, tp, device, dtype)
     for note in quant.notes if quant else ():

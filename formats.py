@@ -136,16 +136,18 @@ class QuantConfig:
 
     @staticmethod
     def from_hf(config: dict[str, Any] | None, legacy: dict[str, Any] | None = None) -> QuantConfig | None:
-        """Read `quantization_config`, else the older quantize_config.json (GPTQ). ValueError names what is refused."""
+        """Read `quantization_config`, else the older file of GPTQ or AWQ. ValueError names what is refused."""
         if not isinstance(config or {}, dict):
             raise ValueError(f"quantization_config is {config!r}; it must be an object")
-        config = config or ({"quant_method": "gptq"} | legacy if legacy else None)
+        config = config or ({"quant_method": "awq" if "zero_point" in legacy else "gptq"} | legacy if legacy else None)
         if not config:
             return None
         method = config.get("quant_method", config.get("method"))
+        method = "auto-round" if method == "intel/auto-round" else method
         readers = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq, "auto-round": _auto_round}
         if str(method) not in readers:
-            raise ValueError(f"quantization method {method!r} is not supported: {READABLE}")
+            mlx = " (a folder of MLX names none)" if method is None and "bits" in config else ""
+            raise ValueError(f"quantization method {method!r}{mlx} is not supported: {READABLE}")
         try:
             rules = tuple(readers[str(method)](config))
             for pattern in (p for patterns, _ in rules for p in patterns):
@@ -271,13 +273,14 @@ def _awq(config: dict[str, Any]) -> Rules:
 
 def _auto_round(config: dict[str, Any]) -> Rules:
     """gptq's or awq's tensors; `extra_config` by module, a name or an expression, 16 bits or more being plain."""
-    form = config.get("packing_format", "auto_round:auto_gptq")
-    if form not in ("auto_round:auto_gptq", "auto_round:auto_awq") or config.get("data_type", "int") != "int":
+    form = config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq"
+    kind = re.search("gptq(?!model)|awq", form)
+    if kind is None or config.get("data_type", "int") != "int":
         raise ValueError(f"auto-round packing_format {form!r} ({config.get('data_type')}) is not supported: {READABLE}")
 
     def scheme(override: dict[str, Any]) -> Scheme | None:
         c = {"sym": True} | config | override
-        return None if c["bits"] >= 16 else Scheme(form.rpartition("_")[2], c["bits"], c["group_size"], c["sym"])
+        return None if c["bits"] >= 16 else Scheme(kind[0], c["bits"], c["group_size"], c["sym"])
 
     extra = config.get("extra_config") or {}
     rules: Rules = [((name, f"re:(?:{name})$"), scheme(override)) for name, override in extra.items()]

@@ -123,7 +123,8 @@ class Added:
         else:
             tokens = [t for _, t in sorted(self.declared.items()) if t.content not in names]
         names |= {t.content for t in tokens}
-        tokens += [t for t in (*self.named.values(), *self.extra) if t.content not in names]
+        wanted = [*(token for role, token in self.named.items() if role in ROLES), *self.extra]
+        tokens += [token for token in wanted if token.content not in names]
         roles = {t.content for t in self.named.values()}
         for token in tokens:
             token.special = token.special or token.content in roles
@@ -248,7 +249,8 @@ class Tokenizer:
         """Raises FileNotFoundError without a tokenizer, ValueError (one line) for one that cannot be read."""
         paths = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
         if not any(map(os.path.lexists, paths)):
-            raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model")
+            remedy = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes the former"
+            raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model; {remedy}")
         names = ("tokenizer_config.json", "generation_config.json", "config.json")
         configs = [object_of(folder / name) for name in names]
         try:
@@ -435,7 +437,7 @@ def text_of(path: Path) -> str:
     try:
         if not path.is_file():
             raise OSError("it is not a file")
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # some editors put a mark in front
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
