@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise OSError("it is not a file, or a link to nowhere")
         value = json.loads(path.read_text("utf-8-sig"))  # some editors put a mark in front
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value

@@ -35,6 +35,7 @@ MOST_EXTRA = 256  # ids by which the tokenizers of a draft and its target may di
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # GPT-2's alphabet: a printable Latin-1 character is its own byte, the other bytes follow from U+0100 on.
 BYTES = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+BYTES |= {chr(256 + n): byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
 MOST_TEXT, MOST_RENDERED = 1 << 26, 1 << 22  # characters of a text to encode, of a rendered conversation
 TRUSTED = Path(__file__).resolve().parent / "checkpoints"
 TRIAL = """
@@ -61,7 +62,6 @@ for text in texts:
 """
 TRIAL_TEXTS = ["", " ", "Once upon a time, there was a little girl. " * 50, "a" * 2000, "1234567890" * 100, " " * 1000]
 TRIAL_TEXTS += ["\n\t{x[0] ** 2}  # é 日本語 🙂\r\n" * 50, "don't I'LL </s> <|im_end|> <unk> \ue000" * 20]
-BYTES |= {chr(256 + n): byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
 
 
 class Decoder:
@@ -99,6 +99,8 @@ class Added:
         if declared is None:
             config.update(object_of(folder / "special_tokens_map.json"))
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        if not isinstance(extra, list | dict) or not isinstance(declared or {}, dict):
+            raise ValueError("added_tokens_decoder must be an object, additional special tokens a list or an object")
         roles = {**dict.fromkeys(ROLES), **config, **(extra if isinstance(extra, dict) else {})}
         self.named = {
             role: token_of(role, value)
@@ -106,14 +108,14 @@ class Added:
             if value and (role in ROLES or (role.endswith("_token") and isinstance(value, str | dict)))
         }
         self.extra = [] if isinstance(extra, dict) else [token_of("additional_special_tokens", t) for t in extra]
-        if declared is not None:
-            self.declared = {int(i): token_of(f"added_tokens_decoder[{i}]", t) for i, t in declared.items()}
-            return
-        self.source, special = "added_tokens.json", {t.content for t in (*self.named.values(), *self.extra)}
-        self.declared = {
-            i: tokenizers.AddedToken(text, normalized=text not in special, special=text in special)
-            for text, i in object_of(folder / self.source).items()
-        }
+        ids = list((declared or {}).items())
+        if declared is None:
+            self.source, special = "added_tokens.json", {t.content for t in (*self.named.values(), *self.extra)}
+            found = object_of(folder / self.source)
+            ids = [(i, {"content": text, "special": text in special}) for text, i in found.items()]
+        if wrong := [i for i, _ in ids if not re.fullmatch(r"\d{1,7}", str(i))]:
+            raise ValueError(f"{self.source} has {wrong[0]!r} where it must have an id below 10000000")
+        self.declared = {int(i): token_of(f"added_tokens_decoder[{i}]", token) for i, token in ids}
 
     def beyond(self, own: dict[int, tokenizers.AddedToken]) -> list[tokenizers.AddedToken]:
         """The tokens that a tokenizer with its `own` added tokens lacks, in the order in which they get ids."""

@@ -566,7 +566,10 @@ def test_a_link_to_nowhere_is_not_an_absent_file(llama_json, tmp_path, name):
         ({"bos_token": ["<s>"]}, "bos_token is"),
         ({"eos_token": {"special": True}}, "it must be a token's text"),
         ({"added_tokens_decoder": {"9": 3}}, r"added_tokens_decoder\[9\] is 3"),
-        ({"added_tokens_decoder": {"x": "<a>"}}, "'x'"),
+        ({"added_tokens_decoder": {"x": "<a>"}}, "has 'x' where it must have an id"),
+        ({"added_tokens_decoder": {"99999999": "<a>"}}, "has '99999999' where it must have an id"),
+        ({"added_tokens_decoder": ["<a>"]}, "added_tokens_decoder must be an object"),
+        ({"additional_special_tokens": "<a>"}, "additional special tokens a list or an object"),
         ({"additional_special_tokens": [None]}, "additional_special_tokens is None"),
         ({"chat_template": {"default": 3}}, "chat_template holds 3"),
         ({"chat_template": [{"name": "default"}]}, "chat_template holds None"),
@@ -621,3 +624,12 @@ def test_a_panic_on_a_certain_text_is_one_line(llama_json, monkeypatch):
     monkeypatch.setattr(tokenizer.file, "encode", encode)
     with pytest.raises(ValueError, match="^the tokenizer failed: 'range end index 9 out of range"):
         tokenizer.encode("a")
+
+
+def test_ids_of_added_tokens_json_are_checked(llama_json, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((llama_json / "tokenizer.json").read_bytes())
+    for wrong in ("7x", None, [1], -1, 10**9):
+        write(tmp_path, "added_tokens.json", {"<a>": wrong})
+        with pytest.raises(ValueError, match="added_tokens.json|TypeError") as caught:
+            Tokenizer.from_folder(tmp_path)
+        assert "Error" not in str(caught.value)
