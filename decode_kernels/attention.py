@@ -85,7 +85,7 @@ def _attention_kernel(
     STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
     STEP: tl.constexpr = 16 * WARPS  # slots a step
     HALF: tl.constexpr = DIM // 2
-    EARLY: tl.constexpr = WIDTH <= 128  # the next step is loaded into registers in advance
+    EARLY: tl.constexpr = WIDTH <= 128  # the next step is loaded while one is multiplied; longer heads lack registers
     bh, split = tl.program_id(0), tl.program_id(1) if SPLITS > 1 else 0
     b, head = bh // KV_HEADS, bh % KV_HEADS
     launch.launch_next(PDL)
@@ -109,7 +109,8 @@ def _attention_kernel(
     for i in tl.static_range(T > 1, AHEAD):
         _prefetch(k_ptr, v_ptr, begin + i * STEP, late if T == 1 else end, DIM, STEP * WIDTH // 64, ASM)
 
-    # rows of q, and new tokens, as [4 t, 8 g, warp, c, h, 8 e] of both halves of a head; one token is everybody's
+    # Rows of q (r) and new keys (n) are [4 t, 8 g, warp, c, h, 8 e], twice, for both halves of a head. Every warp loads
+    # all of them, and a single new token is loaded for every row.
     t, g = tl.arange(0, 4)[:, None, None, None, None, None], tl.arange(0, 8)[:, None, None, None, None]
     top_row = 0 if ROWS == BLOCK else tl.program_id(2) * BLOCK
     r = top_row + tl.arange(0, BLOCK // 8)[:, None] * 8 + g
@@ -137,7 +138,7 @@ def _attention_kernel(
     if launch.always_true(eps, 0):
         q = _query_operand(q_halves, q_norm, cos, sin, eps, DIM, BLOCK)
         k_cos, k_sin = cos, sin
-        if T > 1 and (GROUP > 1 or ROWS > BLOCK):  # other rows than those of q
+        if T > 1 and (GROUP > 1 or ROWS > BLOCK):  # keys have other rows than q
             k_cos, k_sin = _load_angles(cos_ptr, sin_ptr, angle + n * HALF, new, WARPS)
         key = _key_words(k_halves, k_norm, k_cos, k_sin, eps, DIM, ASM)
 
@@ -148,7 +149,7 @@ def _attention_kernel(
     wanted = k_real & (k_slot < T) & writes & (ROWS == BLOCK or tl.program_id(2) == 0)
     tl.store(launch.deal_to_lanes(k_lane, first * HALF), key, wanted)
     tl.store(launch.deal_to_lanes(v_lane, first * HALF), value, v_real & (v_slot < T) & writes)
-    if T == 1:  # among the last old slots
+    if T == 1:  # the new token is put among the last old slots
         old_k, old_v = tl.where(k_slot == first - late, key, k), tl.where(v_slot == first - late, value, v)
         if EARLY:
             k, v = _load_step(cache, begin, late, HALF)
@@ -158,7 +159,7 @@ def _attention_kernel(
         known = (slot <= row_token) & ((WINDOW == 0) | (slot > row_token - WINDOW))
         both = tl.broadcast_to(key, [4, 8, WARPS, 2, WIDTH // 64, 2, 4])
         m, total, acc = _attend(q, both, value, scale, known, m, total, acc, ASM)
-    while begin < end:  # not range(): the interpreter cannot on a loaded bound
+    while begin < end:  # the interpreter has no range() over a loaded bound
         if not EARLY:
             k, v = _load_step(cache, begin, end, HALF)
         old_k, old_v = k, v
@@ -256,7 +257,7 @@ def _load_norm(norm_ptr, column, real, WARPS: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _load_new_values(ptr, slot, word, real, split, T: tl.constexpr, STRIDE: tl.constexpr, WARPS: tl.constexpr):
-    """The words of the new tokens' values; a single one is everybody's."""
+    """The words of the new tokens' values; the value of a single token stands for every slot."""
     ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     if T == 1:
         ptr = launch.spread_over_lanes((ptr + word)[None], [4, 8, WARPS, 1, 1, word.shape[4], 4])
@@ -337,7 +338,7 @@ def _attend(q, k, v, scale, seen, m, total, acc, ASM: tl.constexpr):
         total = total * fade + tl.sum(p, 2)
         acc *= fade[:, None, :]
     p = p.to(q.dtype).reshape(WARPS, BLOCK, 2, 4, 2).permute(0, 3, 2, 4, 1).reshape(WARPS, 16, BLOCK)
-    v = v.permute(2, 5, 6, 7, 1, 0, 3, 4).reshape(WARPS, WIDTH, 16)  # slots in the order t, h, i; dimensions c, e, g
+    v = v.permute(2, 5, 6, 7, 1, 0, 3, 4).reshape(WARPS, WIDTH, 16)  # order of slots: t, h, i; of dimensions: c, e, g
     return top, total, launch.dot(v, p, acc, ASM)
 
 

@@ -85,9 +85,8 @@ def _gemv_kernel(
     OUT: tl.constexpr = N // 2 if SILU else N
     PIECES: tl.constexpr = 8 // M
     SUB: tl.constexpr = BLOCK_K // (PIECES * 32)
-    PAIRS: tl.constexpr = (
-        BLOCK_N // M if SILU else BLOCK_N // (2 * M)
-    )  # 2 M rows of the matrix, with SILU M gates and M ups
+    # pairs of M rows of the matrix: with SILU M gates and their M ups
+    PAIRS: tl.constexpr = BLOCK_N // M if SILU else BLOCK_N // (2 * M)
     STEP_K: tl.constexpr = WARPS * BLOCK_K
     STEPS: tl.constexpr = (K + STEP_K - 1) // STEP_K
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -101,8 +100,8 @@ def _gemv_kernel(
     w_ptr += start.to(tl.int64) * K
     x_ptr += first_row * K
 
-    # activations [4 t, PIECES, M, WARPS, SUB, 8], weights [4 t, PIECES, M, WARPS, PAIRS, 2, SUB, 8]: `deal_to_lanes`
-    # gives t, the piece and m to a lane, so that a lane holds 8 numbers in a row of both
+    # Activations are [4 t, PIECES, M, WARPS, SUB, 8], weights [4 t, PIECES, M, WARPS, PAIRS, 2, SUB, 8]. A lane has one
+    # t, one piece and one m, and loads 8 numbers in a row; SUB counts its loads along a piece.
     k = tl.arange(0, PIECES)[:, None, None, None, None] * 4 + tl.arange(0, 4)[:, None, None, None, None, None]
     k = k * 8 + tl.arange(0, 8) + tl.arange(0, SUB)[:, None] * (PIECES * 32)
     k += tl.arange(0, WARPS)[:, None, None] * BLOCK_K
@@ -136,7 +135,7 @@ def _gemv_kernel(
             launch.wait_for_previous(PDL)
             if residual_ptr is not None:
                 residual = tl.load(residual_ptr + result, result_exists, 0)
-        # the activations of the first X_AHEAD steps after the wait, then those of one step more each time
+        # After the wait the activations of X_AHEAD steps are loaded, and those of one more step in each step.
         for j in tl.static_range(
             0 if i < W_AHEAD else i - W_AHEAD + X_AHEAD, 0 if i < W_AHEAD - 1 else i - W_AHEAD + X_AHEAD + 1
         ):
@@ -227,7 +226,8 @@ def _gemm_kernel(
     w_row = interleave_gates(tl.arange(0, BLOCK_N), OUT, SILU)[:, None]
     m = tl.arange(0, M)[:, None]
     k = tl.arange(0, BLOCK_K)
-    w_ptr += start.to(tl.int64) * K  # what differs between lanes is 32 bits wide: half of the loop was addresses
+    # Lanes add 32-bit offsets to this pointer. With 64-bit addresses half of the loop's instructions computed them.
+    w_ptr += start.to(tl.int64) * K
     launch.launch_next(PDL)
     weights, xs = tl.tuple([]), tl.tuple([])
     for i in tl.static_range(EARLY):

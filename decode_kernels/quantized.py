@@ -160,8 +160,8 @@ def _quantized_kernel(
     """
     CHUNKS: tl.constexpr = (K + 127) // 128
     STEPS: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
-    PARTS: tl.constexpr = 2 if BITS == 4 and GROUP < 128 else 1  # each u has a scale of its own
-    BYTES: tl.constexpr = 256 * BITS  # of 16 rows of a chunk
+    PARTS: tl.constexpr = 2 if BITS == 4 and GROUP < 128 else 1  # 2: each u has a scale of its own
+    BYTES: tl.constexpr = 256 * BITS  # bytes of 16 rows of a chunk
     OUT: tl.constexpr = N // 2 if SILU else N
     BLOCK_N: tl.constexpr = TILES * (8 if SILU else 16)
     start = tl.program_id(0) * BLOCK_N
@@ -180,7 +180,7 @@ def _quantized_kernel(
         zero_ptr = zero_ptr if zero_ptr is None else zero_ptr + expert * N * (K // GROUP)
         rows = 1
 
-    # weights [4 t, 8 g, WARPS, TILES, 2 u, 16] and digits [4 t, 8 n, WARPS, COLUMNS/8, 16]
+    # Weights are [4 t, 8 g, WARPS, TILES, 2 u, 16], digits [4 t, 8 n, WARPS, COLUMNS/8, 16]; n is a column.
     t = tl.arange(0, 4)[:, None, None, None, None, None]
     g = tl.arange(0, 8)[:, None, None, None, None]
     chunk = tl.arange(0, WARPS)[:, None, None, None]
@@ -193,7 +193,8 @@ def _quantized_kernel(
     digits_ptr += chunk * 1024 + lane
     column = tl.arange(0, COLUMNS // 8)[:, None] * 8 + g
     x_offset = (tl.arange(0, COLUMNS // 8)[:, None] * (CHUNKS * 1024) + tl.arange(0, 16))[None, None, None]
-    # units and scales where the products of their columns and rows are: [4 t, 8 g, WARPS, columns/8 or rows/8, PARTS]
+    # Units and scales are loaded where the products of their columns and rows are, [4 t, 8 g, WARPS, columns/8 or
+    # rows/8, PARTS].
     t = tl.arange(0, 4)[:, None, None, None, None]
     g = tl.arange(0, 8)[:, None, None, None]
     warp = tl.arange(0, WARPS)[:, None, None]
@@ -219,7 +220,7 @@ def _quantized_kernel(
                 m = tl.arange(0, COLUMNS // 2)[:, None]
                 b = tl.arange(0, triton.next_power_of_2(CHUNKS))
                 squares = tl.load(squares_ptr + m * CHUNKS + b, (m < rows) & (b < CHUNKS), 0)
-        # the digits of the first X_AHEAD steps after the wait, then those of one step more each time
+        # After the wait the digits of X_AHEAD steps are loaded, and those of one more step in each step.
         for j in tl.static_range(
             0 if i < W_AHEAD else i - W_AHEAD + X_AHEAD, 0 if i < W_AHEAD - 1 else i - W_AHEAD + X_AHEAD + 1
         ):
@@ -283,7 +284,7 @@ def _load_digits(x_lanes, unit_lanes, rows, STEP: tl.constexpr, CHUNKS: tl.const
     digits = tl.tuple([])
     for e in tl.static_range(2):
         ptr = launch.deal_to_lanes(digits_ptr + (STEP * WARPS * 1024 + e * 512), offset)
-        if BLOCKS > 1 and (STEP + 1) * WARPS <= CHUNKS:  # columns of no row may hold anything: they are not stored
+        if BLOCKS > 1 and (STEP + 1) * WARPS <= CHUNKS:  # what unused columns hold is not stored
             digits = digits + (tl.load(ptr),)
         else:
             digits = digits + (tl.load(ptr, (column < 2 * rows) & (chunk + STEP * WARPS < CHUNKS), 0),)
@@ -346,7 +347,7 @@ def _add_products(
 @triton.jit
 def _nibbles_times_16(w, LOW: tl.constexpr, ASM: tl.constexpr):
     """The high or the low int4 of every byte, times 16, as int8: a mask, and for the low ones a shift."""
-    if ASM:  # four at a time; the compiler would take them one by one
+    if ASM:  # four bytes at a time, where the compiler would take one by one
         SHIFT: tl.constexpr = "shl.b32 u, $1, 4;" if LOW else "mov.b32 u, $1;"
         CODE: tl.constexpr = f"{{ .reg .b32 u; {SHIFT} and.b32 $0, u, 0xf0f0f0f0; }}"
         return tl.inline_asm_elementwise(CODE, "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)

@@ -91,7 +91,7 @@ def embed(
     """
     x, cos, sin = _embed_shape(tokens, positions, table, inv_freq, factor, first)
     options = launch.options(4)
-    options.pop("launch_pdl", None)  # begins when all before it has ended: later kernels need not wait for positions
+    options.pop("launch_pdl", None)  # it begins when all before it has ended, so that no kernel waits for positions
     _embed_kernel[(tokens.numel(),)](
         tokens.contiguous(),
         positions.contiguous(),
