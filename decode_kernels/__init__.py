@@ -113,8 +113,10 @@ class Quantized(Dense):
 
         if silu_mul and linear.out_features % 32:  # gates and ups would share a tile
             return None
-        operands = linear.operands(one)
-        return lambda x, *others: quantized.linear(x, *operands, *others)
+        weight, scale, zero = linear.operands(one)
+        if self.bits == 8:
+            return lambda x, *others: quantized.int8_linear(x, weight, scale, *others)
+        return lambda x, *others: quantized.int4_linear(x, weight, scale, zero, *others)
 
     def pack(self, q: Tensor) -> Tensor:
         from decode_kernels import quantized
@@ -133,7 +135,10 @@ class Quantized(Dense):
         weight, scale, zero = linear.operands(experts)
         if weight.dim() > 3 or not (INTERPRETED or weight.is_cuda):
             return None
-        return quantized.dequantize(weight, scale, zero, linear.out_features, linear.in_features, dtype)
+        size = linear.out_features, linear.in_features
+        if self.bits == 8:
+            return quantized.int8_dequantize(weight, scale, *size, dtype)
+        return quantized.int4_dequantize(weight, scale, zero, *size, dtype)
 
 
 DENSE, INT8, INT4 = Dense(), Quantized(8), Quantized(4)

@@ -488,13 +488,6 @@ def int4_linear(
     return _launch(x, weight, scale, zero, bias, norm_weight, eps, residual, silu_mul, experts, bits=4)
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *others: object) -> Tensor:
-    """`int8_linear` or `int4_linear`, as the dtype of the packed weights says; others as theirs from bias on."""
-    if weight.dtype == torch.int8:
-        return int8_linear(x, weight, scale, *others)
-    return int4_linear(x, weight, scale, zero, *others)
-
-
 # -- the whole matrix ----------------
 
 
@@ -565,10 +558,3 @@ def int4_dequantize(
 ) -> Tensor:
     """The same for `pack(q, 4)`, scale [N, G] and zero [N, G] or None."""
     return _launch_dequantize(weight, scale, zero, n, k, dtype, bits=4)
-
-
-def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """`int8_dequantize` or `int4_dequantize`, as the dtype of the packed weights says."""
-    if weight.dtype == torch.int8:
-        return int8_dequantize(weight, scale, n, k, dtype)
-    return int4_dequantize(weight, scale, zero, n, k, dtype)

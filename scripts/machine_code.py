@@ -144,7 +144,9 @@ def linear(
         chosen = torch.zeros(rows, dtype=torch.int64) if experts else None
         if scale is None:
             return dense.linear(x, weight, offset, gain, 1e-5, added, silu_mul, chosen)
-        return quantized.linear(x, weight, scale, zero, offset, gain, 1e-5, added, silu_mul, chosen)
+        if mode == "int8":
+            return quantized.int8_linear(x, weight, scale, offset, gain, 1e-5, added, silu_mul, chosen)
+        return quantized.int4_linear(x, weight, scale, zero, offset, gain, 1e-5, added, silu_mul, chosen)
 
     return run
 
@@ -171,7 +173,9 @@ def dequantize(k: int, n: int, bits: int) -> Callable[[], object]:
     def run() -> Tensor:
         weight = torch.empty(n // 16, k // 128, 256 * bits, dtype=torch.int8 if bits == 8 else torch.uint8)
         scale = torch.empty((n,) if bits == 8 else (n, k // 128), dtype=torch.bfloat16)
-        return quantized.dequantize(weight, scale, None, n, k, torch.bfloat16)
+        if bits == 8:
+            return quantized.int8_dequantize(weight, scale, n, k, torch.bfloat16)
+        return quantized.int4_dequantize(weight, scale, None, n, k, torch.bfloat16)
 
     return run
 

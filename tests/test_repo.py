@@ -24,10 +24,10 @@ LIMITS = {
     "architectures.py": 260,
     "checkpoint.py": 460,
     "formats.py": 330,
-    "tokenizer.py": 290,
+    "tokenizer.py": 360,  # DESIGN: 290; tokenizers and templates from outside run in a limited child
     "quantize.py": 440,
     "gptq.py": 120,
-    "decode_kernels/__init__.py": 105,  # DESIGN: 100; the fast paths of every format stand here, beside `use_`
+    "decode_kernels/__init__.py": 110,  # DESIGN: 100; the fast paths of every format stand here, beside `use_`
     "decode_kernels/launch.py": 130,
     "decode_kernels/tiles.py": 160,
     "decode_kernels/dense.py": 350,
@@ -260,7 +260,7 @@ def test_the_embedded_models_are_small():
     folder = ROOT / "checkpoints"
     if not folder.is_dir():
         pytest.skip("no embedded models in this tree")
-    assert {path.name for path in folder.iterdir()} == {"tales", "tales-draft"}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "tales", "tales-draft"}
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size <= 24_000 * 1024, f"{size / 1024:.0f} KB"
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]

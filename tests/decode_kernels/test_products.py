@@ -144,7 +144,11 @@ def test_dequantize_equals_its_twin_and_the_formula(fmt):
         decode_kernels.use_(linear.to(DEVICE))
         assert torch.equal(linear.dequantize(torch.float32).cpu(), plain)
         assert relative_error(plain, w) < 1e-6
-        integers = quantized.dequantize(linear.weight_packed, None, None, n, k, torch.float16)
+        packed = linear.weight_packed
+        if fmt == "int8":
+            integers = quantized.int8_dequantize(packed, None, n, k, torch.float16)
+        else:
+            integers = quantized.int4_dequantize(packed, None, None, n, k, torch.float16)
         assert torch.equal(integers, linear.values(linear.weight_packed).half())
 
 
