@@ -95,7 +95,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> Rope:
             raise ValueError(f"{name} other than 1.0 is not supported")
     attn_factor, _ = raw.pop("attn_factor", 1.0), raw.pop("finetuned", None)
     if unknown := sorted(set(raw) - set(Rope.__dataclass_fields__)):
-        raise ValueError(f"rope_scaling has keys that are not implemented: {', '.join(unknown)}")
+        raise ValueError(f"rope_scaling has keys that are not implemented: {str(unknown)[1:-1]}")
     if type(raw.get("truncate", True)) is not bool:
         raise ValueError(f"rope_scaling has truncate = {raw['truncate']!r}; it must be true or false")
     low = {"rope_theta": 1, "mscale": -1, "mscale_all_dim": -1, "original_max_position_embeddings": 0.5}
@@ -252,7 +252,7 @@ def _windows(reader: _Reader, kind: str, layers: int) -> tuple[int, ...]:
     first, types = reader("max_window_layers", 28, 0), reader("layer_types", ())
     if not reader("use_sliding_window", kind in ("mistral", "mixtral")) or kind == "llama":
         window = 0
-    if unknown := sorted({str(t) for t in types if t not in ("full_attention", "sliding_attention")}):
+    if unknown := sorted({repr(t) for t in types if t not in ("full_attention", "sliding_attention")}):
         raise ValueError(
             f"layer_types {', '.join(unknown)} are not supported; full_attention and sliding_attention are"
         )

@@ -188,7 +188,7 @@ class Weights:
                 self._files[file] = safe_open(self.folder / file, "pt", device=str(self.device))
             except (SafetensorError, OSError) as error:
                 what = f"{self.folder / file} cannot be read as safetensors (truncated or corrupt?)"
-                raise ValueError(f"{what}: {error}") from error
+                raise ValueError(f"{what}: {ascii(str(error))}") from error
         return self._files[file]
 
     def rename(self, old: str, new: str) -> None:
@@ -210,11 +210,11 @@ class Weights:
         try:
             return self._open(self.where[name]).get_slice(self._stored[name])
         except SafetensorError as error:  # a dtype that this library or PyTorch does not know
-            raise ValueError(f"{self.folder / self.where[name]}: {name!r} cannot be read: {error}") from error
+            raise ValueError(f"{self.folder / self.where[name]}: {name!r}: {ascii(str(error))}") from error
 
 
-def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(n)[1:-1] for n in names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
 def sources(name: str, config: ModelConfig) -> list[list[str]]:

@@ -151,11 +151,15 @@ class QuantConfig:
         try:
             rules = tuple(readers[str(method)](config))
             for pattern in (p for patterns, _ in rules for p in patterns):
+                if not isinstance(pattern, str):
+                    raise TypeError(f"{pattern!r} is no name of a module")
                 re.compile(pattern.removeprefix("re:") if pattern[:3] == "re:" else "")
         except (AttributeError, LookupError, TypeError, RecursionError, OverflowError, re.error) as error:
-            # parts of other types than their writers'
-            what = f"quantization_config cannot be read as {method}'s ({error!r}): {str(config)[:300]}"
-            raise ValueError(what) from error
+            why = (
+                f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else "a part is not of its writer's type"
+            )
+            why = str(error) if isinstance(error, re.error) else why
+            raise ValueError(f"quantization_config cannot be read as {method}'s: {why}: {str(config)[:300]}") from error
         cache = "note: the checkpoint has scales for a quantized KV cache; the cache here keeps the model's dtype"
         return QuantConfig(rules, (cache,) if config.get("kv_cache_scheme") else ())
 

@@ -414,7 +414,7 @@ def token_of(what: str, value: Any) -> tokenizers.AddedToken:  # noqa: ANN401
     """A special token as the JSON files write it: its text, or an object with the text and its flags."""
     flags = value if isinstance(value, dict) else {"content": value, "special": True}
     if not isinstance(flags.get("content"), str):
-        raise ValueError(f"{what} is {value!r}; it must be a token's text, or an object that has it as content")
+        raise ValueError(f"{what!a} is {value!r}; it must be a token's text, or an object that has it as content")
     special = bool(flags.get("special"))
     chosen = {name: bool(flags[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in flags}
     return tokenizers.AddedToken(flags["content"], special=special, **{"normalized": not special, **chosen})
