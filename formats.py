@@ -155,10 +155,8 @@ class QuantConfig:
                     raise TypeError(f"{pattern!r} is no name of a module")
                 re.compile(pattern.removeprefix("re:") if pattern[:3] == "re:" else "")
         except (AttributeError, LookupError, TypeError, RecursionError, OverflowError, re.error) as error:
-            why = (
-                f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else "a part is not of its writer's type"
-            )
-            why = str(error) if isinstance(error, re.error) else why
+            why = str(error) if isinstance(error, re.error) else "a part is not of its writer's type"
+            why = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else why
             raise ValueError(f"quantization_config cannot be read as {method}'s: {why}: {str(config)[:300]}") from error
         cache = "note: the checkpoint has scales for a quantized KV cache; the cache here keeps the model's dtype"
         return QuantConfig(rules, (cache,) if config.get("kv_cache_scheme") else ())
@@ -211,7 +209,7 @@ def _matches(patterns: list[str], names: Sequence[str]) -> set[tuple[str, str]]:
     """Which `re:` patterns match which names, from their start."""
     if not patterns:
         return set()
-    request, argv = json.dumps([patterns, list(names)]), [sys.executable, "-S", "-c", MATCHER]
+    request, argv = json.dumps([patterns, list(names)]), [sys.executable, "-I", "-S", "-c", MATCHER]
     child = subprocess.run(argv, input=request, capture_output=True, text=True)
     if child.returncode:
         raise ValueError(f"quantization_config has expressions that take too long to match: {str(patterns)[:200]}")

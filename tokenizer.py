@@ -384,7 +384,7 @@ class Answer:
 def try_out(path: Path) -> None:
     """ValueError where a tokenizer's file cannot be loaded and used within limits of time, memory and output."""
     request = json.dumps([str(path.resolve()), TRIAL_TEXTS, sys.path])
-    child = subprocess.run([sys.executable, "-S", "-c", TRIAL], input=request, capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-I", "-S", "-c", TRIAL], input=request, capture_output=True, text=True)
     if child.returncode:
         reason = (child.stderr.strip().split("\n")[-1] if child.returncode > 0 else "") or "it ran into its limits"
         raise ValueError(f"{path.name} was tried (10 s, 4 GiB): {reason[:200]!a}")

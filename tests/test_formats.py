@@ -405,3 +405,11 @@ def test_expressions_that_never_end_are_ended():
     config = QuantConfig.from_hf(compressed(top={"ignore": [r"re:.*\.gate$", "re:(x+x+)+y"]}))
     with pytest.raises(ValueError, match="expressions that take too long to match"):
         config.schemes(["x" * 40])
+
+
+def test_expressions_are_matched_whatever_lies_in_the_current_folder(tmp_path, monkeypatch):
+    """A child that looked for its modules there would run a download's."""
+    (tmp_path / "json.py").write_text("raise SystemExit(9)")
+    (tmp_path / "re.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    assert QuantConfig.from_hf(compressed(top={"ignore": [r"re:.*\.gate$"]})).scheme("a.gate") is None

@@ -633,3 +633,12 @@ def test_ids_of_added_tokens_json_are_checked(llama_json, tmp_path):
         with pytest.raises(ValueError, match="added_tokens.json|TypeError") as caught:
             Tokenizer.from_folder(tmp_path)
         assert "Error" not in str(caught.value)
+
+
+def test_a_tokenizer_is_tried_whatever_lies_in_the_current_folder(llama_json, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit(9)")
+    (tmp_path / "contextlib.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    assert Tokenizer.from_folder(llama_json).encode("hello")
+    shown = with_template(llama_json, tmp_path, "{{ messages[0].content }}").render_chat([{"content": "hi"}])
+    assert shown == "hi"
