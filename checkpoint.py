@@ -504,10 +504,11 @@ def check_weights_fit(
 
 
 def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[str, float] | None) -> Params:
-    """`make` called with what generation_config.json says of sampling, but for what is `chosen`. A ValueError of it
-    names the file; what is set there and not implemented is told in one line.
+    """`make` called with what generation_config.json says of sampling (config.json where there is none, as transformers
+    does), but for what is `chosen`. A ValueError names the file; what is set and not implemented is told in one line.
     """
     path = folder / "generation_config.json"
+    path = path if os.path.lexists(path) else folder / "config.json"
     config = read_json(path)
     try:
         values, ignored = sampling_from_hf({k: v for k, v in config.items() if k not in (chosen or {})})

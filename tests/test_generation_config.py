@@ -92,3 +92,13 @@ def test_one_rank_speaks(sampling, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     sampling(ON)
     assert capsys.readouterr().err == ""
+
+
+def test_config_json_counts_where_there_is_no_other(tmp_path, capsys):
+    """Older folders keep their settings there, and transformers takes them up."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "top_k": 7, "suppress_tokens": [5]}))
+    assert default_sampling(tmp_path, SamplingParams, None) == SamplingParams(top_k=7)
+    assert "config.json sets suppress_tokens: not implemented" in capsys.readouterr().err
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert default_sampling(tmp_path, SamplingParams, None) == SamplingParams()
+    assert capsys.readouterr().err == ""
