@@ -36,10 +36,16 @@ _HARMLESS = frozenset(
     """.split()
 )
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # keys of generation_config.json that `SamplingParams` knows
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+)  # keys of generation_config.json that `SamplingParams` knows
 # other keys that change the output, each with the value that is off; null and what is empty always are
 _NOT_SAMPLED = {
-    **dict.fromkeys("repetition_penalty encoder_repetition_penalty typical_p guidance_scale".split(), 1),
+    **dict.fromkeys("encoder_repetition_penalty typical_p guidance_scale".split(), 1),
     **dict.fromkeys("num_beams num_beam_groups".split(), 1),
     **dict.fromkeys("no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens".split(), 0),
     **dict.fromkeys("epsilon_cutoff eta_cutoff diversity_penalty penalty_alpha top_h token_healing".split(), 0),
@@ -68,8 +74,7 @@ def sampling_from_hf(config: Mapping[str, Any]) -> tuple[dict[str, float], list[
         raise ValueError(f"do_sample is {sampled!r}; it must be true or false")
     if sampled is False:
         values = {"temperature": 0.0} | {n: v for n, v in values.items() if n == "repetition_penalty"}
-    known = {name: off for name, off in _NOT_SAMPLED.items() if name not in SAMPLING}
-    return values, [name for name, off in known.items() if config.get(name) not in (None, off, "", [], {})]
+    return values, [name for name, off in _NOT_SAMPLED.items() if config.get(name) not in (None, off, "", [], {})]
 
 
 def rope_from_hf(config: Mapping[str, Any]) -> Rope:

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import architectures
 import checkpoint
@@ -26,8 +27,8 @@ import tp as tensor_parallel
 from linear import Linear
 from model import DecoderLayer, KVCache, Transformer
 from sampling import SamplingParams, Structure, sample
-from speculative import Program, Read, Speculation, Write
-from tokenizer import Answer, Ids, Tokenizer
+from speculative import Program, Read, Speculation, Write, recent
+from tokenizer import Answer, Ids, Tokenizer, draft_mismatch
 
 try:  # with the folder deleted everything works, only slower
     import decode_kernels
@@ -36,9 +37,7 @@ except ModuleNotFoundError:
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tales"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STRUCTURES = 4  # for so many kinds of sampling programs are kept; the one used longest ago goes first
 Function = Callable[..., Any]
-Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,14 @@ class State:
     argument.
     """
 
-    def __init__(self, batch_size: int, max_seq_len: int, device: torch.device) -> None:
+    def __init__(self, batch_size: int, max_seq_len: int, vocab_size: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.token, self.position = zeros(batch_size, 1), zeros(batch_size, 1)  # the newest token, and its position
-        self.seeds, self.knobs = zeros(batch_size), torch.ones(3, device=device)  # see `sampling.sample`
+        self.seeds, self.knobs = zeros(batch_size), torch.ones(4, device=device)  # see `sampling.sample`
         self.out, self.step = zeros(batch_size, max_seq_len), zeros(1)  # column i: the tokens of step i
+        self.seen = torch.zeros((batch_size, vocab_size), dtype=torch.bool, device=device)  # see `sampling.penalise`
 
 
 def advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
@@ -117,14 +117,6 @@ def compiled(fn: Function, name: str, **options: Any) -> Function:  # noqa: ANN4
     code = fn.__code__.replace(co_name=name)
     own = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
     return torch.compile(own, fullgraph=True, **options)
-
-
-def recent(programs: dict[Structure, dict[int, Kept]], structure: Structure) -> dict[int, Kept]:
-    """The programs for one kind of sampling, by how many slots they attend to; forgets those of the oldest kinds."""
-    mine = programs[structure] = programs.pop(structure, {})
-    while len(programs) > STRUCTURES:
-        del programs[next(iter(programs))]
-    return mine
 
 
 class Engine:
@@ -165,7 +157,7 @@ class Engine:
         self.vocab_size, self.context = model.config.vocab_size, model.config.max_position_embeddings
         self.max_seq_len = self.context
         self.cache: KVCache | None = None
-        self.state = State(0, 0, self.device)
+        self.state = State(0, 0, self.vocab_size, self.device)
         self.speculation: Speculation | None = None
         self.broadcast = model.tp.broadcast  # rank 0's tensor on every rank
         self._programs: dict[Structure, dict[int, Program]] = {}
@@ -179,14 +171,15 @@ class Engine:
         options: EngineOptions = EngineOptions(),
         *,
         shape: str | None = None,
+        defaults: SamplingParams | None = None,
         chosen: dict[str, float] | None = None,
         progress: bool = False,
         **changes: Any,  # noqa: ANN401
     ) -> "Engine":
         """A checkpoint folder or Hub id (or a named `shape` with random weights) on a device, ready to generate.
 
-        chosen: sampling parameters that overrule generation_config.json's. changes: fields of `options`. ValueError or
-        FileNotFoundError for all that a user can get wrong, memory too.
+        defaults: sampling parameters instead of generation_config.json's; chosen: some that overrule them. changes:
+        fields of `options`. ValueError or FileNotFoundError for all that a user can get wrong, memory too.
         """
         options, began = replace(options, **changes), time.perf_counter()
         device = pick_device(options.device)
@@ -202,7 +195,7 @@ class Engine:
         else:
             checkpoint.check_weights_fit(folder, dtype, device, group)
             model = checkpoint.load(str(folder), tp=group, device=device, dtype=dtype, progress=progress)
-            defaults = checkpoint.default_sampling(folder, SamplingParams, chosen)
+            defaults = defaults or checkpoint.default_sampling(folder, SamplingParams, chosen)
             engine = cls(model, Tokenizer.from_folder(folder), options, defaults=defaults)
         engine.warn()
         if options.draft is not None:
@@ -216,21 +209,18 @@ class Engine:
         own = replace(options, draft=None, max_seq_len=None)
         if name in ("self-int4", "self-int8"):
             return Engine(checkpoint.quantized_copy(self.model, int(name[-1])), self.tokenizer, own)
-        return None if name == "ngram" else Engine.load(name, own)
+        return None if name == "ngram" else Engine.load(name, own, defaults=self.defaults)
 
     def speculate(self, draft: "Engine | None", num_draft_tokens: int | None = None) -> None:
         """From here on decode by speculation: `draft` proposes (None: prompt lookup), this model verifies.
 
-        ValueError unless every id means the same to both tokenizers; vocabularies may differ by padding.
+        ValueError unless every id that the draft may propose means the same to both.
         """
         if draft is not None and draft.tokenizer is not self.tokenizer:
-            sizes = [e.tokenizer.vocab_size for e in (self, draft)]
-            mine, theirs = ([e.tokenizer.piece(i) for i in range(min(sizes))] for e in (self, draft))
-            if sizes[0] != sizes[1] or mine != theirs:
-                raise ValueError(
-                    f"the draft's vocabulary ({sizes[1]} ids) is not the target's ({sizes[0]} ids); "
-                    "use a draft with the same tokenizer, or --draft ngram"
-                )
+            reason = draft_mismatch(self.tokenizer, draft.tokenizer, min(self.vocab_size, draft.vocab_size))
+            if reason:
+                remedy = "use a draft with the same tokenizer, or --draft ngram"
+                raise ValueError(f"the draft's vocabulary is not the target's: {reason}; {remedy}")
         self.speculation = Speculation(self, draft, num_draft_tokens)
 
     # -- generation ----------------
@@ -318,9 +308,13 @@ class Engine:
             known = next((i for i, equal in enumerate(same) if not equal), min(len(rows[0]) - 1, len(self._cached)))
         logits = self.prefill(rows, known)
         lengths = torch.tensor([len(r) for r in rows], device=self.device)
-        token = self.sampler(structure)(logits, structure, state.knobs, state.seeds, lengths - 1)
+        if structure.penalty:
+            for seen, row in zip(state.seen.zero_(), rows):
+                seen[torch.tensor(row, device=self.device)] = True
+        token = self.sampler(structure)(logits, structure, state.knobs, state.seeds, lengths - 1, state.seen)
         first = self.broadcast(token)
         state.token.copy_(first.clamp(min=0)[:, None])
+        state.seen.scatter_(1, state.token, True)
         state.position.copy_(lengths[:, None])
         state.step.zero_()
         self.stats.prefill_tokens = sum(map(len, rows)) - known
@@ -364,11 +358,8 @@ class Engine:
         assert self.cache is not None
         self._cached = []
         lengths = torch.tensor([len(p) for p in prompts])
-        longest = int(lengths.max())
-        tokens = torch.zeros((len(prompts), longest), dtype=torch.int64)
-        for row, prompt in zip(tokens, prompts):
-            row[: len(prompt)] = torch.tensor(prompt)
-        tokens, last = tokens.to(self.device), (lengths - 1).to(self.device)
+        longest, last = int(lengths.max()), (lengths - 1).to(self.device)
+        tokens = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(self.device)
         chunk, layer = self.prefill_chunk or longest, self._prefill_layer
         logits: Tensor | None = None
         for a in range(start, longest, chunk):
@@ -412,8 +403,11 @@ class Engine:
                 return state.token, state.position
 
             def write(logits: Tensor) -> None:
-                token = draw(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0])
-                end_step_(self.broadcast(token), state.token, state.position, state.step, state.out)
+                token = draw(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0], state.seen)
+                token = self.broadcast(token)
+                if structure.penalty:
+                    state.seen.scatter_(1, token.clamp(min=0)[:, None], True)
+                end_step_(token, state.token, state.position, state.step, state.out)
 
             programs[end] = self.program(read, write, end, self.park, fused)
         return programs[end]
@@ -555,7 +549,7 @@ class Engine:
                 f"what fits: {', or '.join(advice) or 'no cache at all'}"
             )
         self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
-        self.state = State(batch_size, slots, self.device)
+        self.state = State(batch_size, slots, self.vocab_size, self.device)
         self.static(*vars(self.state).values(), *self.cache.buffers())
         if self.compile_prefill:  # anew: it is tied to the cache, and Dynamo allows a code object few variants
             self._prefill_layer = compiled(DecoderLayer.forward, "prefill", dynamic=True)
@@ -566,6 +560,8 @@ class Engine:
         if ids > vocabulary:
             what = f"warning: the tokenizer has {ids} ids, the model {vocabulary}"
             print(f"{what}; a prompt that uses one beyond is refused", file=sys.stderr)
+        if self.tokenizer.stop_ids and min(self.tokenizer.stop_ids) >= vocabulary:
+            print("warning: the model's vocabulary has no id that ends a text; it goes on to the end", file=sys.stderr)
         if any(m.expands for m in self.model.modules() if isinstance(m, Linear)):
             what = f"note: there is no fast path for some int4 weights in {self.dtype} on {self.device.type}"
             print(f"{what}; they are expanded at every step, which is slow", file=sys.stderr)

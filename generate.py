@@ -32,6 +32,7 @@ SAMPLING: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]]
     "top_k": (int, lambda k: k >= 0, "0 (off) or more"),
     "top_p": (float, lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
     "min_p": (float, lambda p: 0 <= p < 1, "at least 0 (off) and below 1"),
+    "repetition_penalty": (float, lambda p: 0.01 <= p <= 100, "0.01 to 100 (1: off)"),
 }
 
 
@@ -105,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in SAMPLING:
         flag = f"--{name.replace('_', '-')}"
         p.add_argument(
-            flag, type=sampling_parameter(name), help="default: generation_config.json's, else 0.8 / 200 / 1.0 / 0"
+            flag, type=sampling_parameter(name), help="default: generation_config.json's, else 0.8 / 200 / 1.0 / 0 / 1"
         )
     p.add_argument("--seed", type=at_least(0), help="repeat a run (default: a new one each time)")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
@@ -242,7 +243,8 @@ def refusal(error: Exception) -> str:
     """What a user is told of an error, in one line; a RuntimeError that is not of memory is ours, and raised again."""
     if isinstance(error, RuntimeError) and not re.search("DefaultCPUAllocator|out of memory", str(error)):
         raise error
-    return " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
+    line = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a name may hold a terminal's commands
 
 
 def answer(engine: Engine, args: argparse.Namespace, prompts: list[str], chosen: dict[str, Any]) -> int:

@@ -1,30 +1,41 @@
 """Logits -> token: pure functions, probabilities in float32, no host synchronisation, no random state.
 
-Knows temperature, top-k, top-p, min-p and how to draw. Refuses to know models, caches and text. Randomness is
-counter-based (Salmon et al. 2011): the noise of a draw is a hash of (the row's seed, its position, the lane), so a draw
-does not depend on the batch around it, nor on whether the step runs eagerly, compiled or in a CUDA graph, and nothing
-has to be captured or advanced.
+Knows the repetition penalty, temperature, top-k, top-p, min-p and how to draw. Refuses to know models, caches and text.
+Randomness is counter-based (Salmon et al. 2011): the noise of a draw is a hash of (the row's seed, its position, the
+lane), so a draw does not depend on the batch around it, nor on whether the step runs eagerly, compiled or in a CUDA
+graph, and there is no random state that a graph would have to capture and advance.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _MIX1, _MIX2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # splitmix64's constants as int64
-Structure = tuple[bool, int, bool, bool]  # what changes the program: greedy, top_k, top-p on, min-p on
+
+
+class Structure(NamedTuple):
+    """What changes the program that samples, and not only a number in it."""
+
+    greedy: bool
+    top_k: int  # 0: off
+    top_p: bool = False  # whether it is on
+    min_p: bool = False
+    penalty: bool = False
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is argmax; top_k 0, top_p 1 and min_p 0 are off. Applied in the order temperature, top-k, top-p,
-    min-p.
+    """temperature 0 is argmax; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. Applied in the order
+    repetition penalty, temperature, top-k, top-p, min-p.
     """
 
     temperature: float = 0.8
     top_k: int = 200
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         t = self.temperature
@@ -33,19 +44,34 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 (off) and below 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100 (1: off)"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {want}")
 
     @property
     def structure(self) -> Structure:
-        """What changes the program and not only a number in it."""
-        greedy = self.temperature == 0
-        return greedy, 0 if greedy else self.top_k, not greedy and self.top_p < 1, not greedy and self.min_p > 0
+        """Which of these are on."""
+        penalty = self.repetition_penalty != 1
+        if self.temperature == 0:
+            return Structure(True, 0, penalty=penalty)
+        return Structure(False, self.top_k, self.top_p < 1, self.min_p > 0, penalty)
 
     def knobs(self, device: torch.device) -> Tensor:
-        """float32 [3] on the device: 1 / temperature, top_p, min_p; changing them recompiles nothing."""
-        return torch.tensor([1 / (self.temperature or 1.0), self.top_p, self.min_p], device=device)
+        """float32 [4] on the device: 1 / temperature, top_p, min_p, repetition_penalty; changing them recompiles
+        nothing.
+        """
+        heat = 1 / (self.temperature or 1.0)
+        return torch.tensor([heat, self.top_p, self.min_p, self.repetition_penalty], device=device)
+
+
+def penalise(logits: Tensor, seen: Tensor, knobs: Tensor) -> Tensor:
+    """The repetition penalty (Keskar et al. 2019, section 4.1): logits [..., V] of the ids that are `seen` (bool
+    [..., V]: in the prompt or the answer so far) are divided by it where positive and multiplied where negative.
+    Float32.
+    """
+    logits, penalty = logits.float(), knobs[3]
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def distribution(logits: Tensor, structure: Structure, knobs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -54,8 +80,8 @@ def distribution(logits: Tensor, structure: Structure, knobs: Tensor) -> tuple[T
     Greedy puts all mass on argmax (the lowest id among ties). top-k keeps exactly k, top-p the smallest set of the most
     probable tokens whose mass reaches p (Holtzman et al. 2020), min-p those of at least p times the top probability.
     """
-    greedy, top_k, use_top_p, use_min_p = structure
-    if greedy:
+    _, top_k, use_top_p, use_min_p, _ = structure
+    if structure.greedy:
         ids = logits.argmax(-1, keepdim=True)
         return torch.ones_like(ids, dtype=torch.float32), ids
     ids = None
@@ -118,12 +144,16 @@ def draw(probs: Tensor, seeds: Tensor, positions: Tensor, stream: int = 0, ids: 
     return torch.argmax(probs / e, -1)
 
 
-def sample(logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def sample(
+    logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor, seen: Tensor | None = None
+) -> Tensor:
     """Next token [B] int64 for logits [B, V] of the tokens at `positions` int64 [B]; -1 in a row whose logits are not
-    finite (the host raises). seeds int64 [B].
+    finite (the host raises). seeds int64 [B]. seen: for `penalise`, where structure asks for it.
     """
+    if structure.penalty and seen is not None:
+        logits = penalise(logits, seen, knobs)
     probs, ids = distribution(logits, structure, knobs)
-    token = probs.argmax(-1) if structure[0] else draw(probs, seeds, positions, ids=ids)
+    token = probs.argmax(-1) if structure.greedy else draw(probs, seeds, positions, ids=ids)
     if ids is not None:
         token = ids.gather(-1, token.unsqueeze(-1)).squeeze(-1)
     return torch.where(logits.abs().amax(-1) < float("inf"), token, -1)

@@ -14,15 +14,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sampling import Structure, distribution, draw, sample, uniform
+from sampling import Structure, distribution, draw, penalise, sample, uniform
 
 Program = Callable[[], None]  # one step on static tensors
+Built = TypeVar("Built")
 Read = Callable[[], tuple[Tensor, Tensor]]  # -> the tokens and positions int64 [B, T] of a step
 Write = Callable[[Tensor], None]  # logits [B, T, V] -> where they are wanted
 ACCEPT, RESAMPLE, DRAFT = 1, 2, 3  # streams of randomness; 0 is plain decoding's
@@ -130,7 +131,8 @@ class Rows(Protocol):
     token: Tensor  # int64 [B, 1], the newest token of each row
     position: Tensor  # int64 [B, 1], its position
     seeds: Tensor  # int64 [B]
-    knobs: Tensor  # float32 [3], see `SamplingParams.knobs`
+    knobs: Tensor  # float32 [4], see `SamplingParams.knobs`
+    seen: Tensor  # bool [B, V], the ids of prompt and answer, see `sampling.penalise`
     out: Tensor  # int64 [B, S], what plain steps emit
     step: Tensor  # int64 [1], the column of `out` that comes next
 
@@ -177,6 +179,14 @@ class Stepper(Protocol):
         """Rank 0's x on every rank."""
 
 
+def recent(programs: dict[Structure, dict[int, Built]], structure: Structure) -> dict[int, Built]:
+    """What was built for one kind of sampling, by the slots attended to; what was built for the oldest kinds goes."""
+    mine = programs[structure] = programs.pop(structure, {})
+    while len(programs) > KINDS:
+        del programs[next(iter(programs))]
+    return mine
+
+
 @dataclass
 class Programs:
     """What a round runs, for one kind of sampling and one number of slots."""
@@ -218,9 +228,6 @@ class Speculation:
             self._allocate()
             self.owner, self.programs, self.costs, self.draft_knows = owner, {}, {}, 0
         self.last = longest + limit - 1
-        self.programs[structure] = self.programs.pop(structure, {})  # the newest kind stands last
-        while len(self.programs) > KINDS:
-            del self.programs[next(iter(self.programs))]
         for position in range(longest, longest + limit):
             self._programs(position, structure)
             if self.rests:
@@ -279,7 +286,7 @@ class Speculation:
 
     def _programs(self, position: int, structure: Structure) -> Programs:
         """For rows at `position` at most; built on first use."""
-        end, built = self.target.attended(position), self.programs[structure]
+        end, built = self.target.attended(position), recent(self.programs, structure)
         if end not in built:
             draft, offsets = self.draft, self.offsets
             if draft is None:
@@ -333,16 +340,22 @@ class Speculation:
             positions = state.position + offsets + 1  # of the tokens that come out
             if K:
                 drafted = history.gather(1, positions[:, :-1])
+                if structure.penalty:  # at every position, what is drafted before it counts as seen
+                    before = F.pad(F.one_hot(drafted, V), (0, 0, 1, 0)).cumsum(1) > 0
+                    logits = penalise(logits, state.seen[:, None] | before, state.knobs)
                 given = F.one_hot(drafted, V).float() if q is None else q[:, :K]
                 p = spread(*distribution(logits, structure, state.knobs), V)
                 tokens, count = accept(drafted, given, p, state.seeds, positions, rate)
             else:  # a plain step, draw for draw
-                tokens = sample(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0])[:, None]
+                tokens = sample(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0], state.seen)
+                tokens = tokens[:, None]
                 count = torch.ones_like(tokens)
             finite = logits.abs().amax(-1) < float("inf")
             result = target.broadcast(torch.cat((count, torch.where(finite, tokens, -1)), 1))
             log[:, : K + 2].copy_(result)
             count, tokens = result[:, :1], result[:, 1:].clamp(min=0)
+            if structure.penalty:
+                state.seen.scatter_(1, torch.where(offsets < count, tokens, tokens[:, :1]), True)
             history.scatter_(1, positions, tokens)
             state.token.copy_(tokens.gather(1, count - 1))
             state.position.copy_((state.position + count).clamp(max=last))  # rows that have ended stay there

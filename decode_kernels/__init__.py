@@ -175,17 +175,18 @@ def begin(model: Transformer, tokens: Tensor, positions: Tensor) -> tuple[Tensor
 
 def samples(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure) -> bool:
     """Whether `sample` and `advance_` serve such logits of a model on which `use_` was called."""
-    greedy, top_k, use_top_p, _ = structure
+    greedy, top_k, use_top_p, _, penalty = structure
     able = rows <= 1024 and top_k < vocabulary <= 1 << 18 and dtype in (torch.bfloat16, torch.float16)
-    return able and (greedy or (not use_top_p and 0 < top_k <= 256))
+    return able and not penalty and (greedy or (not use_top_p and 0 < top_k <= 256))
 
 
-def sample(logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def sample(
+    logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor, _: Tensor | None = None
+) -> Tensor:
     """`sampling.sample` for what `samples`, in two kernels."""
     from decode_kernels import step
 
-    greedy, top_k, _, _ = structure
-    return step.sample(logits, knobs, seeds, positions, 1 if greedy else top_k)
+    return step.sample(logits, knobs, seeds, positions, 1 if structure.greedy else structure.top_k)
 
 
 def advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:

@@ -202,7 +202,8 @@ def test_tokenizer_beyond_the_vocabulary_warns_and_raises_only_on_use(call, tiny
     folder, _ = tiny("llama", vocab_size=257, eos_token_id=None)
     add_tokenizer(folder)
     _, err = call("--checkpoint", folder, "--prompt", "a", "--max-new-tokens", 2)
-    assert err.startswith("warning: the tokenizer has 259 ids, the model 257") and err.count("\n") == 2
+    assert err.startswith("warning: the tokenizer has 259 ids, the model 257") and err.count("\n") == 3
+    assert "no id that ends a text" in err.splitlines()[1]
     files = json.loads((folder / "tokenizer.json").read_text())
     files["post_processor"]["special_tokens"]["<|bos|>"]["ids"] = [258]
     write_json(folder / "tokenizer.json", files)

@@ -17,7 +17,7 @@ import golden
 
 import architectures
 import checkpoint
-from engine import DEFAULT_CHECKPOINT, STRUCTURES, Engine, Increment
+from engine import DEFAULT_CHECKPOINT, Engine, Increment
 from model import Transformer
 from sampling import SamplingParams
 from speculative import KINDS
@@ -447,6 +447,17 @@ def test_engine_and_model_agree_on_what_is_one_pass(llama):
     assert scores.shape == (2, 19) and scores.dtype == torch.float32 and (scores < 0).all()
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_penalised_answer_is_that_of_transformers(tiny, eager_backend, compile):
+    folder, theirs = tiny("llama")
+    engine = Engine(checkpoint.load(str(folder)), Ids(theirs.config.vocab_size), compile=compile)
+    prompt = torch.tensor([[1, 5, 5, 9]])
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for penalty in (1.0, 1.2, 5.0):
+        wanted = theirs.generate(prompt, repetition_penalty=penalty, **options)[0, 4:].tolist()
+        assert ids_of(engine, prompt[0], SamplingParams(0.0, repetition_penalty=penalty), max_new_tokens=30) == wanted
+
+
 # -- misuse ----------------
 
 
@@ -513,7 +524,7 @@ def test_programs_of_many_kinds_of_sampling_are_forgotten(llama, draft):
         for top_k in range(1, 12):
             ids = ids_of(engine, [3, 4, 5], SamplingParams(1.0, top_k), max_new_tokens=5)
             assert wanted.setdefault(top_k, ids) == ids, again
-    assert len(engine._programs) <= STRUCTURES
+    assert len(engine._programs) <= KINDS
     assert not draft or len(engine.speculation.programs) <= KINDS
 
 

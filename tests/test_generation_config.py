@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from architectures import SAMPLING
 from checkpoint import default_sampling
 from sampling import SamplingParams
 
@@ -82,10 +81,12 @@ def test_what_is_not_implemented_is_told_in_one_line(sampling, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_penalty_is_used_or_told(sampling, capsys):
+def test_a_penalty_is_used(sampling, capsys):
     params = sampling({"repetition_penalty": 1.05, "do_sample": False})
-    told = "repetition_penalty" in capsys.readouterr().err
-    assert params.temperature == 0 and told == ("repetition_penalty" not in SAMPLING)
+    assert params == SamplingParams(temperature=0.0, repetition_penalty=1.05)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="repetition_penalty is -1; it must be 0.01 to 100"):
+        sampling({"repetition_penalty": -1})
 
 
 def test_one_rank_speaks(sampling, capsys, monkeypatch):

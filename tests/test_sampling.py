@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sampling import SamplingParams, distribution, draw, sample, top, uniform
+from sampling import SamplingParams, distribution, draw, penalise, sample, top, uniform
 
 CPU = torch.device("cpu")
 V = 97
@@ -311,3 +311,26 @@ def test_top_in_two_selections_is_topk(size, k):
     assert torch.equal(x.gather(-1, ids), values)
     assert all(row.unique().numel() == k for row in ids)
     assert torch.equal(top(x[:2], k, sorted=False)[1].sort().values[0], x[0].topk(k).indices.sort().values)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_the_penalty_is_that_of_transformers(penalty):
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    g = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(4, V, generator=g), torch.randint(V, (4, 30), generator=g)
+    seen = torch.zeros(4, V, dtype=torch.bool).scatter_(1, ids, True)
+    params = SamplingParams(0.0, repetition_penalty=penalty)
+    wanted = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    assert torch.equal(penalise(logits, seen, params.knobs(CPU)), wanted)
+    seeds = positions = torch.arange(4)
+    token = sample(logits, params.structure, params.knobs(CPU), seeds, positions, seen)
+    assert torch.equal(token, wanted.argmax(-1)) and not torch.equal(token, logits.argmax(-1)) or penalty < 1
+
+
+def test_a_penalty_of_one_is_another_program_than_none():
+    off, on = SamplingParams(0.8, 50), SamplingParams(0.8, 50, repetition_penalty=1.1)
+    assert not off.structure.penalty and on.structure.penalty and on.structure == off.structure._replace(penalty=True)
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="repetition_penalty is .*; it must be 0.01 to 100"):
+            SamplingParams(repetition_penalty=bad)

@@ -19,7 +19,7 @@ import architectures
 import checkpoint
 import generate
 from engine import DEFAULT_CHECKPOINT, Engine
-from sampling import SamplingParams, distribution, draw
+from sampling import SamplingParams, distribution, draw, penalise
 from speculative import CHOICES, DRAFT, Chooser, Speculation, accept, lookup, spread
 from tokenizer import Ids
 
@@ -32,6 +32,7 @@ OPTIONS = {  # every sampling option, and all at once
     "min-p": SamplingParams(1.0, 0, 1.0, 0.2),
     "all": SamplingParams(1.2, 6, 0.9, 0.05),
 }
+PENALTY = SamplingParams(1.0, 0, repetition_penalty=1.6)
 DRAFTERS = ("model", "ngram", "self-int8", "self-int4")
 TALES_DRAFT = str(DEFAULT_CHECKPOINT) + "-draft"
 tales = pytest.mark.skipif(not DEFAULT_CHECKPOINT.is_dir(), reason="needs the embedded checkpoints")
@@ -195,16 +196,28 @@ def exact(model, prompt: list[int], sampling: SamplingParams, depth: int) -> tor
     joint, rows_ = torch.ones(()), [prompt]
     for _ in range(depth):
         engine.reserve(len(rows_), len(prompt) + depth)
-        p = rows(engine.prefill(rows_), sampling)
+        logits, seen = engine.prefill(rows_), torch.zeros(len(rows_), V, dtype=torch.bool)
+        seen.scatter_(1, torch.tensor(rows_), True)
+        if sampling.structure.penalty:
+            logits = penalise(logits, seen, sampling.knobs(engine.device))
+        p = rows(logits, sampling)
         joint = (joint.reshape(-1, 1) * p).flatten()
         rows_ = [[*row, i] for row in rows_ for i in range(V)]
     return joint.view(*[V] * depth)
 
 
-@pytest.mark.parametrize(("option", "drafter"), [*itertools.product(OPTIONS, DRAFTERS), ("all", "auto")])
+PAIRS = [*itertools.product(OPTIONS, DRAFTERS), ("all", "auto"), ("penalty", "model"), ("penalty", "ngram")]
+
+
+@pytest.mark.parametrize(("option", "drafter"), PAIRS)
 def test_emitted_distribution_is_the_targets(option, drafter):
     """3,000 answers of 5 tokens: tokens 2 to 4 jointly are distributed as without a draft."""
-    sampling, model, B, V = OPTIONS[option], peaked(5, 8), 600 if drafter == "auto" else 3000, 8
+    sampling, model, B, V = (
+        (OPTIONS | {"penalty": PENALTY})[option],
+        peaked(5, 8),
+        600 if drafter == "auto" else 3000,
+        8,
+    )
     prompt = [1, 2, 3, 1, 2]
     engine = engine_of(model, *(("model", None) if drafter == "auto" else (drafter, 3)), noise=0.15)
     out = torch.tensor(run(engine, [prompt] * B, sampling, 5, seed=11))
@@ -213,6 +226,19 @@ def test_emitted_distribution_is_the_targets(option, drafter):
     counts = torch.bincount((out[:, 1] * V + out[:, 2]) * V + out[:, 3], minlength=V**3)
     assert p_value(counts, expected) > 1e-4
     assert not counts[expected == 0].any()
+
+
+@pytest.mark.parametrize("k", [3, None])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_a_penalised_answer_is_the_same_with_drafts(drafter, k):
+    """Greedy, in a batch, behind a prefix that is reused, and without the penalty again."""
+    model, prompts = peaked(5, 40), [[1, 2, 3, 1, 2, 3], [4, 4]]
+    greedy = SamplingParams(0.0, repetition_penalty=1.3)
+    plain, fast = Engine(model, Ids(40)), engine_of(model, drafter, k)
+    for batch in (prompts[:1], [prompts[0] + [5, 6]], prompts):
+        wanted = run(plain, batch, greedy, 40)
+        assert run(fast, batch, greedy, 40) == wanted != run(plain, batch, GREEDY, 40)
+        assert run(fast, batch, GREEDY, 40) == run(plain, batch, GREEDY, 40)
 
 
 @tales

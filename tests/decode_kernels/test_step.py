@@ -9,7 +9,7 @@ import decode_kernels
 import engine
 from decode_kernels import INTERPRETED
 from model import Transformer
-from sampling import SamplingParams, sample
+from sampling import SamplingParams, Structure, sample
 from tp import TensorParallel
 
 
@@ -75,7 +75,7 @@ def test_sample_equals_twin(vocabulary, k, dtype):
 
 @needs_kernels
 def test_sample_says_where_logits_are_not_finite_and_equals_twin():
-    structure, knobs = (False, 50, False, False), SamplingParams(0.8, 50).knobs(DEVICE)
+    structure, knobs = Structure(False, 50), SamplingParams(0.8, 50).knobs(DEVICE)
     for value in (float("nan"), -float("nan"), float("inf"), -float("inf")):
         logits = make_logits(3, 2000, torch.float16, False)
         logits[1, 1234] = value
