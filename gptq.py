@@ -99,8 +99,10 @@ def gptq(
     return q[back].t().contiguous(), scale.t().to(scale_dtype).contiguous(), damp
 
 
-def relative_errors(weight: Tensor, approximation: Tensor, hessian: Tensor) -> tuple[float, float]:
-    """Relative root-mean-square error of the weight, and of the output on inputs with this hessian."""
+def relative_error(weight: Tensor, approximation: Tensor, hessian: Tensor | None = None) -> float:
+    """Relative root-mean-square error of the weight, or of the output on inputs with this hessian."""
     d = weight - approximation
-    outputs = [float(((m @ hessian) * m).sum().clamp(min=1e-30)) for m in (d, weight)]
-    return float(d.norm() / weight.norm().clamp(min=1e-30)), math.sqrt(outputs[0] / outputs[1])
+    if hessian is None:
+        return float(d.norm() / weight.norm().clamp(min=1e-30))
+    errors = [float(((m @ hessian) * m).sum().clamp(min=1e-30)) for m in (d, weight)]
+    return math.sqrt(errors[0] / errors[1])

@@ -4,8 +4,8 @@ Knows how to stream a model block by block with its calibration activations, and
 Refuses to know the algorithm (`gptq.py`), what the formats look like inside (`formats.py`) and how names map
 (`checkpoint.py`).
 
-Memory: the weights of one block, the Hessian of one Linear (all its experts), the activations of the calibration and
-held-out rows, and one output shard.
+Rounding reads no text unless it is asked to measure something. Memory: the weights of one block, the Hessian of one
+Linear (all its experts), the activations of the calibration and held-out rows, and one output shard.
 """
 
 import argparse
@@ -19,13 +19,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from generate import DEFAULT_CHECKPOINT, Parser, at_least, begin, ready
+from generate import DEFAULT_CHECKPOINT, Parser, at_least, begin, ready, refusal
 from generate import DTYPES as DTYPE_NAMES
+
+if os.name == "posix":
+    import fcntl
+
+GROUP_SIZES = (128, 64, 32)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -33,17 +38,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag, data = argparse.BooleanOptionalAction, Path(__file__).resolve().parent / "data"
     p.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision]")
     p.add_argument("--mode", choices=("int8", "int4", "int4-gptq"), required=True)
-    p.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128, -1), default=128, help="of int4; -1: one group per row"
-    )
+    sizes = ("auto", *map(str, GROUP_SIZES), "-1")
+    p.add_argument("--group-size", choices=sizes, default="128", help="of int4; -1: one group per row")
     p.add_argument("--output", type=Path, help="folder to write (default: NAME-MODE here)")
-    p.add_argument("--force", action="store_true", help="replace an existing --output")
+    p.add_argument("--force", action="store_true", help="replace an --output that this program wrote")
     p.add_argument("--format", choices=("compressed-tensors", "gptq"), default="compressed-tensors")
     p.add_argument("--calibration", type=Path, default=data / "calibration.txt", metavar="FILE", help="any UTF-8 text")
-    p.add_argument("--rows", type=at_least(1), help="calibration rows (default: 128; 8 where they only measure errors)")
+    p.add_argument("--rows", type=at_least(1), help="of calibration; default: 128, with rounding none: measure nothing")
     p.add_argument("--row-length", type=at_least(16), default=2048, help="tokens in a row, at most the model's context")
     p.add_argument("--heldout", type=Path, default=data / "heldout.txt", metavar="FILE", help="text for the perplexity")
-    p.add_argument("--heldout-tokens", type=at_least(0), default=32768, help="0: no perplexity")
+    p.add_argument("--heldout-tokens", type=at_least(0), help="default: 32768, or with rounding 0: measure nothing")
     p.add_argument("--act-order", action=flag, default=False, help="GPTQ: inputs with large activations first")
     p.add_argument("--clip-search", action=flag, default=True, help="GPTQ: search the range of every group")
     p.add_argument(
@@ -66,10 +70,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from architectures import config_from_hf
-from checkpoint import Loader, Weights, checkpoint_dtype, read_config, resolve, sources
+from checkpoint import Loader, Weights, checkpoint_dtype, read_config, read_json, resolve, sources
 from engine import DTYPES, pick_device
 from formats import QuantConfig, Quantized, Scheme, pack
-from gptq import gptq, relative_errors
+from gptq import gptq, relative_error
 from linear import Linear, quantize_rtn
 from model import LayerCache, ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -86,11 +90,17 @@ COPIED = [
     "NOTICE*",
 ]
 SHARD_BYTES = 1 << 29
+AUTO = 0
+REPORT = "quantization_report.json"
+ERRORS = ("weight_error", "output_error_rtn", "output_error")  # relative; the last two need calibration text
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to do to every Linear. mode: int8 (per row), int4 (per group, round to nearest), int4-gptq."""
+    """What to do to every Linear. mode: int8 (per row), int4 (per group, round to nearest), int4-gptq.
+
+    group_size: inputs that share a scale, -1: all of a row; AUTO: the largest that divides every layer.
+    """
 
     mode: str = "int4-gptq"
     group_size: int = 128
@@ -114,6 +124,7 @@ class Target:
 
     path: str
     parts: list[list[tuple[str, int, bool]]]
+    in_features: int
 
 
 class Enough(Exception):
@@ -126,9 +137,9 @@ class Streams:
     def __init__(self, model: Transformer, calibration: Tensor, heldout: Tensor, tokens_at_once: int = 4096) -> None:
         rows = max(1, tokens_at_once // calibration.shape[1])
         self.model = model
-        self.heldout = list(heldout.split(rows)) if len(heldout) else []
+        self.heldout = [part for part in heldout.split(rows) if len(part)]
         anywhere = torch.zeros_like  # positions do not matter yet
-        self.calibration = [model.embed(part, anywhere(part))[0] for part in calibration.split(rows)]
+        self.calibration = [model.embed(part, anywhere(part))[0] for part in calibration.split(rows) if len(part)]
         self.before = [model.embed(part, anywhere(part))[0] for part in self.heldout]
         self.after = [x.clone() for x in self.before]
 
@@ -151,11 +162,22 @@ class Streams:
                     yield self.model.lm_head(h, norm=self.model.norm).float()
 
     def perplexity(self, xs: list[Tensor]) -> float | None:
-        """exp of the mean loss of every held-out token but the first of each row; None without held-out rows."""
+        """exp of the mean loss of every held-out token but the first of each row; None without held-out rows.
+
+        ValueError when it is not a number that JSON can hold.
+        """
+        if not xs:
+            return None
         wanted = [t for tokens in self.heldout for t in tokens[:, 1:].flatten().split(512)]
         logits = self.head([x[:, :-1] for x in xs])
         total = sum(float(F.cross_entropy(h, t, reduction="sum")) for h, t in zip(logits, wanted))
-        return math.exp(total / sum(map(len, wanted))) if wanted else None
+        loss = total / sum(map(len, wanted))
+        if not loss < 700:  # NaN too
+            raise ValueError(
+                f"the loss of the held-out text is {loss:g}: the checkpoint is damaged, or {xs[0].dtype} too narrow "
+                "(--dtype); --heldout-tokens 0 does not measure it"
+            )
+        return math.exp(loss)
 
 
 def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[int]]:
@@ -180,20 +202,31 @@ def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[in
     return total.div_(torch.tensor(counts, device=total.device).clamp(min=1).view(-1, 1, 1)), counts
 
 
+def round_to_nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Quantized:
+    """A matrix rounded a few rows at a time: what is worked on stays in a processor's cache."""
+    rows = max(1, (1 << 18) // weight.shape[1])
+    parts = [quantize_rtn(part, scheme.bits, scheme.group_size, dtype) for part in weight.split(rows)]
+    q, scale = (torch.cat(column) for column in zip(*parts))
+    return Quantized(q, scale, bits=scheme.bits)
+
+
 def quantize_linear_(
-    linear: Linear, target: Target, hessian: Tensor, counts: list[int], settings: Settings, dtype: torch.dtype
+    linear: Linear, target: Target, seen: tuple[Tensor, list[int]] | None, settings: Settings, dtype: torch.dtype
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Quantize one Linear; its weight becomes the dequantized one. Returns the report's row, and tensors by name."""
+    """Quantize one Linear; its weight becomes the dequantized one. seen: `hessians` of it, None to measure no outputs.
+
+    Returns the report's row, and tensors by name.
+    """
     scheme, notes, tensors, errors = settings.scheme, [], dict[str, Tensor](), []
     for e, weight in enumerate(linear.weight if linear.num_experts else linear.weight[None]):
         w, where = weight.float(), f"expert {e}: " if linear.num_experts else ""
         if not bool(w.isfinite().all()):
             raise ValueError(f"{target.parts[e][0][0]}.weight holds NaN or infinite values: the checkpoint is damaged")
-        chosen = nearest = Quantized(*quantize_rtn(w, scheme.bits, scheme.group_size, dtype), bits=scheme.bits)
-        if settings.mode == "int4-gptq":
+        chosen = nearest = round_to_nearest(w, scheme, dtype)
+        if settings.mode == "int4-gptq" and seen:
             solved = gptq(
                 w,
-                hessian[e],
+                seen[0][e],
                 settings.group_size,
                 dtype,
                 act_order=settings.act_order,
@@ -205,12 +238,14 @@ def quantize_linear_(
                 notes += [f"{where}damping raised to {solved[2]:g}"] * (solved[2] > settings.damp)
             else:
                 notes.append(f"{where}not solvable, rounded to nearest")
-            if counts[e] < linear.in_features:
-                notes.append(f"{where}only {counts[e]} calibration tokens for {linear.in_features} inputs")
+            if seen[1][e] < linear.in_features:
+                notes.append(f"{where}only {seen[1][e]} calibration tokens for {linear.in_features} inputs")
         values = chosen.dequantize()
-        errors.append(
-            (*relative_errors(w, values, hessian[e]), relative_errors(w, nearest.dequantize(), hessian[e])[1])
-        )
+        found = {"weight_error": relative_error(w, values)}
+        if seen:
+            found["output_error_rtn"] = relative_error(w, nearest.dequantize(), seen[0][e])
+            found["output_error"] = relative_error(w, values, seen[0][e])
+        errors.append(found)
         start = 0
         for name, rows, wanted in target.parts[e]:
             span = slice(start, start := start + rows)
@@ -219,17 +254,14 @@ def quantize_linear_(
                 part = pack(Quantized(chosen.q[span], chosen.scale[span], bits=scheme.bits), scheme)
                 # Copies share no storage, and made last they leave no holes in the heap, which then grew with depth.
                 tensors |= {f"{name}.{suffix}": tensor.clone() for suffix, tensor in part.items()}
-    error, output, output_rtn = (math.sqrt(sum(e * e for e in column) / len(errors)) for column in zip(*errors))
-    report = {"name": target.path, "shape": list(linear.weight.shape), "tokens": sum(counts), "weight_error": error}
-    return report | {"output_error_rtn": output_rtn, "output_error": output, "notes": notes}, tensors
+    report = {"name": target.path, "shape": list(linear.weight.shape)} | ({"tokens": sum(seen[1])} if seen else {})
+    means = {key: math.sqrt(sum(found[key] ** 2 for found in errors) / len(errors)) for key in errors[0]}
+    return report | means | {"notes": notes}, tensors
 
 
 def plan(model: Transformer, settings: Settings) -> tuple[list[Target], list[str]]:
-    """What to quantize, and the Linears on disk that stay plain.
-
-    ValueError for a group size that does not divide, and for a --skip pattern that matches nothing.
-    """
-    targets, plain, used, size = [], [], set[str](), settings.scheme.group_size
+    """What to quantize, and the Linears on disk that stay plain. ValueError for a --skip pattern without a match."""
+    targets, plain, used = [], [], set[str]()
     kv = model.config.num_key_value_heads * model.config.head_dim
     for path, linear in model.named_modules():
         if not isinstance(linear, Linear):
@@ -243,18 +275,33 @@ def plan(model: Transformer, settings: Settings) -> tuple[list[Target], list[str
             parts.append([(name, r, not (always or hit)) for name, r, hit in zip(names, rows, hits)])
         wanted = [name for row in parts for name, _, chosen in row if chosen]
         plain += [name for row in parts for name, _, chosen in row if not chosen]
-        if wanted and size > 0 and linear.in_features % size:
-            raise ValueError(
-                f"{wanted[0]}: in_features {linear.in_features} is not a multiple of --group-size {size}: use one that "
-                f"divides it, or -1 (one group per row), or --skip '*.{wanted[0].rpartition('.')[2]}'"
-            )
         if wanted:
-            targets.append(Target(path, parts))
+            targets.append(Target(path, parts, linear.in_features))
     if set(settings.skip) - used or not targets:
         raise ValueError(
             f"--skip {' '.join(settings.skip)}: {'a pattern matches no Linear' if targets else 'nothing is left'}"
         )
     return targets, plain
+
+
+def fit_group_size(settings: Settings, targets: list[Target]) -> Settings:
+    """The settings with AUTO replaced by the largest group size that divides every Linear.
+
+    ValueError, which offers that size, for one that does not.
+    """
+    fits = [g for g in GROUP_SIZES if not any(t.in_features % g for t in targets)]
+    if settings.group_size == AUTO and fits:
+        return replace(settings, group_size=fits[0])
+    size = settings.group_size or GROUP_SIZES[-1]
+    for target in targets if size > 0 else ():
+        if target.in_features % size:
+            name = next(name for row in target.parts for name, _, wanted in row if wanted)
+            other = f"{fits[0]}, the largest that divides every layer (auto takes it)" if fits else "-1"
+            raise ValueError(
+                f"{name}: in_features {target.in_features} is not a multiple of --group-size {size}: "
+                f"use --group-size {other}, or --skip '*.{name.rpartition('.')[2]}'"
+            )
+    return settings
 
 
 class Writer:
@@ -305,43 +352,77 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-@contextlib.contextmanager
-def complete_folder(output: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside `output` that takes its name only if the body succeeds; what killed runs left is removed.
-
-    With force an existing folder is replaced. It waits under a hidden name for the instant between two renames; should
-    the program be killed just then, the next run puts it back first.
-    """
-    parent, hidden = output.absolute().parent, f".{output.name}.{os.getpid()}"
-    for stale in [*parent.glob(f".{output.name}.*.partial"), *parent.glob(f".{output.name}.*.old")]:
-        if not alive(int(stale.suffixes[-2][1:])):
-            if stale.suffix == ".old" and not output.exists():
-                stale.rename(output)
-            shutil.rmtree(stale, ignore_errors=True)
-    if output.exists() and not force:
+def check_output(output: Path, source: Path, force: bool) -> None:
+    """ValueError for a folder that must not be replaced: one that exists, or with force one that is not ours alone."""
+    if any(output.samefile(folder) for folder in (source, *source.parents) if output.exists()):
+        raise ValueError(f"{output} is or holds the checkpoint that is read, {source}: give another --output")
+    if not os.path.lexists(output):
+        return
+    if not force:
         raise ValueError(f"{output} exists: give another --output, or --force to replace it")
-    parent.mkdir(parents=True, exist_ok=True)
-    work, old = parent / f"{hidden}.partial", parent / f"{hidden}.old"
-    work.mkdir()
-    try:
-        yield work
-        if output.exists():
-            output.rename(old)
-        work.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    written = read_json(output / REPORT).get("files") if output.is_dir() else []
+    found = [path.relative_to(output).as_posix() for path in output.rglob("*")] if output.is_dir() else ["a file"]
+    if foreign := sorted(set(found) - set(written if isinstance(written, list) else [])):
+        what = f"{output} holds {foreign[0]}" if output.is_dir() else f"{output} is no folder"
+        raise ValueError(f"{what}, which this program did not write, and --force replaces only what it wrote")
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of this number runs."""
+def lock(folder: Path) -> TextIO:
+    """Make `folder` and hold it alone until the result is closed or this process ends. ValueError when another does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in folder.iterdir()}
+    if names and not {"lock"} <= names <= {"lock", "new", "old"}:
+        raise ValueError(f"{folder} is in the way, and not this program's: move it, or give another --output")
+    file = open(folder / "lock", "a")  # noqa: SIM115
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+        if os.name == "posix":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(file.fileno()).st_nlink:  # who held it has just removed it
+            raise BlockingIOError
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"another run is at work in {folder}: wait for it, or give another --output") from error
+    return file
+
+
+def settle(hidden: Path, output: Path) -> None:
+    """Remove what a run left in its hidden folder, or put it back if it is the only `output` there is."""
+    if (hidden / "old").exists() and (hidden / "new").exists():  # ended between the two renames
+        (hidden / "old").rename(output)
+    for name in ("new", "old"):
+        shutil.rmtree(hidden / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def complete_folder(output: Path, source: Path, force: bool) -> Iterator[Path]:
+    """A new folder that becomes `output` only if the body succeeds; with force it may take the place of an older one.
+
+    Until then it lies in `.NAME.quantize` beside it, which belongs to who holds the lock in it. For the instant between
+    two renames the older one lies there too; should the program be killed just then, the next run puts it back first.
+    """
+    output, source = (Path(os.path.realpath(path)) for path in (output, source))  # what a link names, not the link
+    hidden = output.with_name(f".{output.name}.quantize")
+    with lock(hidden):
+        new, old = hidden / "new", hidden / "old"
+        settle(hidden, output)
+        try:
+            check_output(output, source, force)
+            new.mkdir()
+            yield new
+            try:
+                check_output(output, source, force)
+            except ValueError as error:  # what appeared meanwhile stays, and the work is not lost either
+                spare = next(path for i in range(1, 1000) if not (path := Path(f"{output}.{i}")).exists())
+                new.rename(spare)
+                raise ValueError(f"{error}; it came during the run, whose result is in {spare}") from error
+            if output.exists():
+                output.rename(old)
+            new.rename(output)
+        finally:
+            settle(hidden, output)
+            (hidden / "lock").unlink()
+            with contextlib.suppress(OSError):  # another run has come
+                hidden.rmdir()
 
 
 def text_rows(file: Path, tokenizer: Tokenizer, config: ModelConfig, rows: int, length: int, least: int = 1) -> Tensor:
@@ -365,11 +446,13 @@ def text_rows(file: Path, tokenizer: Tokenizer, config: ModelConfig, rows: int, 
 def stream(
     loader: Loader, texts: tuple[Tensor, Tensor], settings: Settings, targets: list[Target], writer: Writer
 ) -> dict[str, Any]:
-    """Quantize Linear after Linear, each for what the quantized ones before it make of the calibration rows; write all.
+    """Quantize Linear after Linear, each for what the quantized ones before it make of the calibration rows, if there
+    are any; write all.
 
     Returns the report: perplexity before and after, and a row for every Linear.
     """
-    scale_dtype, report, model = checkpoint_dtype(read_config(loader.weights.folder)), [], empty(loader.config)
+    scale_dtype, model = checkpoint_dtype(read_config(loader.weights.folder)), empty(loader.config)
+    report: list[dict[str, Any]] = []
 
     def quantize_(root: nn.Module, prefix: str, run: Callable[[], object]) -> None:
         for target in targets:
@@ -377,7 +460,8 @@ def stream(
                 continue
             started, linear = time.perf_counter(), root.get_submodule(target.path.removeprefix(prefix))
             assert isinstance(linear, Linear)
-            row, tensors = quantize_linear_(linear, target, *hessians(linear, run), settings, scale_dtype)
+            seen = hessians(linear, run) if streams.calibration else None
+            row, tensors = quantize_linear_(linear, target, seen, settings, scale_dtype)
             report.append(row | {"seconds": time.perf_counter() - started})
             say(report[-1])
             for name, tensor in tensors.items():
@@ -400,10 +484,10 @@ def stream(
     else:
         model.embed_tokens.to_empty(device="meta")  # a large vocabulary weighs more than a block
         loader.linear("lm_head", model.lm_head)
-    before = streams.perplexity(streams.before)
-    quantize_(model.lm_head, "lm_head", lambda: deque(streams.head(streams.calibration), maxlen=0))
     for prefix in ("model.embed_tokens.", "model.norm.", "lm_head."):
         writer.copy(loader.weights, prefix)
+    before = streams.perplexity(streams.before)
+    quantize_(model.lm_head, "lm_head", lambda: deque(streams.head(streams.calibration), maxlen=0))
     loader.finish()
     return {"perplexity_before": before, "perplexity_after": streams.perplexity(streams.after), "layers": report}
 
@@ -416,10 +500,34 @@ def empty(config: ModelConfig) -> Transformer:
 
 def say(row: dict[str, Any]) -> None:
     """One line of the table on standard output."""
-    numbers = "".join(f"{row[key]:11.5f}" for key in ("weight_error", "output_error_rtn", "output_error"))
+    numbers = "".join(f"{row[key]:11.5f}" for key in ERRORS if key in row)
     notes = row["notes"][:1] + [f"and {len(row['notes']) - 1} more notes"] * (len(row["notes"]) > 1)
     shape = "x".join(map(str, row["shape"]))
     tqdm.write(f"{row['name']:32}{shape:>18}{numbers}{row['seconds']:9.2f}  {'; '.join(notes)}".rstrip())
+
+
+def copies(folder: Path) -> list[Path]:
+    """The small files that a quantized folder takes over as they are; whatever else bears such a name is left out."""
+    found = [path for path in folder.iterdir() if any(fnmatch.fnmatch(path.name, pattern) for pattern in COPIED)]
+    for path in found:
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there")
+    return sorted(path for path in [*found, *folder.glob("additional_chat_templates/*.jinja")] if path.is_file())
+
+
+def check_room(parent: Path, weights: Weights, replaced: set[str], settings: Settings, dtype: torch.dtype) -> None:
+    """ValueError when what will be written does not fit the disk."""
+    scheme, total = settings.scheme, 0.0
+    for name in weights:
+        shape = weights.slice(name).get_shape()
+        width = 8.0 * dtype.itemsize
+        if name.removesuffix(".weight") in replaced:
+            width = scheme.bits + width / (scheme.group_size if scheme.group_size > 0 else shape[-1])
+        total += math.prod(shape) * width / 8
+    if total > (free := shutil.disk_usage(parent).free):
+        raise ValueError(
+            f"the result needs {total / 1e6:.1f} MB and {parent} has {free / 1e6:.1f} MB free: No space left"
+        )
 
 
 def quantize(
@@ -432,7 +540,8 @@ def quantize(
     dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """A folder or Hub id -> a quantized folder. calibration: file, rows, tokens a row; heldout: file, tokens (or 0).
+    """A folder or Hub id -> a quantized folder. calibration: file, rows, tokens a row; heldout: file, tokens; 0 rows or
+    tokens: the text is not read.
 
     dtype: of the activations; None: the checkpoint's on a GPU, float32 on a CPU. Returns the report, as written beside
     the weights. ValueError or OSError, one line, for all that is wrong with input or disk; nothing is left then.
@@ -441,56 +550,72 @@ def quantize(
     hf = read_config(folder)
     if "quantization_config" in hf or (folder / "quantize_config.json").exists():
         raise ValueError(f"{folder} is quantized already: start from the unquantized checkpoint")
-    config, tokenizer, weights = config_from_hf(hf), Tokenizer.from_folder(folder), Weights(folder, device)
+    config, weights, scale_dtype = config_from_hf(hf), Weights(folder, device), checkpoint_dtype(hf)
     targets, plain = plan(empty(config), settings)
-    length = min(calibration[2], config.max_position_embeddings)
-    least = max(512, config.hidden_size)  # with fewer tokens than inputs, most of a Hessian is guesswork
-    rows = text_rows(calibration[0], tokenizer, config, calibration[1], length, least)
-    held = rows[:0]
-    if heldout[1]:
-        held = text_rows(heldout[0], tokenizer, config, max(1, heldout[1] // length), length)
-    tqdm.write(f"calibration: {rows.numel()} tokens in {len(rows)} rows of {length}; held-out: {held.numel()} tokens")
-    tqdm.write(f"{'relative errors of':32}{'':18}{'weight':>11}{'output RTN':>11}{settings.mode:>11}  seconds")
-    dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint_dtype(hf))
-    loader = Loader(weights, config, None, TensorParallel(), device, dtype)
-    with complete_folder(output, force) as work:
-        replaced = {name for target in targets for row in target.parts for name, _, wanted in row if wanted}
+    settings = fit_group_size(settings, targets)
+    replaced = {name for target in targets for row in target.parts for name, _, wanted in row if wanted}
+    dtype = dtype or (torch.float32 if device.type == "cpu" else scale_dtype)
+    with complete_folder(output, folder, force) as work:
+        check_room(work.parent.parent, weights, replaced, settings, scale_dtype)
+        for path in copies(folder):
+            (target := work / path.relative_to(folder)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        texts = read_texts(folder, config, settings, calibration, heldout)
         writer = Writer(work, replaced)
-        report = stream(loader, (rows.to(device), held.to(device)), settings, targets, writer)
+        loader = Loader(weights, config, None, TensorParallel(), device, dtype)
+        report = stream(loader, tuple(rows.to(device) for rows in texts), settings, targets, writer)
         report["bytes_after"] = writer.finish()
         report["bytes_before"] = sum((folder / file).stat().st_size for file in set(weights.where.values()))
-        for file in folder.iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED):
-                shutil.copyfile(file, work / file.name)
         hf["quantization_config"] = QuantConfig(((tuple(plain), None), (("Linear",), settings.scheme))).to_hf()
         hf["tie_word_embeddings"] = config.tie_word_embeddings and not settings.quantize_head
         write_json(work / "config.json", hf)
         run = {"torch": torch.__version__, "device": device.type, "dtype": str(dtype), **asdict(settings)}
-        report |= run | {"calibration_tokens": rows.numel(), "heldout_tokens": held.numel()}
-        write_json(work / "quantization_report.json", report)
+        report |= run | dict(zip(("calibration_tokens", "heldout_tokens"), (rows.numel() for rows in texts)))
+        report["files"] = sorted([REPORT, *(path.relative_to(work).as_posix() for path in work.rglob("*"))])
+        write_json(work / REPORT, report)
     return report
+
+
+def read_texts(
+    folder: Path, config: ModelConfig, settings: Settings, calibration: tuple[Path, int, int], heldout: tuple[Path, int]
+) -> tuple[Tensor, Tensor]:
+    """Rows of calibration and of held-out text, as many as `quantize` was asked for, and what heads the table."""
+    length = min(calibration[2], config.max_position_embeddings)
+    gptq_tokens = max(512, config.hidden_size)  # with fewer tokens than inputs, most of a Hessian is guesswork
+    least = gptq_tokens if settings.mode == "int4-gptq" else 1
+    rows = held = torch.empty(0, length, dtype=torch.int64)
+    tokenizer = Tokenizer.from_folder(folder)
+    if calibration[1]:
+        rows = text_rows(calibration[0], tokenizer, config, calibration[1], length, least)
+    if heldout[1]:
+        held = text_rows(heldout[0], tokenizer, config, max(1, heldout[1] // length), length)
+    tqdm.write(f"calibration: {rows.numel()} tokens in {len(rows)} rows of {length}; held-out: {held.numel()} tokens")
+    heads = ("weight", "output RTN", settings.mode)[: 3 if len(rows) else 1]
+    tqdm.write(f"{'relative errors of':50}{''.join(f'{head:>11}' for head in heads)}  seconds")
+    return rows, held
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 bad input or a full disk (one line), 130 interrupted."""
     ready()
     args = parse(argv)
-    size = args.group_size if args.mode != "int8" else -1
+    size = (AUTO if args.group_size == "auto" else int(args.group_size)) if args.mode != "int8" else -1
+    solve = args.mode == "int4-gptq"
     try:
         settings = Settings(
             args.mode, size, args.format, args.act_order, args.clip_search, args.quantize_head, tuple(args.skip)
         )
         name = f"{Path(args.checkpoint.partition('@')[0]).name}-{args.mode}"
-        rows = args.rows or (128 if args.mode == "int4-gptq" else 8)
-        calibration, heldout = (args.calibration, rows, args.row_length), (args.heldout, args.heldout_tokens)
+        calibration = args.calibration, args.rows or (128 if solve else 0), args.row_length
+        heldout = args.heldout, (32768 if solve else 0) if args.heldout_tokens is None else args.heldout_tokens
         output, device = args.output or Path(name), pick_device(args.device)
         report = quantize(
             args.checkpoint, output, settings, calibration, heldout, device, DTYPES[args.dtype], args.force
         )
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        print(f"quantize.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        print(f"quantize.py: error: {refusal(error)}", file=sys.stderr)
         return 2
     before, after = (report[f"perplexity_{when}"] for when in ("before", "after"))
     print(f"{output}: {report['bytes_before'] / 1e6:.1f} MB -> {report['bytes_after'] / 1e6:.1f} MB")

@@ -81,6 +81,11 @@ def arguments(source, output, text, mode="int4", *more):
     return common + (["--group-size", "32"] if "--group-size" not in more else []) + list(more)
 
 
+def rounding(source, output):
+    """Arguments of a run that reads no text."""
+    return ["--checkpoint", str(source), "--output", str(output), "--mode", "int4", "--group-size", "32"]
+
+
 def run(source, output, text, mode="int4", *more):
     assert quantize.main(arguments(source, output, text, mode, *more)) == 0
     return json.loads((output / "quantization_report.json").read_text())
@@ -345,9 +350,47 @@ def test_group_size_that_does_not_divide(tiny, text, tmp_path, capsys):
     for size in ("64", "128"):
         argv = arguments(tiny, tmp_path / "out", text, "int4", "--group-size", size)
         name = "model.layers.0.mlp.down_proj" if size == "64" else "model.layers.0.self_attn.q_proj"
-        fails(capsys, argv, f"{name}: in_features {96 if size == '64' else 64} ", f"--group-size {size}")
+        words = (
+            f"{name}: in_features {96 if size == '64' else 64} ",
+            f"--group-size {size}",
+            "--group-size 32, the largest",
+        )
+        fails(capsys, argv, *words)
     assert leftovers(tmp_path) == []
+    assert run(tiny, tmp_path / "auto", text, "int4", "--group-size", "auto")["group_size"] == 32
+    more = "--group-size", "auto", "--skip", "*.down_proj"
+    assert run(tiny, tmp_path / "skip", text, "int4", *more)["group_size"] == 64
     run(tiny, tmp_path / "out", text, "int4", "--group-size", "-1")
+
+
+def test_no_group_size_divides(text, tmp_path, capsys):
+    source = save_model(tmp_path / "odd", intermediate_size=84)
+    capsys.readouterr()
+    for size in ("auto", "32"):
+        argv = arguments(source, tmp_path / "out", text, "int4-gptq", "--group-size", size)
+        fails(
+            capsys, argv, "down_proj: in_features 84 is not a multiple", "use --group-size -1, or --skip '*.down_proj'"
+        )
+    run(source, tmp_path / "out", text, "int8", "--group-size", "auto")  # which has no groups
+    run(source, tmp_path / "row", text, "int4-gptq", "--group-size", "-1")
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_rounding_reads_no_text(mode, tiny, tmp_path, capsys):
+    """Not its default texts either; what it writes is the same as with them."""
+    argv = rounding(tiny, tmp_path / "out") + ["--mode", mode, "--calibration", "nowhere", "--heldout", "nowhere"]
+    assert quantize.main(argv) == 0
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["calibration_tokens"] == report["heldout_tokens"] == 0 and report["perplexity_after"] is None
+    assert all(0 < row["weight_error"] < 0.2 and "output_error" not in row for row in report["layers"])
+    shown = capsys.readouterr().out
+    assert "layers.1.mlp.down_proj" in shown and "output" not in shown and "perplexity" not in shown
+    (tmp_path / "text").write_text(TEXT)
+    measured = run(tiny, tmp_path / "measured", tmp_path / "text", mode)
+    assert all(0 < row["output_error"] < 0.2 for row in measured["layers"])
+    assert [row["weight_error"] for row in measured["layers"]] == [row["weight_error"] for row in report["layers"]]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "measured")]
+    assert files[0] == files[1]
 
 
 def test_bad_arguments_are_one_line(tiny, text, tmp_path, capsys):
@@ -361,8 +404,9 @@ def test_bad_arguments_are_one_line(tiny, text, tmp_path, capsys):
     ) if not torch.cuda.is_available() else None
     short = tmp_path / "short.txt"
     short.write_text("Too short to mean anything.")
-    fails(capsys, arguments(tiny, out, short), "short.txt", "27 tokens", "at least 512")
-    fails(capsys, arguments(tiny, out, text, "int4", "--rows", "1"), "1 rows", "at least 512")
+    fails(capsys, arguments(tiny, out, short, "int4-gptq"), "short.txt", "27 tokens", "at least 512")
+    fails(capsys, arguments(tiny, out, text, "int4-gptq", "--rows", "1"), "1 rows", "at least 512")
+    fails(capsys, arguments(tiny, out, short), "short.txt", "27 tokens", "at least 1 ")
     short.write_bytes(b"\xff\xfe\xfd")
     fails(capsys, arguments(tiny, out, short), "utf-8")
     assert leftovers(tmp_path) == ["short.txt"]
@@ -406,18 +450,99 @@ def test_corrupt_inputs(tiny, text, tmp_path, capsys):
     assert sorted(leftovers(tmp_path)) == ["cut", "extra", "missing", "shape"]
 
 
-def test_existing_folder_needs_force(tiny, text, tmp_path, capsys):
+def test_force_replaces_only_what_quantize_wrote(tiny, text, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
+    fails(capsys, rounding(tiny, out), str(out), "exists", "--force")
+    assert quantize.main([*rounding(tiny, out), "--force"]) == 0  # an empty folder
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert report["files"] == sorted(leftovers(out))
+    assert quantize.main([*rounding(tiny, out), "--force"]) == 0  # its own
     (out / "precious").write_text("x")
-    fails(capsys, arguments(tiny, out, text), str(out), "--force")
-    assert leftovers(out) == ["precious"]
-    run(tiny, out, text, "int4", "--force")
-    assert not (out / "precious").exists() and leftovers(tmp_path) == ["out"]
+    before = (out / "model.safetensors").stat()
+    fails(capsys, [*rounding(tiny, out), "--force"], "holds precious", "did not write")
+    assert (out / "precious").read_text() == "x" and (out / "model.safetensors").stat() == before
+    other = tmp_path / "theirs"
+    other.mkdir()
+    (other / "quantization_report.json").write_text("{}")
+    fails(capsys, [*rounding(tiny, other), "--force"], "holds quantization_report.json", "did not write")
+    (tmp_path / "file").write_text("x")
+    fails(capsys, [*rounding(tiny, tmp_path / "file"), "--force"], "is no folder")
+    assert sorted(leftovers(tmp_path)) == ["file", "out", "theirs"]
+
+
+def test_a_failed_run_keeps_what_was_there(tiny, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(tiny, out, text)
+    capsys.readouterr()
     bad = damaged(tiny, tmp_path / "bad", lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     before = (out / "model.safetensors").read_bytes()
     fails(capsys, arguments(bad, out, text, "int4", "--force"), "NaN")
     assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("place", [".", "..", "link", "sub/.."])
+def test_the_input_is_never_replaced(place, tiny, tmp_path, capsys):
+    """Whatever name is given to the input's folder, or to one that holds it, and whatever wrote that folder."""
+    source = tmp_path / "parent" / "source"
+    shutil.copytree(tiny, source)
+    (source / "link").symlink_to(source, target_is_directory=True)
+    (source / "sub").mkdir()
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    for folder in (source, source.parent):
+        (folder / "quantization_report.json").write_text(json.dumps({"files": names}))
+    for force in ([], ["--force"]):
+        fails(capsys, [*rounding(source, source / place), *force], "is or holds the checkpoint")
+    assert (source / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_a_link_is_followed(tiny, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real", target_is_directory=True)
+    assert quantize.main([*rounding(tiny, tmp_path / "out"), "--force"]) == 0
+    assert (tmp_path / "out").is_symlink() and is_whole(tmp_path / "real")
+    assert sorted(leftovers(tmp_path)) == ["out", "real"]
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_what_appears_during_the_run_stays(force, tiny, tmp_path, capsys, monkeypatch):
+    """And the result is not lost: it takes a name beside it, which the error gives."""
+    out, finish = tmp_path / "out", quantize.Writer.finish
+
+    def appear(writer):
+        out.mkdir()
+        (out / "precious").write_text("x")
+        return finish(writer)
+
+    monkeypatch.setattr(quantize.Writer, "finish", appear)
+    fails(capsys, [*rounding(tiny, out), *force], "during the run", str(tmp_path / "out.1"))
+    assert leftovers(out) == ["precious"] and is_whole(tmp_path / "out.1")
+    assert sorted(leftovers(tmp_path)) == ["out", "out.1"]
+
+
+def test_output_may_lie_in_the_input(tiny, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+    assert quantize.main(rounding(source, source / "token-int4")) == 0
+    assert is_whole(source / "token-int4") and not (source / "token-int4" / "token-int4").exists()
+
+
+def test_what_only_bears_the_name_of_a_small_file_is_left_out(tiny, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+    for name in ("tokenizer", "LICENSES", "additional_chat_templates"):
+        (source / name).mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    os.mkfifo(source / "merges.txt")
+    (source / "vocabulary").symlink_to("tokenizer")
+    assert quantize.main([*rounding(source, tmp_path / "out")]) == 0
+    assert set(leftovers(tmp_path / "out")) & {"tokenizer", "LICENSES", "merges.txt", "vocabulary"} == set()
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "x"
+    assert quantize.main([*rounding(source, tmp_path / "out"), "--force"]) == 0  # folders in it are its own too
+    (source / "vocab.json").symlink_to("nowhere")
+    capsys.readouterr()
+    fails(capsys, rounding(source, tmp_path / "no"), "vocab.json is a link to nowhere")
+    assert sorted(leftovers(tmp_path)) == ["out", "source"]
 
 
 def is_whole(folder):
@@ -452,30 +577,98 @@ def test_kill_at_any_moment(tiny, text, tmp_path, starter):
     assert is_whole(out) and leftovers(tmp_path) == ["out"]
 
 
-def test_kill_between_the_two_renames_is_repaired(tiny, text, tmp_path, capsys, starter):
-    run(tiny, tmp_path / "out", text)
-    process = starter.Process(target=int)  # a process id that is no longer alive
-    process.start()
-    process.join()
-    (tmp_path / "out").rename(tmp_path / f".out.{process.pid}.old")
-    (tmp_path / f".out.{process.pid}.partial").mkdir()
-    (tmp_path / ".out.1.partial").mkdir()  # another run's, alive
+def test_kill_between_the_two_renames_is_repaired(tiny, text, tmp_path, capsys):
+    assert quantize.main(rounding(tiny, tmp_path / "out")) == 0
+    hidden = tmp_path / ".out.quantize"
+    (hidden / "new").mkdir(parents=True)
+    (hidden / "lock").touch()
+    (tmp_path / "out").rename(hidden / "old")
     capsys.readouterr()
-    fails(capsys, arguments(tiny, tmp_path / "out", text), "--force")
-    assert is_whole(tmp_path / "out") and sorted(leftovers(tmp_path)) == [".out.1.partial", "out"]
+    fails(capsys, rounding(tiny, tmp_path / "out"), "--force")
+    assert is_whole(tmp_path / "out") and leftovers(tmp_path) == ["out"]
 
 
-def test_full_disk(tiny, text, tmp_path, capsys):
+def test_kill_after_the_two_renames_is_tidied(tiny, tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / ".out.quantize" / name / "token").mkdir(parents=True)
+        (tmp_path / ".out.quantize" / "lock").touch()
+        if name == "old":
+            assert quantize.main(rounding(tiny, tmp_path / "out")) == 0
+        else:
+            assert quantize.main([*rounding(tiny, tmp_path / "out"), "--force"]) == 0
+        assert is_whole(tmp_path / "out") and leftovers(tmp_path) == ["out"]
+
+
+def test_an_earlier_folder_is_not_lost_to_one_that_took_its_name(tiny, tmp_path, capsys):
+    hidden = tmp_path / ".out.quantize"
+    for folder in (hidden / "new", hidden / "old", tmp_path / "out"):
+        folder.mkdir(parents=True)
+        (folder / "precious").write_text(folder.name)
+    (hidden / "lock").touch()
+    fails(capsys, [*rounding(tiny, tmp_path / "out"), "--force"], "not empty")
+    assert (hidden / "old" / "precious").read_text() == "old"
+    assert (tmp_path / "out" / "precious").read_text() == "out"
+
+
+def test_the_hidden_folder_is_held_by_one_run(tiny, tmp_path, capsys):
+    """A second run is refused while the first is at work, also one of another process, and leaves nothing."""
+    with quantize.complete_folder(tmp_path / "out", tiny, False) as work:
+        (work / "half").write_text("x")
+        fails(capsys, rounding(tiny, tmp_path / "out"), "another run is at work")
+        argv = [sys.executable, quantize.__file__, *rounding(tiny, tmp_path / "out")]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode == 2 and "another run is at work" in done.stderr
+        assert quantize.main(rounding(tiny, tmp_path / "out.quantize")) == 0  # its neighbour is no hindrance
+        assert (work / "half").read_text() == "x"
+    assert sorted(leftovers(tmp_path)) == ["out", "out.quantize"]
+
+
+def test_the_hidden_folder_is_never_another_ones(tiny, tmp_path, capsys):
+    (tmp_path / ".out.quantize").mkdir()
+    (tmp_path / ".out.quantize" / "new").write_text("precious")
+    fails(capsys, rounding(tiny, tmp_path / "out"), ".out.quantize is in the way")
+    assert (tmp_path / ".out.quantize" / "new").read_text() == "precious"
+    (tmp_path / ".model.v1.999999.old").mkdir()
+    (tmp_path / ".model.v1.999999.partial").mkdir()
+    assert quantize.main(rounding(tiny, tmp_path / "model")) == 0
+    assert len(leftovers(tmp_path)) == 4
+
+
+def test_full_disk(tiny, text, tmp_path, capsys, monkeypatch):
+    """What cannot fit is refused before the work; what runs full nevertheless leaves nothing."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
+        fails(capsys, arguments(tiny, disk / "out", text), "the result needs 0.2 MB", "0.1 MB free")
+        monkeypatch.setattr(quantize, "check_room", lambda *_: None)
         fails(capsys, arguments(tiny, disk / "out", text), "No space left")
         assert leftovers(disk) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 6 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+])  # fmt: skip
+def test_refused_memory(error, tiny, tmp_path, capsys, monkeypatch):
+    def refuse(writer):
+        raise error
+
+    monkeypatch.setattr(quantize.Writer, "finish", refuse)
+    assert "emory" in fails(capsys, rounding(tiny, tmp_path / "out"))
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("factor", [3e38, 3e5])
+def test_no_perplexity_is_no_result(factor, tiny, text, tmp_path, capsys):
+    """NaN where the logits overflow, a perplexity that no float holds where they are merely absurd."""
+    bad = damaged(tiny, tmp_path / "bad", lambda tensors: tensors["lm_head.weight"].mul_(factor))
+    fails(capsys, arguments(bad, tmp_path / "out", text), "the loss of the held-out text is", "--heldout-tokens 0")
+    assert leftovers(tmp_path) == ["bad"]
 
 
 def anonymous_peak(argv):
