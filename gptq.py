@@ -1,9 +1,10 @@
-"""GPTQ on one weight matrix: Hessian, error feedback, clip search.
+"""4 bits for one weight matrix: the search for scales, rounding to nearest, and GPTQ (Hessian, error feedback).
 
 Knows the algorithm, and nothing of ours: the file can be copied alone. Refuses to know files, models and formats.
 
-Source of the algorithm: GPTQ, Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. Three differences, each with its
-reason where it is: scales come from the updated block; act-order keeps groups in place; damping rises by itself.
+Source of the algorithm: GPTQ, Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. What differs, each with its reason
+where it is: scales have a sign and are searched; without act-order they come from the updated block, with it groups
+stay in place; damping rises by itself.
 """
 
 import math
@@ -12,21 +13,49 @@ import torch
 from torch import Tensor
 
 
-def fit_scale(w: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
-    """4-bit symmetric scales [N] for groups w [N, g], rounded to dtype, as float32: amax / 7.5.
+def fit_scale(groups: Tensor, dtype: torch.dtype, importance: Tensor | None = None, search: bool = True) -> Tensor:
+    """Symmetric 4-bit scales [...] for groups [..., g] of weights, rounded to dtype, as float32.
 
-    importance [g]: search the clipping ratio with the least squared error weighted so.
+    Values are -8..7. A negative scale gives the longer side to the positive weights, so the largest weight of a group
+    lies on it whatever its sign. The search tries both signs and 8 ranges: each settles the values, for which the best
+    scale is known (least squares), and the one with the least error weighted by importance (broadcast to the groups)
+    is kept. None weights by the magnitude of the weights: to cut the largest biases the outputs. Without search the
+    scale is amax / 7.5.
     """
-    full = (w.abs().amax(1) / 7.5).clamp(min=2.0**-24)
+    if not search:
+        return (groups.abs().amax(-1) / 7.5).clamp(min=2.0**-24).to(dtype).float()
     if importance is None:
-        return full.to(dtype).float()
-    best, least = full, torch.full_like(full, math.inf)
-    for ratio in torch.linspace(1.07, 0.5, 20).tolist():  # 1.07: amax / 7, where nothing is clipped
-        s = (full * ratio).to(dtype).float()
-        error = w - (w / s[:, None]).round().clamp(-8, 7) * s[:, None]
-        error = (error.square() * importance).sum(1)
-        best, least = torch.where(error < least, s, best), torch.minimum(error, least)
-    return best
+        importance = (groups.square() + groups.square().mean(-1, keepdim=True)).sqrt()
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    largest = largest.where(largest != 0, 1.0)
+    weighted, gain, best = groups * importance, None, None
+    for level in (x * sign for x in torch.linspace(6.5, 10, 8).tolist() for sign in (-1, 1)):  # where the largest lies
+        q = (groups * (level / largest)).round_().clamp_(-8, 7)
+        along = (weighted * q).sum(-1)
+        length = (q.square_() * importance).sum(-1).clamp(min=1e-30)
+        s, g = along / length, along.square() / length  # the error is the weights' own square less this gain
+        best, gain = (s, g) if gain is None or best is None else (s.where(g > gain, best), g.maximum(gain))
+    assert best is not None
+    best = best.to(dtype).float()
+    return best.where(best.abs() >= 2.0**-24, 2.0**-24)
+
+
+def round_to_nearest(
+    weight: Tensor, group_size: int, dtype: torch.dtype, importance: Tensor | None = None, search: bool = True
+) -> tuple[Tensor, Tensor]:
+    """weight [N, K] float32 -> q int8 [N, K], scale [N, G] in dtype. group_size -1: one group per row; importance [K].
+
+    A few rows at a time: what the search reads again and again stays in a processor's cache.
+    """
+    size = weight.shape[1] if group_size == -1 else group_size
+    weights = None if importance is None else importance.view(-1, size)
+    done = []
+    for groups in weight.unflatten(1, (-1, size)).split(max(1, (1 << 18) // weight.shape[1])):
+        scale = fit_scale(groups, dtype, weights, search)
+        q = (groups / scale[..., None]).round_().clamp_(-8, 7)
+        done.append((q.flatten(1).to(torch.int8), scale.to(dtype)))
+    q, scale = (torch.cat(parts) for parts in zip(*done))
+    return q, scale
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float] | None:
@@ -54,7 +83,7 @@ def gptq(
     group_size: int,
     scale_dtype: torch.dtype,
     *,
-    act_order: bool = False,
+    act_order: bool = True,
     clip_search: bool = True,
     damp: float = 0.01,
 ) -> tuple[Tensor, Tensor, float] | None:
@@ -73,24 +102,19 @@ def gptq(
         return None
     u, damp = factor
     back, group = order.argsort(), (order // size).tolist()
-    # What GPTQ's loss charges for an error in each input, in processing order.
-    importance = u.diagonal().square().reciprocal() if clip_search else None
+    importance = hessian.diagonal() + damp * hessian.diagonal().mean() + 1e-12
     w = weight.t()[order].contiguous()  # a row is an input
     q, scale = torch.empty_like(w, dtype=torch.int8), torch.empty(k // size, n, device=w.device)
-
-    def set_scale(g: int, source: Tensor, rows: Tensor) -> None:
-        scale[g] = fit_scale(source[rows].t(), scale_dtype, None if importance is None else importance[rows])
-
     if act_order:  # the inputs of a group are scattered in the order, so its scale is fixed beforehand
-        for g in range(k // size):
-            set_scale(g, w, back[g * size : (g + 1) * size])
+        scale.copy_(round_to_nearest(weight, size, scale_dtype, importance, clip_search)[1].t())
     block = size if size < k and 128 % size and size % 128 else 128  # a group starts where a block does, or inside
     for start in range(0, k, block):
         stop = min(start + block, k)
         errors = torch.empty(stop - start, n, device=w.device)
         for j in range(start, stop):
             if not act_order and j % size == 0:  # from the block as updated so far
-                set_scale(j // size, w, order[j : j + size])
+                group_weights = w[j : j + size].t()
+                scale[j // size] = fit_scale(group_weights, scale_dtype, importance[j : j + size], clip_search)
             s = scale[group[j]]
             q[j] = level = (w[j] / s).round_().clamp_(-8, 7)
             errors[j - start] = error = (w[j] - level * s) / u[j, j]

@@ -48,8 +48,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--row-length", type=at_least(16), default=2048, help="tokens in a row, at most the model's context")
     p.add_argument("--heldout", type=Path, default=data / "heldout.txt", metavar="FILE", help="text for the perplexity")
     p.add_argument("--heldout-tokens", type=at_least(0), help="default: 32768, or with rounding 0: measure nothing")
-    p.add_argument("--act-order", action=flag, default=False, help="GPTQ: inputs with large activations first")
-    p.add_argument("--clip-search", action=flag, default=True, help="GPTQ: search the range of every group")
+    p.add_argument("--act-order", action=flag, default=True, help="GPTQ: inputs with large activations first")
+    p.add_argument("--clip-search", action=flag, default=True, help="int4: search the scale of every group")
     p.add_argument(
         "--quantize-head", action=flag, default=False, help="lm_head too (a tied one becomes a tensor of its own)"
     )
@@ -73,7 +73,7 @@ from architectures import config_from_hf
 from checkpoint import Loader, Weights, checkpoint_dtype, read_config, read_json, resolve, sources
 from engine import DTYPES, pick_device
 from formats import QuantConfig, Quantized, Scheme, pack
-from gptq import gptq, relative_error
+from gptq import gptq, relative_error, round_to_nearest
 from linear import Linear, quantize_rtn
 from model import LayerCache, ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -105,7 +105,7 @@ class Settings:
     mode: str = "int4-gptq"
     group_size: int = 128
     format: str = "compressed-tensors"
-    act_order: bool = False
+    act_order: bool = True
     clip_search: bool = True
     quantize_head: bool = False
     skip: tuple[str, ...] = ()
@@ -202,14 +202,6 @@ def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[in
     return total.div_(torch.tensor(counts, device=total.device).clamp(min=1).view(-1, 1, 1)), counts
 
 
-def round_to_nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Quantized:
-    """A matrix rounded a few rows at a time: what is worked on stays in a processor's cache."""
-    rows = max(1, (1 << 18) // weight.shape[1])
-    parts = [quantize_rtn(part, scheme.bits, scheme.group_size, dtype) for part in weight.split(rows)]
-    q, scale = (torch.cat(column) for column in zip(*parts))
-    return Quantized(q, scale, bits=scheme.bits)
-
-
 def quantize_linear_(
     linear: Linear, target: Target, seen: tuple[Tensor, list[int]] | None, settings: Settings, dtype: torch.dtype
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -222,7 +214,11 @@ def quantize_linear_(
         w, where = weight.float(), f"expert {e}: " if linear.num_experts else ""
         if not bool(w.isfinite().all()):
             raise ValueError(f"{target.parts[e][0][0]}.weight holds NaN or infinite values: the checkpoint is damaged")
-        chosen = nearest = round_to_nearest(w, scheme, dtype)
+        if scheme.bits == 8:
+            chosen = nearest = Quantized(*quantize_rtn(w, 8, -1, dtype), bits=8)
+        else:
+            rounded = round_to_nearest(w, settings.group_size, dtype, search=settings.clip_search)
+            chosen = nearest = Quantized(*rounded)
         if settings.mode == "int4-gptq" and seen:
             solved = gptq(
                 w,
@@ -397,11 +393,11 @@ def settle(hidden: Path, output: Path) -> None:
 def complete_folder(output: Path, source: Path, force: bool) -> Iterator[Path]:
     """A new folder that becomes `output` only if the body succeeds; with force it may take the place of an older one.
 
-    Until then it lies in `.NAME.quantize` beside it, which belongs to who holds the lock in it. For the instant between
-    two renames the older one lies there too; should the program be killed just then, the next run puts it back first.
+    Until then it lies in `.NAME.quantize.partial` beside it, which belongs to who holds the lock in it. For the instant
+    between two renames the older one lies there too; should the program be killed just then, the next run puts it back.
     """
     output, source = (Path(os.path.realpath(path)) for path in (output, source))  # what a link names, not the link
-    hidden = output.with_name(f".{output.name}.quantize")
+    hidden = output.with_name(f".{output.name}.quantize.partial")
     with lock(hidden):
         new, old = hidden / "new", hidden / "old"
         settle(hidden, output)

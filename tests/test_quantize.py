@@ -579,7 +579,7 @@ def test_kill_at_any_moment(tiny, text, tmp_path, starter):
 
 def test_kill_between_the_two_renames_is_repaired(tiny, text, tmp_path, capsys):
     assert quantize.main(rounding(tiny, tmp_path / "out")) == 0
-    hidden = tmp_path / ".out.quantize"
+    hidden = tmp_path / ".out.quantize.partial"
     (hidden / "new").mkdir(parents=True)
     (hidden / "lock").touch()
     (tmp_path / "out").rename(hidden / "old")
@@ -590,8 +590,8 @@ def test_kill_between_the_two_renames_is_repaired(tiny, text, tmp_path, capsys):
 
 def test_kill_after_the_two_renames_is_tidied(tiny, tmp_path):
     for name in ("old", "new"):
-        (tmp_path / ".out.quantize" / name / "token").mkdir(parents=True)
-        (tmp_path / ".out.quantize" / "lock").touch()
+        (tmp_path / ".out.quantize.partial" / name / "token").mkdir(parents=True)
+        (tmp_path / ".out.quantize.partial" / "lock").touch()
         if name == "old":
             assert quantize.main(rounding(tiny, tmp_path / "out")) == 0
         else:
@@ -600,7 +600,7 @@ def test_kill_after_the_two_renames_is_tidied(tiny, tmp_path):
 
 
 def test_an_earlier_folder_is_not_lost_to_one_that_took_its_name(tiny, tmp_path, capsys):
-    hidden = tmp_path / ".out.quantize"
+    hidden = tmp_path / ".out.quantize.partial"
     for folder in (hidden / "new", hidden / "old", tmp_path / "out"):
         folder.mkdir(parents=True)
         (folder / "precious").write_text(folder.name)
@@ -624,10 +624,10 @@ def test_the_hidden_folder_is_held_by_one_run(tiny, tmp_path, capsys):
 
 
 def test_the_hidden_folder_is_never_another_ones(tiny, tmp_path, capsys):
-    (tmp_path / ".out.quantize").mkdir()
-    (tmp_path / ".out.quantize" / "new").write_text("precious")
-    fails(capsys, rounding(tiny, tmp_path / "out"), ".out.quantize is in the way")
-    assert (tmp_path / ".out.quantize" / "new").read_text() == "precious"
+    (tmp_path / ".out.quantize.partial").mkdir()
+    (tmp_path / ".out.quantize.partial" / "new").write_text("precious")
+    fails(capsys, rounding(tiny, tmp_path / "out"), ".out.quantize.partial is in the way")
+    assert (tmp_path / ".out.quantize.partial" / "new").read_text() == "precious"
     (tmp_path / ".model.v1.999999.old").mkdir()
     (tmp_path / ".model.v1.999999.partial").mkdir()
     assert quantize.main(rounding(tiny, tmp_path / "model")) == 0
