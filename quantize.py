@@ -10,6 +10,7 @@ Linear (all its experts), the activations of the calibration and held-out rows, 
 
 import argparse
 import contextlib
+import copy
 import fnmatch
 import json
 import math
@@ -43,11 +44,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--output", type=Path, help="folder to write (default: NAME-MODE here)")
     p.add_argument("--force", action="store_true", help="replace an --output that this program wrote")
     p.add_argument("--format", choices=("compressed-tensors", "gptq"), default="compressed-tensors")
-    p.add_argument("--calibration", type=Path, default=data / "calibration.txt", metavar="FILE", help="any UTF-8 text")
-    p.add_argument("--rows", type=at_least(1), help="of calibration; default: 128, with rounding none: measure nothing")
-    p.add_argument("--row-length", type=at_least(16), default=2048, help="tokens in a row, at most the model's context")
+    p.add_argument("--calibration", default="self", metavar="FILE", help="any UTF-8 text; self: what the model writes")
+    p.add_argument("--rows", type=at_least(1), help="of calibration; default: 64, with rounding none: measure nothing")
+    p.add_argument("--row-length", type=at_least(16), default=512, help="tokens in a row, at most the model's context")
     p.add_argument("--heldout", type=Path, default=data / "heldout.txt", metavar="FILE", help="text for the perplexity")
-    p.add_argument("--heldout-tokens", type=at_least(0), help="default: 32768, or with rounding 0: measure nothing")
+    p.add_argument("--heldout-tokens", type=at_least(0), help="default: 8192, with rounding 0: measure nothing")
     p.add_argument("--act-order", action=flag, default=True, help="GPTQ: inputs with large activations first")
     p.add_argument("--clip-search", action=flag, default=True, help="int4: search the scale of every group")
     p.add_argument(
@@ -63,7 +64,6 @@ if __name__ == "__main__":
     begin(parse)  # before PyTorch is imported
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ from tqdm import tqdm
 
 from architectures import config_from_hf
 from checkpoint import Loader, Weights, checkpoint_dtype, read_config, read_json, resolve, sources
-from engine import DTYPES, pick_device
+from engine import DTYPES, Engine, pick_device
 from formats import QuantConfig, Quantized, Scheme, pack
 from gptq import gptq, relative_error, round_to_nearest
 from linear import Linear, quantize_rtn
@@ -92,6 +92,7 @@ COPIED = [
 SHARD_BYTES = 1 << 29
 AUTO = 0
 REPORT = "quantization_report.json"
+LOSSES = ("perplexity_before", "perplexity_after", "kl_mean", "kl_99", "top1_agreement")
 ERRORS = ("weight_error", "output_error_rtn", "output_error")  # relative; the last two need calibration text
 
 
@@ -154,30 +155,38 @@ class Streams:
                 y = block(x, *self.model.rope(positions), positions, cache, x.shape[1])
                 xs[i] = y if keep else x
 
-    def head(self, xs: list[Tensor]) -> Iterator[Tensor]:
+    def head(self, xs: list[Tensor], head: Linear) -> Iterator[Tensor]:
         """Logits of all rows, a few hundred tokens at a time: with a vocabulary of 150,000 each takes 600 KB."""
         for x in xs:
             for h in x.flatten(0, 1).split(512):
                 with contextlib.suppress(Enough):
-                    yield self.model.lm_head(h, norm=self.model.norm).float()
+                    yield head(h, norm=self.model.norm).float()
 
-    def perplexity(self, xs: list[Tensor]) -> float | None:
-        """exp of the mean loss of every held-out token but the first of each row; None without held-out rows.
+    def loss(self, plain: Linear) -> dict[str, float | None]:
+        """What the held-out text tells, from the second token of each row on; plain: the head before quantization.
 
-        ValueError when it is not a number that JSON can hold.
+        Perplexity before and after; mean and 99th percentile of the KL divergence from before to after, in nats; how
+        often both have the same first choice. Empty without held-out rows. ValueError for what JSON cannot hold.
         """
-        if not xs:
-            return None
-        wanted = [t for tokens in self.heldout for t in tokens[:, 1:].flatten().split(512)]
-        logits = self.head([x[:, :-1] for x in xs])
-        total = sum(float(F.cross_entropy(h, t, reduction="sum")) for h, t in zip(logits, wanted))
-        loss = total / sum(map(len, wanted))
-        if not loss < 700:  # NaN too
+        wanted = (t for tokens in self.heldout for t in tokens[:, 1:].flatten().split(512))
+        logits = (
+            self.head([x[:, :-1] for x in xs], h) for xs, h in ((self.before, plain), (self.after, self.model.lm_head))
+        )
+        columns = []
+        for token, before, after in zip(wanted, *logits):
+            p, q = before.log_softmax(-1), after.log_softmax(-1)
+            losses = (-x.gather(1, token[:, None])[:, 0] for x in (p, q))
+            columns.append(torch.stack([*losses, (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float()]))
+        if not columns:
+            return dict.fromkeys(LOSSES)
+        table = torch.cat(columns, 1).double().cpu()
+        before, after, kl, same = table.mean(1).tolist()
+        if not max(before, after) < 700:  # NaN too
             raise ValueError(
-                f"the loss of the held-out text is {loss:g}: the checkpoint is damaged, or {xs[0].dtype} too narrow "
-                "(--dtype); --heldout-tokens 0 does not measure it"
+                f"the loss of the held-out text is {before:g}, quantized {after:g}: the checkpoint is damaged, or "
+                f"{self.before[0].dtype} too narrow (--dtype); --heldout-tokens 0 does not measure it"
             )
-        return math.exp(loss)
+        return dict(zip(LOSSES, (math.exp(before), math.exp(after), kl, float(table[2].quantile(0.99)), same)))
 
 
 def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[int]]:
@@ -445,7 +454,7 @@ def stream(
     """Quantize Linear after Linear, each for what the quantized ones before it make of the calibration rows, if there
     are any; write all.
 
-    Returns the report: perplexity before and after, and a row for every Linear.
+    Returns the report: what `Streams.loss` says, and a row for every Linear.
     """
     scale_dtype, model = checkpoint_dtype(read_config(loader.weights.folder)), empty(loader.config)
     report: list[dict[str, Any]] = []
@@ -482,10 +491,10 @@ def stream(
         loader.linear("lm_head", model.lm_head)
     for prefix in ("model.embed_tokens.", "model.norm.", "lm_head."):
         writer.copy(loader.weights, prefix)
-    before = streams.perplexity(streams.before)
-    quantize_(model.lm_head, "lm_head", lambda: deque(streams.head(streams.calibration), maxlen=0))
+    plain = copy.deepcopy(model.lm_head) if settings.quantize_head and streams.heldout else model.lm_head
+    quantize_(model.lm_head, "lm_head", lambda: deque(streams.head(streams.calibration, model.lm_head), maxlen=0))
     loader.finish()
-    return {"perplexity_before": before, "perplexity_after": streams.perplexity(streams.after), "layers": report}
+    return streams.loss(plain) | {"layers": report}
 
 
 def empty(config: ModelConfig) -> Transformer:
@@ -530,14 +539,14 @@ def quantize(
     checkpoint: str,
     output: Path,
     settings: Settings,
-    calibration: tuple[Path, int, int],
+    calibration: tuple[Path | None, int, int],
     heldout: tuple[Path, int],
     device: torch.device,
     dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """A folder or Hub id -> a quantized folder. calibration: file, rows, tokens a row; heldout: file, tokens; 0 rows or
-    tokens: the text is not read.
+    """A folder or Hub id -> a quantized folder. calibration: file (None: the model writes it), rows, tokens a row;
+    heldout: file, tokens. 0 rows or tokens: no text.
 
     dtype: of the activations; None: the checkpoint's on a GPU, float32 on a CPU. Returns the report, as written beside
     the weights. ValueError or OSError, one line, for all that is wrong with input or disk; nothing is left then.
@@ -556,9 +565,9 @@ def quantize(
         for path in copies(folder):
             (target := work / path.relative_to(folder)).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-        texts = read_texts(folder, config, settings, calibration, heldout)
         writer = Writer(work, replaced)
         loader = Loader(weights, config, None, TensorParallel(), device, dtype)
+        texts = read_texts(loader, settings, calibration, heldout)
         report = stream(loader, tuple(rows.to(device) for rows in texts), settings, targets, writer)
         report["bytes_after"] = writer.finish()
         report["bytes_before"] = sum((folder / file).stat().st_size for file in set(weights.where.values()))
@@ -566,29 +575,66 @@ def quantize(
         hf["tie_word_embeddings"] = config.tie_word_embeddings and not settings.quantize_head
         write_json(work / "config.json", hf)
         run = {"torch": torch.__version__, "device": device.type, "dtype": str(dtype), **asdict(settings)}
-        report |= run | dict(zip(("calibration_tokens", "heldout_tokens"), (rows.numel() for rows in texts)))
+        report |= run | {"scale_bits": 8 * scale_dtype.itemsize}
+        report |= dict(zip(("calibration_tokens", "heldout_tokens"), (rows.numel() for rows in texts)))
         report["files"] = sorted([REPORT, *(path.relative_to(work).as_posix() for path in work.rglob("*"))])
         write_json(work / REPORT, report)
     return report
 
 
+def own_rows(folder: Path, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """int64 [rows, length] that the model writes itself: from BOS, at temperature 1 with nothing cut off, and past its
+    end-of-text ids, which to a model in training only part one text from the next.
+    """
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    name = str(dtype).removeprefix("torch.")
+    engine = Engine.load(folder, device=device.type, dtype=name, chosen=plain, compile=False)
+    begin = engine.tokenizer.encode("")[:1] or [min(engine.tokenizer.stop_ids, default=0)]
+    done: list[list[int]] = []
+    for at in tqdm(range(0, rows, 16), desc="writing calibration rows", unit="16 rows", disable=None):
+        texts = [list(begin) for _ in range(min(16, rows - at))]
+        for piece in engine.generate(texts, max_new_tokens=length - 1, ignore_eos=True, seed=at):
+            texts[piece.row] += piece.ids
+        done += texts
+    return torch.tensor(done)
+
+
 def read_texts(
-    folder: Path, config: ModelConfig, settings: Settings, calibration: tuple[Path, int, int], heldout: tuple[Path, int]
+    loader: Loader, settings: Settings, calibration: tuple[Path | None, int, int], heldout: tuple[Path, int]
 ) -> tuple[Tensor, Tensor]:
     """Rows of calibration and of held-out text, as many as `quantize` was asked for, and what heads the table."""
-    length = min(calibration[2], config.max_position_embeddings)
-    gptq_tokens = max(512, config.hidden_size)  # with fewer tokens than inputs, most of a Hessian is guesswork
-    least = gptq_tokens if settings.mode == "int4-gptq" else 1
+    config, folder = loader.config, loader.weights.folder
+    file, count, length = *calibration[:2], min(calibration[2], config.max_position_embeddings)
+    enough = max(512, config.hidden_size)  # with fewer tokens than inputs, most of a Hessian is guesswork
+    least = enough if settings.mode == "int4-gptq" else 1
     rows = held = torch.empty(0, length, dtype=torch.int64)
     tokenizer = Tokenizer.from_folder(folder)
-    if calibration[1]:
-        rows = text_rows(calibration[0], tokenizer, config, calibration[1], length, least)
+    if count and file:
+        rows = text_rows(file, tokenizer, config, count, length, least)
+    elif 0 < count * length < least:
+        raise ValueError(f"{count} rows of {length} tokens: at least {least} are needed; use more or longer rows")
     if heldout[1]:
         held = text_rows(heldout[0], tokenizer, config, max(1, heldout[1] // length), length)
-    tqdm.write(f"calibration: {rows.numel()} tokens in {len(rows)} rows of {length}; held-out: {held.numel()} tokens")
+    if count and not file:
+        rows = own_rows(folder, count, length, loader.device, loader.dtype)
+    tqdm.write(
+        f"calibration: {rows.numel()} tokens in {len(rows)} rows of {length} of {file or 'its own text'}; "
+        f"held-out: {held.numel()} tokens"
+    )
     heads = ("weight", "output RTN", settings.mode)[: 3 if len(rows) else 1]
     tqdm.write(f"{'relative errors of':50}{''.join(f'{head:>11}' for head in heads)}  seconds")
     return rows, held
+
+
+def advice(report: dict[str, Any]) -> str:
+    """What loses less, and how many bits a weight it takes."""
+    size, scale_bits, mode = report["group_size"], report["scale_bits"], report["mode"]
+    if mode == "int8":
+        return "--skip the Linears with the largest errors (16 bits a weight)"
+    ways = [f"--mode int4-gptq ({4 + scale_bits / size:.4g} bits a weight, as now)"] * (mode == "int4" and size > 0)
+    for smaller in (g for g in GROUP_SIZES if g < size or size == -1):
+        ways.append(f"--group-size {smaller} ({4 + scale_bits / smaller:.4g})")
+    return ", or ".join([*ways, "--mode int8 (8)"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -602,8 +648,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.mode, size, args.format, args.act_order, args.clip_search, args.quantize_head, tuple(args.skip)
         )
         name = f"{Path(args.checkpoint.partition('@')[0]).name}-{args.mode}"
-        calibration = args.calibration, args.rows or (128 if solve else 0), args.row_length
-        heldout = args.heldout, (32768 if solve else 0) if args.heldout_tokens is None else args.heldout_tokens
+        file = None if args.calibration == "self" else Path(args.calibration)
+        calibration = file, args.rows or (64 if solve else 0), args.row_length
+        heldout = args.heldout, (8192 if solve else 0) if args.heldout_tokens is None else args.heldout_tokens
         output, device = args.output or Path(name), pick_device(args.device)
         report = quantize(
             args.checkpoint, output, settings, calibration, heldout, device, DTYPES[args.dtype], args.force
@@ -613,10 +660,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
         print(f"quantize.py: error: {refusal(error)}", file=sys.stderr)
         return 2
-    before, after = (report[f"perplexity_{when}"] for when in ("before", "after"))
     print(f"{output}: {report['bytes_before'] / 1e6:.1f} MB -> {report['bytes_after'] / 1e6:.1f} MB")
-    if before:
-        print(f"held-out perplexity: {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.2f}%)")
+    before, after, kl, kl_99, same = (report[key] for key in LOSSES)
+    if before is None:
+        print("what it loses was not measured; --heldout-tokens 8192 does")
+        return 0
+    print(f"held-out perplexity: {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.2f}%)")
+    print(f"KL divergence: mean {kl:.4f}, 99th percentile {kl_99:.3f}; same first choice: {100 * same:.1f}%")
+    if after > 1.05 * before:
+        print(f"That is more than 5%; try {advice(report)}")
     return 0
 
 

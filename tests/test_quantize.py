@@ -219,6 +219,11 @@ def test_streamed_perplexity_is_that_of_the_whole_model(mode, tiny, text, tmp_pa
         engine = Engine.load(str(folder), device="cpu", compile=False)
         whole = float(engine.score(rows).mean().neg().exp())
         assert report[f"perplexity_{when}"] == pytest.approx(whole, rel=1e-4)
+    p, q = (logits(folder, rows)[:, :-1].flatten(0, 1).log_softmax(-1) for folder in (tiny, tmp_path / "out"))
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert report["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert report["kl_99"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-3)
+    assert report["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()), abs=0.002)
 
 
 def test_evaluate_agrees(tiny, text, tmp_path, capsys):
@@ -241,7 +246,61 @@ def test_heldout_may_be_one_row_but_not_none(tiny, text, tmp_path, capsys):
 
 def test_heldout_can_be_left_out(tiny, text, tmp_path, capsys):
     report = run(tiny, tmp_path / "out", text, "int8", "--heldout-tokens", "0")
-    assert report["perplexity_before"] is None and "perplexity" not in capsys.readouterr().out
+    assert report["perplexity_before"] is report["kl_mean"] is None
+    assert capsys.readouterr().out.endswith("what it loses was not measured; --heldout-tokens 8192 does\n")
+
+
+def test_the_head_before_and_after(tiny, text, tmp_path):
+    """A quantized head is measured against the plain one."""
+    report = run(tiny, tmp_path / "out", text, "int4", "--quantize-head", "--skip", "model.*")
+    assert [row["name"] for row in report["layers"]] == ["lm_head"]
+    assert report["kl_mean"] > 1e-3 and report["perplexity_before"] != report["perplexity_after"]
+
+
+def test_a_model_can_write_its_own_calibration(tiny, text, tmp_path, capsys):
+    """The default, and the same byte for byte each time; also for a tokenizer without BOS."""
+    nameless = tmp_path / "nameless"
+    shutil.copytree(tiny, nameless)
+    (nameless / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": None}))
+    files = []
+    for source, name in ((tiny, "a"), (tiny, "b"), (nameless, "c")):
+        argv = rounding(source, tmp_path / name) + ["--mode", "int4-gptq", "--rows", "17", "--row-length", "64"]
+        assert quantize.main([*argv, "--heldout", str(text), "--heldout-tokens", "512"]) == 0
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+        report = json.loads((tmp_path / name / "quantization_report.json").read_text())
+        assert report["calibration_tokens"] == 17 * 64
+        assert sum(row["output_error"] < row["output_error_rtn"] for row in report["layers"]) >= 7
+    assert files[0] == files[1] != files[2] and "its own text" in capsys.readouterr().out
+    argv = rounding(tiny, tmp_path / "d") + ["--mode", "int4-gptq", "--rows", "2", "--row-length", "64"]
+    fails(capsys, argv, "2 rows of 64 tokens", "at least 512")
+
+
+def test_its_own_text_is_neither_cut_nor_ended(tiny):
+    """Whatever generation_config.json says; a row does not depend on how many are written."""
+    rows = quantize.own_rows(tiny, 18, 32, torch.device("cpu"), torch.float32)
+    assert rows.shape == (18, 32) and bool((rows[:, 0] == 256).all()) and len(rows.unique(dim=0)) == 18
+    assert torch.equal(rows[:17], quantize.own_rows(tiny, 17, 32, torch.device("cpu"), torch.float32))
+
+
+@pytest.mark.parametrize("mode,size,words", [
+    ("int4", 128, "--mode int4-gptq (4.125 bits a weight, as now), or --group-size 64 (4.25), "
+     "or --group-size 32 (4.5), or --mode int8 (8)"),
+    ("int4-gptq", 64, "--group-size 32 (4.5), or --mode int8 (8)"),
+    ("int4-gptq", 32, "--mode int8 (8)"),
+    ("int4", -1, "--group-size 128 (4.125), or --group-size 64 (4.25), or --group-size 32 (4.5), or --mode int8 (8)"),
+    ("int8", -1, "--skip the Linears with the largest errors (16 bits a weight)"),
+])  # fmt: skip
+def test_advice(mode, size, words):
+    assert quantize.advice({"mode": mode, "group_size": size, "scale_bits": 16}) == words
+
+
+@pytest.mark.parametrize("loss", [1.04, 1.06])
+def test_a_loss_above_five_percent_is_answered(loss, tiny, text, tmp_path, monkeypatch, capsys):
+    measured = {"perplexity_before": 10.0, "perplexity_after": 10.0 * loss, "kl_mean": 0.01, "kl_99": 0.1}
+    monkeypatch.setattr(quantize.Streams, "loss", lambda *_: measured | {"top1_agreement": 0.9})
+    run(tiny, tmp_path / "out", text, "int4")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("That is more than 5%; try --mode int4-gptq (5 bits") == (loss > 1.05)
 
 
 def test_bfloat16_stays_bfloat16(text, tmp_path):
