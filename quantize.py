@@ -79,16 +79,8 @@ from model import LayerCache, ModelConfig, Transformer
 from tokenizer import Tokenizer
 from tp import TensorParallel
 
-COPIED = [
-    "*token*",
-    "*.jinja",
-    "vocab*",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template*",
-    "LICEN[CS]E*",
-    "NOTICE*",
-]
+COPIED = ["*token*", "*.jinja", "vocab*", "merges.txt", "generation_config.json", "chat_template*"]
+COPIED += ["LICEN[CS]E*", "NOTICE*"]
 SHARD_BYTES = 1 << 29
 AUTO = 0
 REPORT = "quantization_report.json"
@@ -144,15 +136,15 @@ class Streams:
         self.before = [model.embed(part, anywhere(part))[0] for part in self.heldout]
         self.after = [x.clone() for x in self.before]
 
-    def run(self, block: nn.Module, xs: list[Tensor], keep: bool = True) -> None:
-        """One block over all rows; keep: its outputs replace its inputs."""
+    def run(self, half: Callable[..., Tensor], xs: list[Tensor], keep: bool = True) -> None:
+        """One half of a block over all rows; keep: its outputs replace its inputs."""
         config = self.model.config
         for i, x in enumerate(xs):
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
             shape = (x.shape[0], config.num_key_value_heads, x.shape[1], config.head_dim)
             cache = LayerCache(shape, x.device, x.dtype)
             with contextlib.suppress(Enough):
-                y = block(x, *self.model.rope(positions), positions, cache, x.shape[1])
+                y = half(x, *self.model.rope(positions), positions, cache, x.shape[1])
                 xs[i] = y if keep else x
 
     def head(self, xs: list[Tensor], head: Linear) -> Iterator[Tensor]:
@@ -218,26 +210,17 @@ def quantize_linear_(
 
     Returns the report's row, and tensors by name.
     """
-    scheme, notes, tensors, errors = settings.scheme, [], dict[str, Tensor](), []
+    scheme, size, search = settings.scheme, settings.group_size, settings.clip_search
+    notes, tensors, errors = [], dict[str, Tensor](), []
     for e, weight in enumerate(linear.weight if linear.num_experts else linear.weight[None]):
         w, where = weight.float(), f"expert {e}: " if linear.num_experts else ""
         if not bool(w.isfinite().all()):
             raise ValueError(f"{target.parts[e][0][0]}.weight holds NaN or infinite values: the checkpoint is damaged")
-        if scheme.bits == 8:
-            chosen = nearest = Quantized(*quantize_rtn(w, 8, -1, dtype), bits=8)
-        else:
-            rounded = round_to_nearest(w, settings.group_size, dtype, search=settings.clip_search)
-            chosen = nearest = Quantized(*rounded)
+        rounded = quantize_rtn(w, 8, -1, dtype) if scheme.bits == 8 else round_to_nearest(w, size, dtype, search=search)
+        chosen = nearest = Quantized(*rounded, bits=scheme.bits)
         if settings.mode == "int4-gptq" and seen:
-            solved = gptq(
-                w,
-                seen[0][e],
-                settings.group_size,
-                dtype,
-                act_order=settings.act_order,
-                clip_search=settings.clip_search,
-                damp=settings.damp,
-            )
+            order, damp = settings.act_order, settings.damp
+            solved = gptq(w, seen[0][e], size, dtype, act_order=order, clip_search=search, damp=damp)
             if solved:
                 chosen = Quantized(*solved[:2])
                 notes += [f"{where}damping raised to {solved[2]:g}"] * (solved[2] > settings.damp)
@@ -459,9 +442,9 @@ def stream(
     scale_dtype, model = checkpoint_dtype(read_config(loader.weights.folder)), empty(loader.config)
     report: list[dict[str, Any]] = []
 
-    def quantize_(root: nn.Module, prefix: str, run: Callable[[], object]) -> None:
+    def quantize_(root: nn.Module, prefix: str, part: str, run: Callable[[], object]) -> None:
         for target in targets:
-            if not target.path.startswith(prefix):
+            if not target.path.startswith(prefix + part):
                 continue
             started, linear = time.perf_counter(), root.get_submodule(target.path.removeprefix(prefix))
             assert isinstance(linear, Linear)
@@ -477,11 +460,12 @@ def stream(
     streams = Streams(model, *texts)
     for i, block in enumerate(tqdm(model.layers, desc="quantizing", unit="block", disable=None)):
         loader.fill_(block, f"layers.{i}")
-        streams.run(block, streams.before)
-        quantize_(block, f"layers.{i}.", partial(streams.run, block, streams.calibration, keep=False))
+        for part, half in halves(block):  # so attention is not computed again for the Linears behind it
+            streams.run(half, streams.before)
+            quantize_(block, f"layers.{i}.", part, partial(streams.run, half, streams.calibration, keep=False))
+            streams.run(half, streams.calibration)
+            streams.run(half, streams.after)
         writer.copy(loader.weights, f"model.layers.{i}.")
-        streams.run(block, streams.calibration)
-        streams.run(block, streams.after)
         block.to_empty(device="meta")
     loader.fill_(model.norm, "norm")
     if model.config.tie_word_embeddings:
@@ -492,9 +476,15 @@ def stream(
     for prefix in ("model.embed_tokens.", "model.norm.", "lm_head."):
         writer.copy(loader.weights, prefix)
     plain = copy.deepcopy(model.lm_head) if settings.quantize_head and streams.heldout else model.lm_head
-    quantize_(model.lm_head, "lm_head", lambda: deque(streams.head(streams.calibration, model.lm_head), maxlen=0))
+    quantize_(model.lm_head, "lm_head", "", lambda: deque(streams.head(streams.calibration, model.lm_head), maxlen=0))
     loader.finish()
     return streams.loss(plain) | {"layers": report}
+
+
+def halves(block: nn.Module) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """Attention and MLP of a block: where their Linears are, and a function of what a block takes."""
+    yield "self_attn.", lambda x, *rest: block.self_attn(x, block.input_layernorm, *rest)
+    yield "mlp.", lambda x, *_: block.mlp(x, block.post_attention_layernorm)
 
 
 def empty(config: ModelConfig) -> Transformer:
