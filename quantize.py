@@ -607,10 +607,8 @@ def read_texts(
         held = text_rows(heldout[0], tokenizer, config, max(1, heldout[1] // length), length)
     if count and not file:
         rows = own_rows(folder, count, length, loader.device, loader.dtype)
-    tqdm.write(
-        f"calibration: {rows.numel()} tokens in {len(rows)} rows of {length} of {file or 'its own text'}; "
-        f"held-out: {held.numel()} tokens"
-    )
+    if len(rows):
+        tqdm.write(f"calibration: {rows.numel()} tokens in {len(rows)} rows of {length}, {file or 'its own text'}")
     heads = ("weight", "output RTN", settings.mode)[: 3 if len(rows) else 1]
     tqdm.write(f"{'relative errors of':50}{''.join(f'{head:>11}' for head in heads)}  seconds")
     return rows, held
@@ -621,9 +619,10 @@ def advice(report: dict[str, Any]) -> str:
     size, scale_bits, mode = report["group_size"], report["scale_bits"], report["mode"]
     if mode == "int8":
         return "--skip the Linears with the largest errors (16 bits a weight)"
-    ways = [f"--mode int4-gptq ({4 + scale_bits / size:.4g} bits a weight, as now)"] * (mode == "int4" and size > 0)
+    ways = ["--mode int4-gptq (as many bits)"] * (mode == "int4")
     for smaller in (g for g in GROUP_SIZES if g < size or size == -1):
-        ways.append(f"--group-size {smaller} ({4 + scale_bits / smaller:.4g})")
+        if not any(row["shape"][-1] % smaller for row in report["layers"]):
+            ways.append(f"--group-size {smaller} ({4 + scale_bits / smaller:.4g} bits a weight)")
     return ", or ".join([*ways, "--mode int8 (8)"])
 
 

@@ -283,15 +283,17 @@ def test_its_own_text_is_neither_cut_nor_ended(tiny):
 
 
 @pytest.mark.parametrize("mode,size,words", [
-    ("int4", 128, "--mode int4-gptq (4.125 bits a weight, as now), or --group-size 64 (4.25), "
-     "or --group-size 32 (4.5), or --mode int8 (8)"),
-    ("int4-gptq", 64, "--group-size 32 (4.5), or --mode int8 (8)"),
+    ("int4", 128, "--mode int4-gptq (as many bits), or --group-size 64 (4.25 bits a weight), "
+     "or --group-size 32 (4.5 bits a weight), or --mode int8 (8)"),
+    ("int4-gptq", 64, "--group-size 32 (4.5 bits a weight), or --mode int8 (8)"),
     ("int4-gptq", 32, "--mode int8 (8)"),
-    ("int4", -1, "--group-size 128 (4.125), or --group-size 64 (4.25), or --group-size 32 (4.5), or --mode int8 (8)"),
+    ("int4-gptq", -1, "--group-size 64 (4.25 bits a weight), or --group-size 32 (4.5 bits a weight), "
+     "or --mode int8 (8)"),  # 128 divides not every layer
     ("int8", -1, "--skip the Linears with the largest errors (16 bits a weight)"),
 ])  # fmt: skip
 def test_advice(mode, size, words):
-    assert quantize.advice({"mode": mode, "group_size": size, "scale_bits": 16}) == words
+    layers = [{"shape": [8, 192 if size == -1 else 256]}, {"shape": [4, 8, 256]}]
+    assert quantize.advice({"mode": mode, "group_size": size, "scale_bits": 16, "layers": layers}) == words
 
 
 @pytest.mark.parametrize("loss", [1.04, 1.06])
@@ -300,7 +302,7 @@ def test_a_loss_above_five_percent_is_answered(loss, tiny, text, tmp_path, monke
     monkeypatch.setattr(quantize.Streams, "loss", lambda *_: measured | {"top1_agreement": 0.9})
     run(tiny, tmp_path / "out", text, "int4")
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("That is more than 5%; try --mode int4-gptq (5 bits") == (loss > 1.05)
+    assert last.startswith("That is more than 5%; try --mode int4-gptq (as many bits), or") == (loss > 1.05)
 
 
 def test_bfloat16_stays_bfloat16(text, tmp_path):
