@@ -732,6 +732,22 @@ def test_no_perplexity_is_no_result(factor, tiny, text, tmp_path, capsys):
     assert leftovers(tmp_path) == ["bad"]
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_neither_loss_may_be_nan(which, tiny, text, tmp_path, capsys, monkeypatch):
+    """That of the plain model or that of the quantized one."""
+    head, calls = quantize.Streams.head, []
+
+    def broken(*args):
+        factor = float("nan") if len(calls) == which else 1.0
+        calls.append(args)
+        return (logits * factor for logits in head(*args))
+
+    monkeypatch.setattr(quantize.Streams, "head", broken)
+    monkeypatch.setattr(quantize, "hessians", lambda linear, run: (torch.eye(linear.in_features)[None], [1]))
+    fails(capsys, arguments(tiny, tmp_path / "out", text), "the loss of the held-out text is")
+    assert leftovers(tmp_path) == []
+
+
 def anonymous_peak(argv):
     """Run the command; the most anonymous memory that it had, in bytes."""
     environment = os.environ | {
