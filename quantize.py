@@ -623,7 +623,7 @@ def advice(report: dict[str, Any]) -> str:
     for smaller in (g for g in GROUP_SIZES if g < size or size == -1):
         if not any(row["shape"][-1] % smaller for row in report["layers"]):
             ways.append(f"--group-size {smaller} ({4 + scale_bits / smaller:.4g} bits a weight)")
-    return ", or ".join([*ways, "--mode int8 (8)"])
+    return ", or ".join([*ways, "--mode int8 (8 bits a weight)"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

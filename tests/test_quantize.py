@@ -284,11 +284,11 @@ def test_its_own_text_is_neither_cut_nor_ended(tiny):
 
 @pytest.mark.parametrize("mode,size,words", [
     ("int4", 128, "--mode int4-gptq (as many bits), or --group-size 64 (4.25 bits a weight), "
-     "or --group-size 32 (4.5 bits a weight), or --mode int8 (8)"),
-    ("int4-gptq", 64, "--group-size 32 (4.5 bits a weight), or --mode int8 (8)"),
-    ("int4-gptq", 32, "--mode int8 (8)"),
+     "or --group-size 32 (4.5 bits a weight), or --mode int8 (8 bits a weight)"),
+    ("int4-gptq", 64, "--group-size 32 (4.5 bits a weight), or --mode int8 (8 bits a weight)"),
+    ("int4-gptq", 32, "--mode int8 (8 bits a weight)"),
     ("int4-gptq", -1, "--group-size 64 (4.25 bits a weight), or --group-size 32 (4.5 bits a weight), "
-     "or --mode int8 (8)"),  # 128 divides not every layer
+     "or --mode int8 (8 bits a weight)"),  # 128 divides not every layer
     ("int8", -1, "--skip the Linears with the largest errors (16 bits a weight)"),
 ])  # fmt: skip
 def test_advice(mode, size, words):
