@@ -23,6 +23,7 @@ import evaluate
 import checkpoint
 import generate
 import gptq
+import output_folder
 import quantize
 from engine import Engine
 from formats import QuantConfig, suffixes, unpack
@@ -318,7 +319,7 @@ def test_bfloat16_stays_bfloat16(text, tmp_path):
 
 def test_shards_and_index(tiny, text, tmp_path, monkeypatch):
     run(tiny, tmp_path / "one", text)
-    monkeypatch.setattr(quantize, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(output_folder, "SHARD_BYTES", 20_000)
     run(tiny, tmp_path / "many", text)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))

@@ -27,6 +27,7 @@ LIMITS = {
     "tokenizer.py": 360,  # DESIGN: 290; tokenizers and templates from outside run in a limited child
     "quantize.py": 440,
     "gptq.py": 120,
+    "output_folder.py": 130,
     "decode_kernels/__init__.py": 110,  # DESIGN: 100; the fast paths of every format stand here, beside `use_`
     "decode_kernels/launch.py": 130,
     "decode_kernels/tiles.py": 160,
@@ -58,7 +59,10 @@ MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
     "checkpoint": {"architectures", "model", "linear", "formats", "sampling", "tp"},
     "engine": {*"model linear sampling speculative tokenizer tp checkpoint architectures".split(), *KERNELS},
     "generate": {"engine", "sampling"},
-    "quantize": {*"gptq engine generate tp model linear formats checkpoint architectures tokenizer".split()},
+    "output_folder": {"checkpoint"},
+    "quantize": {
+        *"gptq engine generate tp model linear formats checkpoint architectures tokenizer output_folder".split()
+    },
     "decode_kernels": {"model", "linear", "sampling", *KERNELS},
 }
 

@@ -1,0 +1,144 @@
+"""A checkpoint folder that is whole or not there: its shards, the hidden folder that it grows in, the lock on that.
+
+Knows safetensors files and renames. Refuses to know what the tensors mean and how they are made.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint import Weights, read_json
+
+if os.name == "posix":
+    import fcntl
+
+SHARD_BYTES = 1 << 29
+REPORT = "quantization_report.json"
+
+
+class Writer:
+    """Collects tensors and writes them as safetensors shards of about SHARD_BYTES into `folder`."""
+
+    def __init__(self, folder: Path, replaced: set[str]) -> None:
+        self.folder, self.replaced = folder, replaced  # modules on disk whose `.weight` is not copied
+        self.waiting, self.size, self.shards = dict[str, Tensor](), 0, list[list[str]]()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """ValueError for a tensor with NaN or infinite values."""
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinite values: the checkpoint is damaged")
+        self.waiting[name] = tensor.cpu().contiguous()
+        self.size += tensor.nbytes
+        if self.size >= SHARD_BYTES:
+            self.flush()
+
+    def copy(self, weights: Weights, prefix: str) -> None:
+        """The checkpoint's own tensors under `prefix`, unchanged."""
+        for name in weights:
+            if name.startswith(prefix) and name.removesuffix(".weight") not in self.replaced:
+                self.add(name, weights.slice(name)[:])
+
+    def flush(self) -> None:
+        if self.waiting:
+            self.shards.append(list(self.waiting))
+            save_file(self.waiting, self.folder / f"{len(self.shards)}.safetensors", metadata={"format": "pt"})
+            self.waiting, self.size = {}, 0
+
+    def finish(self) -> int:
+        """Give the shards their final names, with an index if they are several. Returns their bytes."""
+        self.flush()
+        count, where, total = len(self.shards), dict[str, str](), 0
+        for i, names in enumerate(self.shards, 1):
+            file = f"model-{i:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+            path = (self.folder / f"{i}.safetensors").rename(self.folder / file)
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+            total += path.stat().st_size
+            where |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            write_json(self.folder / "model.safetensors.index.json", index)
+        return total
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def check_output(output: Path, source: Path, force: bool) -> None:
+    """ValueError for a folder that must not be replaced: one that exists, or with force one that is not ours alone."""
+    if any(output.samefile(folder) for folder in (source, *source.parents) if output.exists()):
+        raise ValueError(f"{output} is or holds the checkpoint that is read, {source}: give another --output")
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise ValueError(f"{output} exists: give another --output, or --force to replace it")
+    written = read_json(output / REPORT).get("files") if output.is_dir() else []
+    found = [path.relative_to(output).as_posix() for path in output.rglob("*")] if output.is_dir() else ["a file"]
+    if foreign := sorted(set(found) - set(written if isinstance(written, list) else [])):
+        what = f"{output} holds {foreign[0]}" if output.is_dir() else f"{output} is no folder"
+        raise ValueError(f"{what}, which this program did not write, and --force replaces only what it wrote")
+
+
+def lock(folder: Path) -> TextIO:
+    """Make `folder` and hold it alone until the result is closed or this process ends. ValueError when another does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in folder.iterdir()}
+    if names and not {"lock"} <= names <= {"lock", "new", "old"}:
+        raise ValueError(f"{folder} is in the way, and not this program's: move it, or give another --output")
+    file = open(folder / "lock", "a")  # noqa: SIM115
+    try:
+        if os.name == "posix":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(file.fileno()).st_nlink:  # who held it has just removed it
+            raise BlockingIOError
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"another run is at work in {folder}: wait for it, or give another --output") from error
+    return file
+
+
+def settle(hidden: Path, output: Path) -> None:
+    """Remove what a run left in its hidden folder, or put it back if it is the only `output` there is."""
+    if (hidden / "old").exists() and (hidden / "new").exists():  # ended between the two renames
+        (hidden / "old").rename(output)
+    for name in ("new", "old"):
+        shutil.rmtree(hidden / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def complete_folder(output: Path, source: Path, force: bool) -> Iterator[Path]:
+    """A new folder that becomes `output` only if the body succeeds; with force it may take the place of an older one.
+
+    Until then it lies in `.NAME.quantize.partial` beside it, which belongs to who holds the lock in it. For the instant
+    between two renames the older one lies there too; should the program be killed just then, the next run puts it back.
+    """
+    output, source = (Path(os.path.realpath(path)) for path in (output, source))  # what a link names, not the link
+    hidden = output.with_name(f".{output.name}.quantize.partial")
+    with lock(hidden):
+        new, old = hidden / "new", hidden / "old"
+        settle(hidden, output)
+        try:
+            check_output(output, source, force)
+            new.mkdir()
+            yield new
+            try:
+                check_output(output, source, force)
+            except ValueError as error:  # what appeared meanwhile stays, and the work is not lost either
+                spare = next(path for i in range(1, 1000) if not (path := Path(f"{output}.{i}")).exists())
+                new.rename(spare)
+                raise ValueError(f"{error}; it came during the run, whose result is in {spare}") from error
+            if output.exists():
+                output.rename(old)
+            new.rename(output)
+        finally:
+            settle(hidden, output)
+            (hidden / "lock").unlink()
+            with contextlib.suppress(OSError):  # another run has come
+                hidden.rmdir()
