@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # nothing here may import PyTorch before the arguments are kn
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tales"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_ROWS = 16
+RANK = int(os.environ.get("RANK", "0"))  # torchrun's
 SAMPLING: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]] = {  # type, range, the range in words
     "temperature": (float, lambda t: t == 0 or 1e-3 <= t < float("inf"), "0 (greedy) or at least 0.001"),
     "top_k": (int, lambda k: k >= 0, "0 (off) or more"),
@@ -37,10 +39,11 @@ SAMPLING: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line and exit status 2."""
+    """argparse, but an error is one line, of one rank, and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+        if RANK == 0:
+            print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -145,7 +148,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             if not prompts:
                 raise ValueError(f"--prompts-file {args.prompts_file} holds no prompt")
         elif args.prompt == "-":
-            prompts = [sys.stdin.read()]
+            prompts = [sys.stdin.read() if RANK == 0 else ""]  # which rank 0 shares
         else:
             prompts = [Path(args.prompt[1:]).read_text("utf-8") if args.prompt.startswith("@") else args.prompt]
     except UnicodeDecodeError as error:
@@ -211,19 +214,17 @@ def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> 
     tokenizer = engine.tokenizer
     if not tokenizer.has_chat_template:
         raise ValueError("this checkpoint has no chat template; leave out --chat and use --prompt")
+    if RANK == 0 and sys.stdin.isatty():
+        print("Ctrl-D leaves the chat, Ctrl-C an answer", file=sys.stderr)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     for turn in itertools.count(args.seed):
-        try:
-            messages.append({"role": "user", "content": input("> ")})
-        except (EOFError, KeyboardInterrupt):
-            print()
+        question = engine.model.tp.share(ask() if RANK == 0 else None)
+        if question is None:
             return 0
+        messages.append({"role": "user", "content": question})
         answer = ""
         try:
-            if len(ids := tokenizer.encode_chat(messages)) >= engine.max_seq_len:
-                raise ValueError(
-                    f"the conversation has {len(ids)} tokens and --max-seq-len is {engine.max_seq_len}; start a new one"
-                )
+            ids = conversation(engine, messages)
             for piece in engine.generate([ids], sampling, **options(args), seed=turn):
                 answer += piece.text
                 print(piece.text, end="", flush=True)
@@ -239,12 +240,66 @@ def chat(engine: Engine, args: argparse.Namespace, sampling: SamplingParams) -> 
     return 0
 
 
-def refusal(error: Exception) -> str:
-    """What a user is told of an error, in one line; a RuntimeError that is not of memory is ours, and raised again."""
-    if isinstance(error, RuntimeError) and not re.search("DefaultCPUAllocator|out of memory", str(error)):
-        raise error
+def ask() -> str | None:
+    """A line that is not empty; None at the end of input, or for Ctrl-C."""
+    try:
+        while not (line := input("> ")).strip():
+            pass
+        return line
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def conversation(engine: Engine, messages: list[dict[str, str]]) -> list[int]:
+    """The ids of a chat. Where they leave no room for an answer, the oldest question and its answer go, with one line
+    that says so. ValueError when the last question alone is too long.
+    """
+    first, dropped = int(messages[0]["role"] == "system"), 0
+    while len(ids := engine.tokenizer.encode_chat(messages)) >= engine.max_seq_len - MAX_ROWS:
+        if len(messages) - first < 3:
+            if len(ids) < engine.max_seq_len:
+                break
+            raise ValueError(f"the question has {len(ids)} tokens and --max-seq-len is {engine.max_seq_len}; ask less")
+        del messages[first : first + 2]
+        dropped += 1
+    if dropped and RANK == 0:
+        turns = "turn" if dropped == 1 else f"{dropped} turns"
+        print(f"the conversation is full: its oldest {turns} went", file=sys.stderr)
+    return ids
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank of this run has asked before: of one fault that ends all ranks, one is told."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    import torch.distributed as dist
+
+    try:  # torchrun's own store, which outlives the ranks
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*where, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        return store.add(f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return RANK == 0
+
+
+COLLECTIVE = "gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|TCPStore|DistBackendError"
+
+
+def refuse(program: str, error: Exception) -> int:
+    """Tell the user of an error in one line, of the rank that met it first. Returns the exit status.
+
+    A RuntimeError is ours, and raised again, unless it is of memory or of another rank that has ended.
+    """
     line = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a name may hold a terminal's commands
+    if isinstance(error, RuntimeError) and not re.search("DefaultCPUAllocator|out of memory", str(error)):
+        if "WORLD_SIZE" not in os.environ or not re.search(COLLECTIVE, line):
+            raise error
+        line = "another rank has ended or does not answer"
+    if first_to_fail():
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a name may hold a terminal's commands
+        print(f"{program}: error: {line}", file=sys.stderr)
+    return 2
 
 
 def answer(engine: Engine, args: argparse.Namespace, prompts: list[str], chosen: dict[str, Any]) -> int:
@@ -255,7 +310,12 @@ def answer(engine: Engine, args: argparse.Namespace, prompts: list[str], chosen:
     rank = engine.model.tp.rank  # one rank speaks
     trace = engine.profile(args.profile) if args.profile else contextlib.nullcontext()
     with trace, open(os.devnull, "w") as null, contextlib.redirect_stdout(null if rank else sys.stdout):
-        return chat(engine, args, sampling) if args.chat else run(engine, args, sampling, prompts)
+        status = chat(engine, args, sampling) if args.chat else run(engine, args, sampling, prompts)
+    if args.profile:  # PyTorch writes it without a word of a full disk
+        with open(args.profile, "rb") as file:
+            if not file.read().rstrip().endswith(b"}"):
+                raise OSError(f"--profile {args.profile} could not be written whole; is the disk full?")
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -271,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return subprocess.call([sys.executable, str(program), *(sys.argv[1:] if argv is None else argv)])
         prompts = [] if args.chat else read_prompts(args)
         if args.profile:
+            if os.path.exists(args.profile) and not os.path.isfile(args.profile):  # it would be replaced
+                raise ValueError(f"--profile {args.profile} is no regular file; give the name of one")
             open(args.profile, "ab").close()  # refused now, not after the generation
         from engine import Engine
 
@@ -285,15 +347,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen=chosen,
             **{name: getattr(args, name) for name in same},
         )
+        prompts, args.seed = engine.model.tp.share((prompts, args.seed))
         return answer(engine, args, prompts, chosen)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has left, as `head` does: nobody is there to be told
+        first_to_fail()  # nor need another rank tell that this one has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"generate.py: error: {refusal(error)}", file=sys.stderr)
-        return 2
+        return refuse("generate.py", error)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from generate import DEFAULT_CHECKPOINT, Parser, at_least, begin, ready, refusal
+from generate import DEFAULT_CHECKPOINT, Parser, at_least, begin, ready, refuse
 from generate import DTYPES as DTYPE_NAMES
 
 GROUP_SIZES = (128, 64, 32)
@@ -520,8 +520,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        print(f"quantize.py: error: {refusal(error)}", file=sys.stderr)
-        return 2
+        return refuse("quantize.py", error)
     print(f"{output}: {report['bytes_before'] / 1e6:.1f} MB -> {report['bytes_after'] / 1e6:.1f} MB")
     before, after, kl, kl_99, same = (report[key] for key in LOSSES)
     if before is None:

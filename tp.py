@@ -1,5 +1,5 @@
-"""Tensor parallelism: who am I among the ranks, three collectives, and the plan that says which dimension of which
-weight is sharded.
+"""Tensor parallelism: who am I among the ranks, what ranks say to each other, and the plan that says which dimension of
+which weight is sharded.
 
 Knows torch.distributed and the names of the linear layers. Refuses to know models, checkpoints or quantization:
 `model.py` calls the collectives where the reader can see them, `checkpoint.py` reads each rank's slice with the plan.
@@ -12,6 +12,8 @@ matrices are split by rows.
 import atexit
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,12 +43,16 @@ _LIBRARY.impl("broadcast", _broadcast, "CompositeExplicitAutograd")
 torch.library.register_fake("decode::broadcast", torch.empty_like, lib=_LIBRARY)
 
 
+Value = TypeVar("Value")
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """One rank's view of the group. With size 1 every collective returns its argument."""
 
     rank: int = 0
     size: int = 1
+    words: "dist.ProcessGroup | None" = None  # the group that `share` uses
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of x over all ranks; x is overwritten."""
@@ -66,6 +72,24 @@ class TensorParallel:
         """Rank 0's x on every rank."""
         return x if self.size == 1 else torch.ops.decode.broadcast(x)
 
+    def share(self, value: Value) -> Value:
+        """Rank 0's value on every rank. It waits as long as rank 0 takes, which may be a user who types."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.words)
+        return box[0]
+
+    def check_same(self, value: int, what: str) -> None:
+        """ValueError unless all ranks hold the same value, naming the ranks that differ from rank 0."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.words)
+        if different := [str(rank) for rank, other in enumerate(values) if other != values[0]]:
+            raise ValueError(
+                f"rank {', '.join(different)} has another {what} than rank 0: give every rank the same one"
+            )
+
     def local(self, n: int, what: str) -> int:
         """This rank's share of n. ValueError when n does not divide."""
         if n % self.size:
@@ -76,12 +100,22 @@ class TensorParallel:
 
 
 def init(device: torch.device) -> TensorParallel:
-    """The group torchrun started (RANK, WORLD_SIZE), or a group of one. NCCL on a GPU, gloo elsewhere."""
+    """The group torchrun started (RANK, WORLD_SIZE), or a group of one. NCCL on a GPU, gloo elsewhere.
+
+    ValueError when the environment names a group and its other ranks cannot be reached.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return TensorParallel()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        except (ValueError, RuntimeError) as error:  # a variable is missing, nobody answers
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"WORLD_SIZE is {size}, but the ranks do not meet: {reason}; start with torchrun"
+            ) from error
         if device.type != "cuda":  # gloo may abort a process that ends without; NCCL waits for captured graphs for ever
             atexit.register(dist.destroy_process_group)
-    return TensorParallel(dist.get_rank(), size)
+    words = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # rank 0 may wait for a user who types
+    return TensorParallel(dist.get_rank(), size, words)

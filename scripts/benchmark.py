@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
 from generate import DTYPES as DTYPE_NAMES
-from generate import MAX_ROWS, Parser, at_least, begin, draft_tokens
+from generate import MAX_ROWS, Parser, at_least, begin, draft_tokens, refuse
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
@@ -484,9 +484,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         measure(args)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"benchmark.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        return refuse("benchmark.py", error)
     return 0
 
 

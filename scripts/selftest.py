@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules are used from the checkout, not installed
 
-from generate import begin, parse, ready, refusal
+from generate import begin, parse, ready, refuse
 
 if __name__ == "__main__":
     begin(parse)  # before PyTorch is imported
@@ -156,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"generate.py: error: {refusal(error)}", file=sys.stderr)
-        return 2
+        return refuse("generate.py", error)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scripted import SPECIAL, VOCAB, add_tokenizer, recital, write_json
+from scripted import SPECIAL, VOCAB, add_tokenizer, byte_ids, recital, write_json
 
 import checkpoint
 import generate
@@ -388,11 +388,26 @@ def test_shape_needs_no_files(records, fails):
     assert "gpt-5" in message and "llama-2-7b" in message and "tiny" in message
 
 
+def test_profile_replaces_no_device_and_says_when_a_trace_is_cut(call, fails, abc, tmp_path, monkeypatch):
+    assert "/dev/null is no regular file" in fails("--checkpoint", abc, "--profile", "/dev/null")
+    assert not Path("/dev/null").is_file()
+    cut = tmp_path / "trace.json"
+
+    @contextlib.contextmanager
+    def profile(self, file):
+        yield
+        Path(file).write_text('{"traceEvents": [{')  # as a full disk leaves it
+
+    monkeypatch.setattr(Engine, "profile", profile)
+    _, message = call("--checkpoint", abc, "--profile", cut, "--max-new-tokens", 2, status=2)
+    assert f"--profile {cut} could not be written whole" in message
+
+
 def test_profile_writes_a_chrome_trace(call, fails, abc, tmp_path):
     call("--checkpoint", abc, "--profile", tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any(event.get("name") == "aten::linear" for event in events)
-    assert "directory" in fails("--checkpoint", abc, "--profile", tmp_path)
+    assert "is no regular file" in fails("--checkpoint", abc, "--profile", tmp_path)
     assert "nowhere" in fails("--checkpoint", abc, "--profile", tmp_path / "nowhere" / "trace.json")
 
 
@@ -679,7 +694,7 @@ def test_chat_reuses_the_common_prefix_and_answers_as_a_fresh_prefill(call, tiny
     folder = chat_folder(tiny, template)
     argv = ("--checkpoint", folder, "--temperature", 0, "--max-new-tokens", 9)
     out, _ = call(*argv, "--chat", "--system", "Be brief.", stdin="hello\nwhat is that?\n\nbye\n")
-    assert out.count("> ") == 5 and len(turns) == 4
+    assert out.count("> ") == 5 and len(turns) == 3  # an empty line is no question
     engine, said, cached = Engine.load(folder), list(turns), []
     for prompt, answer, prefilled in said:
         fresh = [i for p in engine.generate([prompt], SamplingParams(0.0), max_new_tokens=9) for i in p.ids]
@@ -736,12 +751,29 @@ def test_chat_ctrl_c_at_the_prompt_leaves(call, tmp_path, monkeypatch):
     assert call("--checkpoint", folder, "--chat") == ("\n", "")
 
 
-def test_chat_ends_clearly_when_the_conversation_is_full(call, tiny, turns):
+def test_a_full_conversation_loses_its_oldest_turns_and_goes_on(call, tiny, turns):
     folder = chat_folder(tiny, PLAIN)
     argv = ("--checkpoint", folder, "--chat", "--max-seq-len", 60, "--ignore-eos", "--temperature", 0)
-    out, err = call(*argv, stdin="hello\nagain\nagain\n", status=2)
-    assert len(turns) == 1 and len(turns[0][0]) + len(turns[0][1]) == 60  # the first answer fills it
-    assert err.count("\n") == 1 and "60" in err and "--max-seq-len" in err
+    out, err = call(*argv, "--system", "be kind", stdin="hello\nagain\nonce more\n")
+    assert len(turns) == 3 and len(turns[0][0]) + len(turns[0][1]) == 60  # the first answer fills it
+    assert [line for line in err.splitlines() if "full" in line] == [
+        "the conversation is full: its oldest turn went"
+    ] * 2
+    bytes_ = byte_ids()
+    for (ids, _, _), said in zip(turns, ("hello", "again", "once more")):
+        text = "".join(chr(b) for i in ids for b in range(128) if bytes_[b] == i)
+        assert said in text and "be kind" in text and sum(w in text for w in ("hello", "again", "once more")) == 1
+
+
+def test_a_question_that_does_not_fit_at_all_is_refused(call, tiny):
+    folder = chat_folder(tiny, PLAIN)
+    out, err = call("--checkpoint", folder, "--chat", "--max-seq-len", 60, stdin="x" * 70 + "\n", status=2)
+    assert err.count("\n") == 1 and "the question has" in err and "--max-seq-len is 60" in err
+
+
+def test_an_empty_line_is_no_question(call, tiny, turns):
+    call("--checkpoint", chat_folder(tiny, PLAIN), "--chat", "--max-new-tokens", 2, stdin="\n  \nhello\n\n")
+    assert len(turns) == 1
 
 
 def test_chat_context_is_the_models_or_8192(call, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ LIMITS = {
     "speculative.py": 380,
     "tp.py": 180,
     "architectures.py": 260,
-    "checkpoint.py": 460,
+    "checkpoint.py": 465,  # DESIGN: 460; ranks compare a fingerprint
     "formats.py": 330,
     "tokenizer.py": 360,  # DESIGN: 290; tokenizers and templates from outside run in a limited child
     "quantize.py": 440,
@@ -149,7 +149,9 @@ def test_imports_point_down(path):
         # a program imports ours after parsing, the kernels' front door its files when they are wanted
         late = (path.stem == "generate" and f.name == "main") or (kernels and path.stem == "__init__")
         assert late or not inner & OURS, f"{path.name}: {f.name}"
-        assert late or path in LEAVES or inner <= {"resource"}, f"{path.name}: {f.name}"  # which Windows lacks
+        assert late or path in LEAVES or inner <= {"resource"} or path.stem == "generate", (
+            f"{path.name}: {f.name}"
+        )  # Windows lacks it
 
 
 def is_kernel(f: ast.FunctionDef) -> bool:

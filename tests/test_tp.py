@@ -85,11 +85,11 @@ def worker(folders: list[str], out: Path) -> None:
         save_file({k: v.contiguous() for k, v in kept.items()}, out / f"{group.rank}.safetensors")
 
 
-def launch(n: int, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(n: int, *command: str, input: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """torchrun on a port that it picks itself."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *command]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(run, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=300)
+    return subprocess.run(run, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=300, input=input)
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +223,71 @@ def test_the_command_under_torchrun_prints_the_same_text_once(tiny, extra):
     assert {k: got[k] for k in ("text", "ids", "prompt_ids", "stop_reason")} == {
         k: want[k] for k in ("text", "ids", "prompt_ids", "stop_reason")
     }
+
+
+def lines_of(done) -> list[str]:
+    """What our program wrote on standard error; torchrun's own report of a failure is not ours."""
+    return [line for line in done.stderr.splitlines() if line.startswith("generate.py: error")]
+
+
+def test_rank_0_alone_reads_standard_input(tiny):
+    folder = tiny(vocab_size=260)[0]
+    add_tokenizer(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    base = ["generate.py", "--checkpoint", str(folder), "--device", "cpu", "--max-new-tokens", "6", "--ignore-eos"]
+    for more, text in ((["--prompt", "-"], "Once upon"), (["--chat"], "hello\n\nhow are you\n")):
+        command = [*base, *more, "--seed", "5"]
+        alone = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, input=text)
+        both = launch(2, *command, input=text)
+        assert alone.returncode == both.returncode == 0, both.stderr[-3000:]
+        assert both.stdout == alone.stdout and len(alone.stdout) > 6
+
+
+def test_one_fault_is_told_once(tiny, tmp_path):
+    """By one rank, whether argparse, the loader or a comparison of the ranks' checkpoints finds it."""
+    folders = [tiny(vocab_size=260, hidden_size=h)[0] for h in (48, 64)]
+    for folder in folders:
+        add_tokenizer(folder)
+    for argv, match in (
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--checkpoint", str(tmp_path / "nowhere")], "no such folder"),
+    ):
+        done = launch(2, "generate.py", "--device", "cpu", *argv)
+        assert done.returncode != 0 and len(lines_of(done)) == 1 and match in lines_of(done)[0]
+    script = tmp_path / "differ.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import generate\n"
+        f"mine = {list(map(str, folders))}[int(os.environ['RANK'])]\n"
+        "sys.exit(generate.main(['--device', 'cpu', '--checkpoint', mine]))\n"
+    )
+    done = launch(2, str(script))
+    assert len(lines_of(done)) == 1 and "rank 1 has another checkpoint than rank 0" in lines_of(done)[0]
+    assert "Traceback" not in done.stderr.split("elastic")[0]
+
+
+def test_a_rank_that_is_killed_ends_the_run_without_tracebacks_of_ours(tiny, tmp_path):
+    folder = tiny(vocab_size=260)[0]
+    add_tokenizer(folder)
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import engine, generate\n"
+        "real = engine.Engine.decode\n"
+        "def decode(self, position, structure):\n"
+        "    if os.environ['RANK'] == '1' and position > 40:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, position, structure)\n"
+        "engine.Engine.decode = decode\n"
+        f"sys.exit(generate.main(['--device', 'cpu', '--checkpoint', {str(folder)!r}, '--prompt', 'Once']))\n"
+    )
+    done = launch(2, str(script))
+    assert done.returncode != 0 and len(lines_of(done)) <= 1  # torchrun may end the survivor first
+    assert 'File "' not in done.stderr or 'generate.py", line' not in done.stderr
 
 
 if __name__ == "__main__":
