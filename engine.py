@@ -7,7 +7,6 @@ its mathematics (`model.py`), its files (`checkpoint.py`), its words (`tokenizer
 
 import contextlib
 import os
-import sys
 import threading
 import time
 import types
@@ -556,15 +555,15 @@ class Engine:
 
     def warn(self) -> None:
         """What is right but not as a user may expect, once, on standard error."""
-        ids, vocabulary = self.tokenizer.vocab_size, self.model.config.vocab_size
-        if ids > vocabulary:
-            what = f"warning: the tokenizer has {ids} ids, the model {vocabulary}"
-            print(f"{what}; a prompt that uses one beyond is refused", file=sys.stderr)
-        if self.tokenizer.stop_ids and min(self.tokenizer.stop_ids) >= vocabulary:
-            print("warning: the model's vocabulary has no id that ends a text; it goes on to the end", file=sys.stderr)
+        ids, known = self.tokenizer.vocab_size, self.vocab_size
+        if ids > known:
+            checkpoint.tell(f"warning: the tokenizer has {ids} ids, the model {known}; a prompt with others is refused")
+        if self.tokenizer.stop_ids and min(self.tokenizer.stop_ids) >= known:
+            checkpoint.tell("warning: the model's vocabulary has no id that ends a text; it goes on to the end")
         if any(m.expands for m in self.model.modules() if isinstance(m, Linear)):
-            what = f"note: there is no fast path for some int4 weights in {self.dtype} on {self.device.type}"
-            print(f"{what}; they are expanded at every step, which is slow", file=sys.stderr)
+            checkpoint.tell(
+                f"note: no fast path for some int4 weights in {self.dtype}: every step expands them, slowly"
+            )
 
     def peak_bytes(self) -> int:
         """The most memory that this process has used: of its GPU, or else of the host."""

@@ -372,8 +372,7 @@ class Transformer(nn.Module):
 
     def bytes_per_slot(self) -> int:
         """Of this rank's cache, for one row."""
-        c = self.config
-        heads = c.num_key_value_heads // self.tp.size
+        c, heads = self.config, self.config.num_key_value_heads // self.tp.size
         return 2 * c.num_hidden_layers * heads * c.head_dim * self.norm.weight.element_size()
 
     def bytes_per_step(self, batch_size: int, prefix: int) -> int:

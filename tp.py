@@ -109,7 +109,9 @@ def init(device: torch.device) -> TensorParallel:
         return TensorParallel()
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+            store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
+            kind = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
         except (ValueError, RuntimeError) as error:  # a variable is missing, nobody answers
             reason = str(error).splitlines()[0]
             raise ValueError(
