@@ -57,8 +57,12 @@ def test_help_and_refusals_answer_without_pytorch(program, environment):
 @pytest.mark.parametrize("program", ["generate.py", "quantize.py --mode int8", "scripts/benchmark.py --shape tiny"])
 def test_ctrl_c_during_the_imports_is_quiet(program, environment):
     env = environment("import signal\nprint('importing', flush=True)\nsignal.pause()")
-    command = [sys.executable, *program.split()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=env) as process:
+    command, pipes = [sys.executable, *program.split()], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+    def listen():  # also where this suite runs in a shell's background, which ignores Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(command, cwd=ROOT, env=env, preexec_fn=listen, **pipes) as process:
         assert process.stdout.readline() == b"importing\n"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
