@@ -160,9 +160,7 @@ class Streams:
         )
         columns = []
         for token, before, after in zip(wanted, *logits):
-            p, q = before.log_softmax(-1), after.log_softmax(-1)
-            losses = (-x.gather(1, token[:, None])[:, 0] for x in (p, q))
-            columns.append(torch.stack([*losses, (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float()]))
+            columns.append(compare(token, before, after))
         if not columns:
             return dict.fromkeys(LOSSES)
         table = torch.cat(columns, 1).double().cpu()
@@ -173,6 +171,15 @@ class Streams:
                 f"{self.before[0].dtype} too narrow (--dtype); --heldout-tokens 0 does not measure it"
             )
         return dict(zip(LOSSES, (math.exp(before), math.exp(after), kl, float(table[2].quantile(0.99)), same)))
+
+
+def compare(token: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """float32 [4, N] from the right tokens int64 [N] and two models' logits float32 [N, V]: the loss of each, the KL
+    divergence from before to after in nats, and 1 where both have the same first choice.
+    """
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    losses = (-x.gather(1, token[:, None])[:, 0] for x in (p, q))
+    return torch.stack([*losses, (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float()])
 
 
 def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[int]]:
