@@ -1,40 +1,82 @@
-"""Perplexity of checkpoints on a text, and the table that compares this project's quantization with llm-compressor's.
+"""Perplexity of checkpoints on a text, how far one is from another, tasks of lm-evaluation-harness, and the table that
+compares this project's quantization with llm-compressor's.
 
-    python scripts/evaluate.py checkpoints/tales DIR_OR_HUB_ID ... [--text FILE]
+    python scripts/evaluate.py [DIR_OR_HUB_ID ...] [--text FILE] [--stride N]
+    python scripts/evaluate.py QUANTIZED --against ORIGINAL
+    python scripts/evaluate.py DIR_OR_HUB_ID --tasks hellaswag,arc_easy
     python scripts/evaluate.py --table benchmarks/quantization.csv --environment FOLDER
 
-The second command quantizes the embedded model in every way, here and by llm-compressor, with the same calibration
-rows; it makes llm-compressor's virtual environment in FOLDER (it pins an older transformers) unless it is there.
-All perplexities are computed here, in float32 on the dequantized weights, with `Engine.score`.
+Prints a table and, last, one JSON line. Knows texts, windows over them and what to count. Refuses to know tasks: those
+are the harness's, to which `harness.py` shows an engine. The last command quantizes the embedded model in every way,
+here and by llm-compressor, with the same calibration rows; it makes llm-compressor's virtual environment in FOLDER (it
+pins an older transformers) unless it is there.
 """
 
 import argparse
 import csv
+import importlib.util
+import itertools
+import json
 import math
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-from generate import Parser, at_least, begin, ready
+from generate import DTYPES as DTYPE_NAMES
+from generate import Parser, at_least, begin, ready, refuse
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="evaluate.py", description="Perplexity of checkpoints.", allow_abbrev=False)
-    p.add_argument("checkpoints", nargs="*", default=[str(ROOT / "checkpoints" / "tales")], help="folders or Hub ids")
-    p.add_argument("--text", type=Path, default=ROOT / "data" / "heldout.txt", metavar="FILE")
-    p.add_argument("--row-length", type=at_least(16), default=2048, help="tokens in a row, at most the model's context")
-    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    p.add_argument(
+        "checkpoints",
+        nargs="*",
+        default=[str(ROOT / "checkpoints" / "tales")],
+        metavar="CHECKPOINT",
+        help="folders or Hub ids (default: the embedded model)",
+    )
+    p.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: data/heldout.txt)")
+    p.add_argument("--tokens", type=at_least(2), metavar="N", help="the first N tokens of it (default: all)")
+    p.add_argument(
+        "--row-length", type=at_least(16), default=2048, help="tokens in a window, at most the model's context (2048)"
+    )
+    p.add_argument(
+        "--stride",
+        type=at_least(1),
+        metavar="N",
+        help="from one window to the next; a smaller one gives every token more context and takes longer "
+        "(default: the window, so that none overlap)",
+    )
+    p.add_argument(
+        "--against", metavar="CHECKPOINT", help="also KL divergence and first choices, compared with this one"
+    )
+    p.add_argument("--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness (needs the extra [evaluate])")
+    p.add_argument("--task-folder", metavar="DIR", help="where --tasks looks for more of them, as YAML files")
+    p.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: CUDA if there is one")
+    p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="auto: the checkpoint's; float32 on a CPU")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     p.add_argument("--table", type=Path, metavar="CSV", help="compare ways to quantize the first checkpoint")
     p.add_argument("--environment", type=Path, default=Path("llm-compressor"), help="its virtual environment")
     p.add_argument("--rows", type=at_least(1), default=128, help="calibration rows of the table")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.stride and args.stride >= args.row_length:
+        p.error(f"--stride {args.stride} leaves out text between windows of --row-length {args.row_length}")
+    if args.task_folder and not args.tasks:
+        p.error("--task-folder goes with --tasks")
+    if args.tasks is not None and not all(args.tasks.split(",")):
+        p.error(f"--tasks {args.tasks!r} has an empty name; give names with commas between them")
+    if args.table and (args.tasks or args.against):
+        p.error("--table goes with neither --tasks nor --against")
+    return args
 
 
 if __name__ == "__main__":
@@ -42,24 +84,225 @@ if __name__ == "__main__":
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
 
 import quantize
 from architectures import config_from_hf
 from checkpoint import read_config
-from engine import Engine, pick_device
-from tokenizer import Tokenizer
+from engine import Engine, compiled, pick_device
+from model import DecoderLayer, KVCache
+from tokenizer import Tokenizer, draft_mismatch, text_of
 
+HELDOUT = ROOT / "data" / "heldout.txt"
 PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1")
+WORST = 10  # positions that --against prints
+COLUMNS = (  # of the table: what it is called in JSON and there, and how it is written
+    ("perplexity", "perplexity", ".4f"),
+    ("bits_per_byte", "bits/byte", ".4f"),
+    ("tokens", "tokens", ""),
+    ("perplexity_against", "against", ".4f"),
+    ("kl_mean", "KL mean", ".5f"),
+    ("kl_p99", "KL 99%", ".4f"),
+    ("top1_agreement", "same first", ".2%"),
+)
+CHUNK = 512  # tokens whose logits exist at a time: with a vocabulary of 150,000 each takes 600 KB
 
 
-def perplexity(checkpoint: str, text: Path, length: int, device: str | None) -> tuple[float, int]:
-    """exp of the mean loss, and over how many tokens: rows of `length`, each after BOS, cover the whole text."""
-    engine = Engine.load(checkpoint, device=device, dtype="float32", compile=False)
-    length = min(length, engine.model.config.max_position_embeddings)
-    assert isinstance(engine.tokenizer, Tokenizer)
-    rows = quantize.text_rows(text, engine.tokenizer, engine.model.config, 1 << 30, length)
-    scores = torch.cat([engine.score(row) for row in rows.split(8)])
-    return math.exp(-float(scores.double().mean())), scores.numel()
+class Scorer:
+    """An engine and logits of whole rows from it; its cache is its own, so that the engine may generate in between."""
+
+    def __init__(self, name: str, device: str | None, dtype: str, compile: bool | None) -> None:
+        self.name, self.engine = name, Engine.load(name, device=device, dtype=dtype, progress=sys.stderr.isatty())
+        experts = any(self.engine.model.config.sparse)
+        if compile and experts:
+            raise ValueError("--compile: the experts of a mixture are chosen by the host here; leave the flag out")
+        wanted = self.engine.cuda if compile is None else compile
+        self.layer = compiled(DecoderLayer.forward, "score", dynamic=True) if wanted and not experts else None
+        self.cache: KVCache | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert isinstance(self.engine.tokenizer, Tokenizer)
+        return self.engine.tokenizer
+
+    def logits(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(a, float32 [B, t, V]) for tokens int64 [B, T]: the logits behind columns a..a + t - 1, chunk by chunk, for
+        all columns but the last.
+        """
+        engine, (B, T) = self.engine, tokens.shape
+        if self.cache is None or self.cache.batch_size != B or self.cache.max_seq_len < T:
+            self.cache = None  # free the old one first
+            self.cache = KVCache(engine.model.config, B, T, engine.device, engine.dtype, engine.model.tp)
+        tokens, chunk = tokens.to(engine.device), max(CHUNK // B, 1)
+        for a in range(0, T - 1, chunk):
+            b = min(a + chunk, T - 1)
+            positions = torch.arange(a, b, device=engine.device).repeat(B, 1)
+            run = self.layer or DecoderLayer.__call__
+            yield a, engine.model(tokens[:, a:b].clone(), positions, self.cache, run, end=b).float()
+
+
+def windows(ids: list[int], bos: list[int], length: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Rows of at most `length` tokens that cover a text: BOS and then ids, `stride` further on in every row; int64
+    [N, L] twice.
+
+    The second says which id of the text each token is where it is to be scored, and -1 elsewhere: for BOS, for
+    padding, and for ids that an earlier row has scored. Without BOS the first id of a text has nothing before it.
+    Nine ids without BOS, length 6, stride 3: ids 0..5 score 1..5, ids 3..8 score 6..8.
+    """
+    room = min(length - len(bos), len(ids))
+    tokens, index, done = [], [], 0
+    for start in range(0, len(ids), stride):
+        end = min(start + room, len(ids))
+        first, pad = max(done, start if bos else start + 1), [-1] * (start + room - end)
+        tokens.append([*bos, *ids[start:end], *(0 for _ in pad)])
+        index.append([-1] * (len(bos) + first - start) + [*range(first, end), *pad])
+        done = end
+        if end == len(ids):
+            break
+    return torch.tensor(tokens), torch.tensor(index)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as one model reads it: its ids, the bytes of those that are scored, and `windows` over them."""
+
+    ids: list[int]
+    size: int
+    stride: int
+    tokens: Tensor
+    index: Tensor
+
+
+def read_text(scorer: Scorer, args: argparse.Namespace) -> Text:
+    """ValueError for a file or a stride that does not do."""
+    file, tokenizer, context = args.text or HELDOUT, scorer.tokenizer, scorer.engine.context
+    text = text_of(file)
+    bos, all_ids = tokenizer.encode("")[:1], tokenizer.encode(text, bos=False)
+    ids = all_ids[: args.tokens]
+    if len(ids) + len(bos) < 2:
+        raise ValueError(f"{file} gives {len(ids)} tokens, too few to predict one from another; use a longer text")
+    length = min(args.row_length, context)
+    stride = args.stride or length - len(bos)
+    if stride > length - len(bos):
+        raise ValueError(
+            f"--stride {stride} leaves out text between windows of {length} tokens (the model's context is "
+            f"{context}, BOS takes {len(bos)}); use --stride {length - len(bos)} or less"
+        )
+    tokens, index = windows(scorer.engine.encode([ids])[0], bos, length, stride)
+    left_out = set(range(len(all_ids))).difference(index.flatten().tolist())
+    size = len(text.encode()) - sum(len(tokenizer.piece(all_ids[i])) for i in left_out)
+    return Text(ids, size, stride, tokens, index)
+
+
+@torch.inference_mode()
+def measure(scorer: Scorer, args: argparse.Namespace, other: Scorer | None = None) -> dict[str, Any]:
+    """Perplexity per token and bits per byte of the text; with another checkpoint its perplexity too, and how far this
+    one is from it. ValueError where the logits are not finite.
+    """
+    began, text, columns = time.perf_counter(), read_text(scorer, args), []
+    with tqdm(total=int((text.index >= 0).sum()), desc=scorer.name, unit="token", disable=None) as bar:
+        rows = max(1, 2 * CHUNK // text.tokens.shape[1])
+        for tokens, index in zip(text.tokens.split(rows), text.index.split(rows)):
+            others = other.logits(tokens) if other else itertools.repeat((0, None))
+            for (a, logits), (_, reference) in zip(scorer.logits(tokens), others):
+                span = slice(a + 1, a + 1 + logits.shape[1])  # the ids that these logits are to predict
+                mask = index[:, span] >= 0
+                token, after = tokens[:, span][mask].to(logits.device), logits[mask]
+                before = after if reference is None else reference[mask]
+                found = quantize.compare(token, before, after).double().cpu()
+                choices = torch.stack((before.argmax(-1), after.argmax(-1))).cpu()
+                columns.append(torch.cat((found, choices, index[:, span][mask][None])))
+                bar.update(len(token))
+    table = torch.cat(columns, 1)
+    loss_before, loss, kl, same = table[:4].mean(1).tolist()
+    for name, value in ((scorer.name, loss), (other.name if other else "", loss_before)):
+        if not value < 700:  # NaN too
+            raise ValueError(f"{name}: the loss is {value:g}: the checkpoint is damaged, or --dtype too narrow")
+    bits = float(table[1].sum()) / math.log(2)
+    record: dict[str, Any] = {"perplexity": math.exp(loss), "bits_per_byte": bits / text.size}
+    record |= {"tokens": table.shape[1], "bytes": text.size, "window": text.tokens.shape[1], "stride": text.stride}
+    record["compiled"] = scorer.layer is not None
+    if other:
+        record |= {"against": other.name, "perplexity_against": math.exp(loss_before), "kl_mean": kl}
+        record |= {"kl_p99": float(table[2].quantile(0.99)), "top1_agreement": same}
+        record["worst"] = worst(scorer.tokenizer, text.ids, table)
+    return record | {"seconds": time.perf_counter() - began}
+
+
+def worst(tokenizer: Tokenizer, ids: list[int], table: Tensor) -> list[dict[str, Any]]:
+    """The positions where the two differ most: what stands before them, what follows, and both first choices."""
+    found = []
+    for column in table[:, table[2].argsort(descending=True, stable=True)[:WORST]].t().tolist():
+        kl, (choice_before, choice, position) = column[2], map(int, column[4:])
+        before = tokenizer.decode(ids[max(0, position - 12) : position])[-30:]
+        names = zip(("token", "choice_against", "choice"), (ids[position], choice_before, choice))
+        words = {name: tokenizer.piece(i).decode(errors="replace") for name, i in names}
+        found.append({"position": position, "kl": kl, "before": before} | words)
+    return found
+
+
+def check_vocabularies(scorer: Scorer, other: Scorer) -> None:
+    """ValueError unless every id means the same to both."""
+    sizes = scorer.engine.vocab_size, other.engine.vocab_size
+    differs = draft_mismatch(other.tokenizer, scorer.tokenizer, min(sizes))
+    if differs or sizes[0] != sizes[1]:
+        reason = differs.replace("draft", "first").replace("target", "second") or f"{sizes[0]} and {sizes[1]} ids"
+        raise ValueError(f"{scorer.name} and {other.name} cannot be compared, their vocabularies differ: {reason}")
+
+
+def report(records: list[dict[str, Any]]) -> None:
+    """A table of all checkpoints, the worst positions of each, and one JSON line: the first checkpoint's numbers, and
+    those of all, if there are several, under "checkpoints".
+    """
+    names = [f"{r['checkpoint']} ({r['dtype']})" for r in records]
+    columns = [c for c in COLUMNS if c[0] in records[0]]
+    width = max(map(len, names))
+    if columns:
+        print(" " * width + "".join(f"{head:>14}" for _, head, _ in columns))
+    for name, r in zip(names, records) if columns else ():
+        print(f"{name:{width}}" + "".join(f"{r[key]:>14{form}}" for key, _, form in columns))
+    for r in records:
+        for task, metrics in r.get("tasks", {}).items():
+            print(f"{r['checkpoint']}: {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        if "worst" in r:
+            print(f"\nwhere {r['checkpoint']} is furthest from {r['against']}, and what each would say first:")
+            print(f"{'position':>9}{'KL':>9}  {'before':34}{'text':>16}{'against':>16}{'checkpoint':>16}")
+        for w in r.get("worst", []):
+            words = "".join(f"{w[key]!r:>16}" for key in ("token", "choice_against", "choice"))
+            print(f"{w['position']:9}{w['kl']:9.4f}  {w['before']!r:34}{words}")
+    print(json.dumps(records[0] | ({"checkpoints": records} if len(records) > 1 else {})))
+
+
+def run_tasks(scorer: Scorer, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Numbers by task and metric, from lm-evaluation-harness."""
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [path for path in sys.path if path != here] + [here]  # the harness imports a package `evaluate` too
+    return importlib.import_module("harness").run(scorer, args.tasks.split(","), args.task_folder)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Everything that was asked for, of one checkpoint after the other."""
+    if args.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError('--tasks needs lm-evaluation-harness: pip install -e ".[evaluate]"')
+    how, records, rank = (args.device, args.dtype, args.compile), [], 0
+    other = Scorer(args.against, *how) if args.against else None
+    for name in args.checkpoints:
+        scorer = Scorer(name, *how)
+        if other:
+            check_vocabularies(scorer, other)
+        record = {"checkpoint": name, "dtype": str(scorer.engine.dtype).removeprefix("torch.")}
+        if other or args.text or not args.tasks:
+            record |= measure(scorer, args, other)
+        if args.tasks:
+            record["tasks"] = run_tasks(scorer, args)
+        records.append(record)
+        rank = scorer.engine.model.tp.rank
+    if rank == 0:
+        report(records)
+
+
+# -- the comparison of quantizations ----------------
 
 
 def ways() -> list[dict[str, Any]]:
@@ -103,14 +346,15 @@ def table(args: argparse.Namespace) -> None:
                 output = folder
             elif way["tool"] == "ours":
                 settings = quantize.Settings(**{k: v for k, v in way.items() if k != "tool"})
-                how = (calibration, args.rows, length), (args.text, 0), pick_device(args.device)
+                how = (calibration, args.rows, length), (HELDOUT, 0), pick_device(args.device)
                 quantize.quantize(source, output, settings, *how)
             else:
                 worker = [str(output), f"{work}/rows.safetensors", str(way["group_size"]), str(int(way["act_order"]))]
                 subprocess.run([str(python), str(ROOT / "scripts" / "llm_compressor.py"), source, *worker], check=True)
                 for name in folder.glob("token*"):
                     shutil.copy(name, output)
-            value, tokens = perplexity(str(output), args.text, length, args.device)
+            found = measure(Scorer(str(output), args.device, "float32", False), args)
+            value, tokens = found["perplexity"], found["tokens"]
             base = base or value
             row = way | {
                 "perplexity": f"{value:.4f}",
@@ -126,17 +370,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ready()
     args = parse(argv)
     try:
-        if args.table:
-            table(args)
-        else:
-            for name in args.checkpoints:
-                value, tokens = perplexity(name, args.text, args.row_length, args.device)
-                print(f"{name}: perplexity {value:.4f} over {tokens} tokens")
+        (table if args.table else evaluate)(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        return refuse("evaluate.py", error)
     return 0
 
 
