@@ -112,14 +112,19 @@ CHUNK = 512  # tokens whose logits exist at a time: with a vocabulary of 150,000
 class Scorer:
     """An engine and logits of whole rows from it; its cache is its own, so that the engine may generate in between."""
 
-    def __init__(self, name: str, device: str | None, dtype: str, compile: bool | None) -> None:
-        self.name, self.engine = name, Engine.load(name, device=device, dtype=dtype, progress=sys.stderr.isatty())
-        experts = any(self.engine.model.config.sparse)
+    def __init__(self, name: str, engine: Engine, compile: bool | None = None) -> None:
+        """compile: a layer, used for all; None compiles on a GPU."""
+        self.name, self.engine, experts = name, engine, any(engine.model.config.sparse)
         if compile and experts:
             raise ValueError("--compile: the experts of a mixture are chosen by the host here; leave the flag out")
-        wanted = self.engine.cuda if compile is None else compile
+        wanted = engine.cuda if compile is None else compile
         self.layer = compiled(DecoderLayer.forward, "score", dynamic=True) if wanted and not experts else None
         self.cache: KVCache | None = None
+
+    @classmethod
+    def load(cls, name: str, args: argparse.Namespace) -> "Scorer":
+        engine = Engine.load(name, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty())
+        return cls(name, engine, args.compile)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -285,10 +290,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """Everything that was asked for, of one checkpoint after the other."""
     if args.tasks and importlib.util.find_spec("lm_eval") is None:
         raise ValueError('--tasks needs lm-evaluation-harness: pip install -e ".[evaluate]"')
-    how, records, rank = (args.device, args.dtype, args.compile), [], 0
-    other = Scorer(args.against, *how) if args.against else None
+    records, rank = [], 0
+    other = Scorer.load(args.against, args) if args.against else None
     for name in args.checkpoints:
-        scorer = Scorer(name, *how)
+        scorer = Scorer.load(name, args)
         if other:
             check_vocabularies(scorer, other)
         record = {"checkpoint": name, "dtype": str(scorer.engine.dtype).removeprefix("torch.")}
@@ -353,7 +358,8 @@ def table(args: argparse.Namespace) -> None:
                 subprocess.run([str(python), str(ROOT / "scripts" / "llm_compressor.py"), source, *worker], check=True)
                 for name in folder.glob("token*"):
                     shutil.copy(name, output)
-            found = measure(Scorer(str(output), args.device, "float32", False), args)
+            engine = Engine.load(output, device=args.device, dtype="float32")
+            found = measure(Scorer(str(output), engine, False), args)
             value, tokens = found["perplexity"], found["tokens"]
             base = base or value
             row = way | {

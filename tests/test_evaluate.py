@@ -193,7 +193,7 @@ def harness(monkeypatch):
     monkeypatch.delitem(sys.modules, "harness", raising=False)
     import harness as module
 
-    yield module.Harness(evaluate.Scorer(DRAFT, "cpu", "auto", None))
+    yield module.Harness(evaluate.Scorer(DRAFT, Engine.load(DRAFT, device="cpu")))
     sys.modules.pop("harness")
 
 

@@ -14,7 +14,8 @@ import model
 from sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["benchmark", "download", "evaluate", "golden", "machine_code", "quantize_shape", "selftest", "train_demo"]
+SCRIPTS = ["benchmark", "download", "evaluate", "golden", "machine_code", "plots", "quantize_shape"]
+SCRIPTS += ["selftest", "train_demo"]
 PROGRAMS = ["generate.py", "quantize.py", *(f"scripts/{name}.py" for name in SCRIPTS)]
 REFUSED = {  # arguments that no machine could take
     "generate.py": ["--max-new-tokens 0", "--temperature -1", "--top-k -1", "--top-p 0", "--min-p 1", "--no-such-flag"],
@@ -22,6 +23,7 @@ REFUSED = {  # arguments that no machine could take
     "scripts/benchmark.py": ["--shape tiny --batch 0", "--shape tiny --rows-table 1,17", ""],
     "scripts/evaluate.py": ["--row-length 3"],
     "scripts/golden.py": ["no-such-mode"],
+    "scripts/plots.py": ["--no-such-flag"],
     "scripts/machine_code.py": ["--sm 70", "--quick --write"],
     "scripts/quantize_shape.py": ["--mode int4"],
     "scripts/selftest.py": ["--num-draft-tokens 99"],
