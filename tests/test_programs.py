@@ -14,7 +14,7 @@ import model
 from sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["benchmark", "download", "evaluate", "golden", "machine_code", "plots", "quantize_shape"]
+SCRIPTS = ["benchmark", "download", "evaluate", "golden", "ladder", "machine_code", "plots", "quantize_shape"]
 SCRIPTS += ["selftest", "train_demo"]
 PROGRAMS = ["generate.py", "quantize.py", *(f"scripts/{name}.py" for name in SCRIPTS)]
 REFUSED = {  # arguments that no machine could take
@@ -23,6 +23,7 @@ REFUSED = {  # arguments that no machine could take
     "scripts/benchmark.py": ["--shape tiny --batch 0", "--shape tiny --rows-table 1,17", ""],
     "scripts/evaluate.py": ["--row-length 3"],
     "scripts/golden.py": ["no-such-mode"],
+    "scripts/ladder.py": ["--new-tokens 1", "--simulated-acceptance 2"],
     "scripts/plots.py": ["--no-such-flag"],
     "scripts/machine_code.py": ["--sm 70", "--quick --write"],
     "scripts/quantize_shape.py": ["--mode int4"],
