@@ -5,9 +5,7 @@ format looks like inside (`formats.py`) and how a model is run. Weights are read
 slice, straight to their device and dtype; safetensors only, never pickle.
 """
 
-import contextlib
 import json
-import math
 import os
 import re
 import sys
@@ -464,59 +462,9 @@ def fingerprint(folder: Path) -> int:
     return value
 
 
-def stored_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """What the folder's weights take in memory once loaded in `dtype`; read from the safetensors headers alone."""
-    weights, sizes, total = Weights(folder), {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}, 0
-    for name in weights:
-        part = weights.slice(name)
-        total += math.prod(part.get_shape()) * sizes.get(part.get_dtype(), dtype.itemsize)
-    return total
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on the device, in bytes."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has used, on a GPU or else of the host (0 where nobody says)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return 0
-
-
 def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
     """float32 on a CPU, elsewhere what the checkpoint declares."""
     return torch.float32 if device.type == "cpu" else checkpoint_dtype(read_config(folder))
-
-
-def check_weights_fit(
-    weights: Path | ModelConfig, dtype: torch.dtype, device: torch.device, tp: TensorParallel
-) -> None:
-    """ValueError, before anything is allocated, when a folder's weights, or those of a shape, do not fit the device.
-
-    A rank on a device of its own holds its share; ranks on a CPU share the memory.
-    """
-    if isinstance(weights, ModelConfig):
-        with torch.device("meta"):
-            need = sum(p.numel() for p in Transformer(weights).parameters()) * dtype.itemsize
-    else:
-        need = stored_bytes(weights, dtype)
-    need, free = need // (1 if device.type == "cpu" else tp.size), free_bytes(device)
-    if need > free:
-        raise ValueError(
-            f"the weights need {need / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free; "
-            "use a smaller --dtype or a quantized checkpoint (quantize.py)"
-        )
 
 
 def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[str, float] | None) -> Params:

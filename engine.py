@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import architectures
 import checkpoint
+import memory
 import tp as tensor_parallel
 from linear import Linear
 from model import DecoderLayer, KVCache, Transformer
@@ -188,11 +189,11 @@ class Engine:
         wants_kernels(options.kernels, device, dtype)  # refuses before anything is read
         if folder is None:
             config = architectures.shape_config(str(shape))
-            checkpoint.check_weights_fit(config, dtype, device, group)
+            memory.check_weights_fit(config, dtype, device, group)
             model = checkpoint.random_model(config, tp=group, device=device, dtype=dtype)
             engine = cls(model, Ids(config.vocab_size), options)
         else:
-            checkpoint.check_weights_fit(folder, dtype, device, group)
+            memory.check_weights_fit(folder, dtype, device, group)
             model = checkpoint.load(str(folder), tp=group, device=device, dtype=dtype, progress=progress)
             defaults = defaults or checkpoint.default_sampling(folder, SamplingParams, chosen)
             engine = cls(model, Tokenizer.from_folder(folder), options, defaults=defaults)
@@ -285,7 +286,7 @@ class Engine:
                 self.stats.decode_steps = max(len(a.ids) for a in answers) - 1
         finally:  # also when the caller stops asking
             prefix = max(map(len, rows)) + self.stats.decode_steps // 2
-            self.stats.bytes_per_step = self.model.bytes_per_step(len(rows), prefix)
+            self.stats.bytes_per_step = memory.bytes_per_step(self.model, len(rows), prefix)
             self._busy.release()
 
     def _prepare(self, batch_size: int, longest: int, limit: int, structure: Structure) -> None:
@@ -538,15 +539,7 @@ class Engine:
         slots = -(-(max_seq_len + slack) // 128) * 128
         self.cache = None  # free the old one first
         self._programs, self._cached = {}, []
-        per_slot = self.model.bytes_per_slot()
-        need, free = batch_size * slots * per_slot, checkpoint.free_bytes(self.device)
-        if need > free:
-            fits, rows = int(free // (batch_size * per_slot)) // 128 * 128 - slack, int(free // (slots * per_slot))
-            advice = [f"--max-seq-len {fits} at this batch"] * (fits > 0) + [f"a batch of {rows}"] * (rows > 0)
-            raise ValueError(
-                f"a cache of {batch_size} x {slots} slots needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-                f"what fits: {', or '.join(advice) or 'no cache at all'}"
-            )
+        memory.check_cache_fits(self.model, batch_size, slots, slack)
         self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
         self.state = State(batch_size, slots, self.vocab_size, self.device)
         self.static(*vars(self.state).values(), *self.cache.buffers())
@@ -567,7 +560,7 @@ class Engine:
 
     def peak_bytes(self) -> int:
         """The most memory that this process has used: of its GPU, or else of the host."""
-        return checkpoint.peak_bytes(self.device)
+        return memory.peak_bytes(self.device)
 
     @contextlib.contextmanager
     def profile(self, file: str) -> Iterator[None]:

@@ -369,20 +369,3 @@ class Transformer(nn.Module):
         if select is not None:
             x = x[torch.arange(x.shape[0], device=x.device), select][:, None]
         return self.tp.all_gather(self.lm_head(x, norm=self.norm))
-
-    def bytes_per_slot(self) -> int:
-        """Of this rank's cache, for one row."""
-        c, heads = self.config, self.config.num_key_value_heads // self.tp.size
-        return 2 * c.num_hidden_layers * heads * c.head_dim * self.norm.weight.element_size()
-
-    def bytes_per_step(self, batch_size: int, prefix: int) -> int:
-        """What a decode step must read: every weight and scale that it uses (of one embedding row), and the keys and
-        values of `prefix` slots, or of the window, in every row.
-        """
-        c, total = self.config, 0
-        for module in self.modules():
-            if isinstance(module, Linear):
-                rows = batch_size * c.num_experts_per_tok
-                total += module.bytes_read() * (min(rows, module.num_experts) if module.num_experts else 1)
-        slots = sum(min(prefix, window or prefix) for window in c.windows)
-        return total + batch_size * slots * self.bytes_per_slot() // c.num_hidden_layers

@@ -97,6 +97,7 @@ from torch._dynamo.utils import counters
 
 import architectures
 import checkpoint
+import memory
 import tp
 from engine import DTYPES, Engine, EngineOptions, pick_device
 from linear import Linear
@@ -225,7 +226,7 @@ def measure_decode(engine: Engine, args: argparse.Namespace, bandwidth: float, s
         "compile_s_cold": compile_s if engine.compile and cold else None,
         "compile_s_warm": compile_s if engine.compile and not cold else None,
         "first_token_s": first_token_s,
-        "peak_memory_gb": checkpoint.peak_bytes(engine.device) / 1e9,
+        "peak_memory_gb": memory.peak_bytes(engine.device) / 1e9,
     }
 
 

@@ -74,6 +74,7 @@ from tqdm import tqdm
 
 import architectures
 import checkpoint
+import memory
 import quantize
 import tp
 from engine import Engine, pick_device
@@ -174,7 +175,7 @@ class Ladder:
             row |= {"draft": fast["draft"], "mean_accepted": fast["mean_accepted"]}
         described = benchmark.describe(engine, setting)
         row |= {key: described[key] for key in ("dtype", "kernels", "compiled", "tp")}
-        row |= {"memory_gb": memory(engine) / 1e9, "perplexity": self.perplexity(rung.bits, engine)}
+        row |= {"memory_gb": held_bytes(engine) / 1e9, "perplexity": self.perplexity(rung.bits, engine)}
         return row | {"weights": row["dtype"] if rung.bits == 16 else FORMATS[rung.bits]}
 
     def perplexity(self, bits: int, engine: Engine) -> float | None:
@@ -220,11 +221,11 @@ class Ladder:
         first, whole = (times[len(times) // 2] for times in (firsts, wholes))
         row: dict[str, Any] = {"rung": FIRST, "tok_s": (args.new_tokens - 1) / (whole - first)}
         row |= {"ttft_ms": 1e3 * first, "dtype": str(dtype).removeprefix("torch."), "kernels": "transformers"}
-        size = checkpoint.peak_bytes(self.device) if self.device.type == "cuda" else model.get_memory_footprint()
+        size = memory.peak_bytes(self.device) if self.device.type == "cuda" else model.get_memory_footprint()
         return row | {"memory_gb": size / 1e9, "compiled": False, "tp": 1, "weights": row["dtype"]}
 
 
-def memory(engine: Engine) -> int:
+def held_bytes(engine: Engine) -> int:
     """Bytes: on a GPU the most that was allocated; elsewhere weights and caches, of a draft too."""
     if engine.cuda:
         return engine.peak_bytes()

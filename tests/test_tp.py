@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import architectures
 import checkpoint
+import memory
 import tp
 from engine import Engine
 from formats import QuantConfig, Quantized, Scheme, pack
@@ -181,11 +182,11 @@ def test_a_rank_needs_memory_for_its_share(tiny, monkeypatch, shape):
     weights = architectures.shape_config("tiny") if shape else tiny()[0]
     whole = checkpoint.random_model(weights, dtype=torch.float32) if shape else checkpoint.load(str(weights))
     need = sum(p.nbytes for p in whole.parameters())
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: need - 1)
-    checkpoint.check_weights_fit(weights, torch.float32, torch.device("cuda"), TensorParallel(0, 2))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: need - 1)
+    memory.check_weights_fit(weights, torch.float32, torch.device("cuda"), TensorParallel(0, 2))
     for device, group in (("cuda", TensorParallel()), ("cpu", TensorParallel(0, 2))):
         with pytest.raises(ValueError, match=f"on {device} and"):
-            checkpoint.check_weights_fit(weights, torch.float32, torch.device(device), group)
+            memory.check_weights_fit(weights, torch.float32, torch.device(device), group)
 
 
 def test_one_process_needs_no_group(monkeypatch):

@@ -1,0 +1,101 @@
+"""How many bytes weights, a cache and a decode step take, and how many there are.
+
+Knows devices and sizes. Refuses to know what the bytes mean.
+"""
+
+import contextlib
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint import Weights
+from linear import Linear
+from model import ModelConfig, Transformer
+from tp import TensorParallel
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device, in bytes."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has used, on a GPU or else of the host (0 where nobody says)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
+
+
+def stored_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """What the folder's weights take in memory once loaded in `dtype`; read from the safetensors headers alone."""
+    weights, sizes, total = Weights(folder), {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}, 0
+    for name in weights:
+        part = weights.slice(name)
+        total += math.prod(part.get_shape()) * sizes.get(part.get_dtype(), dtype.itemsize)
+    return total
+
+
+def check_weights_fit(
+    weights: Path | ModelConfig, dtype: torch.dtype, device: torch.device, tp: TensorParallel
+) -> None:
+    """ValueError, before anything is allocated, when a folder's weights, or those of a shape, do not fit the device.
+
+    A rank on a device of its own holds its share; ranks on a CPU share the memory.
+    """
+    if isinstance(weights, ModelConfig):
+        with torch.device("meta"):
+            need = sum(p.numel() for p in Transformer(weights).parameters()) * dtype.itemsize
+    else:
+        need = stored_bytes(weights, dtype)
+    need, free = need // (1 if device.type == "cpu" else tp.size), free_bytes(device)
+    if need > free:
+        raise ValueError(
+            f"the weights need {need / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free; "
+            "use a smaller --dtype or a quantized checkpoint (quantize.py)"
+        )
+
+
+def check_cache_fits(model: Transformer, batch_size: int, slots: int, slack: int) -> None:
+    """ValueError, with what would fit, when a cache of batch_size rows of `slots` slots does not fit beside the model;
+    `slack` of the slots are not for kept tokens.
+    """
+    device, per_slot = model.norm.weight.device, bytes_per_slot(model)
+    need, free = batch_size * slots * per_slot, free_bytes(device)
+    if need > free:
+        fits, rows = int(free // (batch_size * per_slot)) // 128 * 128 - slack, int(free // (slots * per_slot))
+        advice = [f"--max-seq-len {fits} at this batch"] * (fits > 0) + [f"a batch of {rows}"] * (rows > 0)
+        raise ValueError(
+            f"a cache of {batch_size} x {slots} slots needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            f"what fits: {', or '.join(advice) or 'no cache at all'}"
+        )
+
+
+def bytes_per_slot(model: Transformer) -> int:
+    """Of this rank's cache, for one row."""
+    c, heads = model.config, model.config.num_key_value_heads // model.tp.size
+    return 2 * c.num_hidden_layers * heads * c.head_dim * model.norm.weight.element_size()
+
+
+def bytes_per_step(model: Transformer, batch_size: int, prefix: int) -> int:
+    """What a decode step must read: every weight and scale that it uses (of one embedding row), and the keys and values
+    of `prefix` slots, or of the window, in every row.
+    """
+    c, total = model.config, 0
+    for module in model.modules():
+        if isinstance(module, Linear):
+            rows = batch_size * c.num_experts_per_tok
+            total += module.bytes_read() * (min(rows, module.num_experts) if module.num_experts else 1)
+    slots = sum(min(prefix, window or prefix) for window in c.windows)
+    return total + batch_size * slots * bytes_per_slot(model) // c.num_hidden_layers
