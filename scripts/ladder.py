@@ -138,16 +138,21 @@ class Ladder:
         if args.shape or bits in self.names:
             return self.names.get(bits)
         mode = "int8" if bits == 8 else "int4-gptq"
-        folder = args.output / mode
+        folder, problem = args.output / mode, ""
         if self.group.rank == 0:
             settings = quantize.Settings(mode, -1 if bits == 8 else quantize.AUTO)
-            texts = (None, args.rows if bits == 4 else 0, 512), (evaluate.HELDOUT, 0)
-            with contextlib.redirect_stdout(io.StringIO()):  # a line for every Linear
-                quantize.quantize(args.checkpoint, folder, settings, *texts, self.device, force=True)
-        if self.group.size > 1:
-            torch.distributed.barrier()
+            # one rank alone cannot generate: with several, the text is a file instead of the model's own
+            text = ROOT / "data" / "calibration.txt" if self.group.size > 1 else None
+            texts = (text, args.rows if bits == 4 else 0, 512), (evaluate.HELDOUT, 0)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # a line for every Linear
+                    quantize.quantize(args.checkpoint, folder, settings, *texts, self.device, force=True)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        if problem := self.group.share(problem):  # the others wait here for the first
+            raise ValueError(problem)
         self.names[bits] = str(folder)
-        return str(folder)
+        return self.names[bits]
 
     def setting(self, rung: Rung) -> argparse.Namespace:
         """benchmark.py's arguments for a rung."""
@@ -243,7 +248,7 @@ def climb(args: argparse.Namespace) -> dict[str, Any]:
         try:
             rows.append(dict.fromkeys(KEYS) | run())
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the others are not lost for this one
-            if ladder.group.size > 1:
+            if ladder.group.size > 1 and not isinstance(error, ValueError):  # perhaps on one rank alone
                 raise
             skipped.append({"rung": name, "reason": " ".join(str(error).split())[:200] or type(error).__name__})
         torch._dynamo.reset()
