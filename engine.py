@@ -146,7 +146,7 @@ class Engine:
         self.cuda = self.device.type == "cuda"
         self.compile = self.cuda if options.compile is None else options.compile
         self.use_kernels = wants_kernels(options.kernels, self.device, self.dtype)
-        self.switch_kernels_(self.use_kernels)
+        self.switch_kernels_(self.use_kernels or (options.kernels == "auto" and self.device.type == "cpu"))
         windows = [w for w in model.config.windows if w]  # bounds the mask of a long prompt
         self.prefill_chunk = options.prefill_chunk or (max(min(windows), 512) if windows else 0)
         self._prefill_layer: Function = DecoderLayer.__call__

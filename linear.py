@@ -59,6 +59,9 @@ class FastQuantized(FastLinear, Protocol):
     def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
         """The inverse of `pack`: int8 [..., N, K]."""
 
+    def constants(self, linear: "QuantizedLinear") -> Tensor | None:
+        """What this path makes of scales and zero points and keeps in `fast_constants`."""
+
     def matrix(self, linear: "QuantizedLinear", experts: Experts, dtype: torch.dtype) -> Tensor | None:
         """What `QuantizedLinear.matrix` returns, or None."""
 
@@ -111,15 +114,17 @@ class Linear(nn.Module):
         added = None if residual is None else residual.reshape(-1, residual.shape[-1])
         y = None if self.fast is None else self.fast(self, rows, norm, added, silu_mul, experts)
         if y is None:
-            y = self.product(rows if norm is None else norm(rows), experts)
-            if self.bias is not None:
-                y = y + self.bias
-            if silu_mul:
-                gate, up = y.chunk(2, dim=-1)
-                y = F.silu(gate) * up
-            if added is not None:
-                y = y + added
+            y = self.finish(self.product(rows if norm is None else norm(rows), experts), added, silu_mul)
         return y.reshape(*x.shape[:-1], -1)
+
+    def finish(self, y: Tensor, residual: Tensor | None, silu_mul: bool) -> Tensor:
+        """What follows the matrix product [M, N]: the bias, the gate, the residual."""
+        if self.bias is not None:
+            y = y + self.bias
+        if silu_mul:
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        return y if residual is None else y + residual
 
     def product(self, x: Tensor, experts: Experts) -> Tensor:
         """x [M, K] -> [M, N]: the matrix product alone."""
@@ -140,7 +145,8 @@ class Linear(nn.Module):
 
     def bytes_read(self) -> int:
         """Bytes that one row reads: every weight and scale once, of one expert only."""
-        total = sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        total = sum(t.nbytes for name, t in tensors.items() if name != "fast_constants")
         return total // max(self.num_experts, 1)
 
 
@@ -166,6 +172,7 @@ class QuantizedLinear(Linear):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     permutation: Tensor | None
+    fast_constants: Tensor | None  # the fast path's own, made of the scales; in no `state_dict`
     bits: int
     stored: torch.dtype  # of the plain layout
 
@@ -174,6 +181,7 @@ class QuantizedLinear(Linear):
         self.register_buffer("weight_scale", torch.empty(0, device=device, dtype=dtype))
         self.register_buffer("weight_zero_point", None)
         self.register_buffer("permutation", None)
+        self.register_buffer("fast_constants", None, persistent=False)
 
     def lay(self, q: Tensor) -> Tensor:
         """q int8 [..., N, K] in the plain layout."""
@@ -185,16 +193,22 @@ class QuantizedLinear(Linear):
 
     def set_(self, q: Tensor, scale: Tensor, zero: Tensor | None, permutation: Tensor | None = None) -> None:
         """Take logical values: q int8 [N, K]; scale, zero [N, G], zero signed or None; permutation [K] or None."""
-        self.weight_packed = self.lay(q) if self.fast is None else self.fast.pack(q)
         self.weight_scale = scale.contiguous()
         self.weight_zero_point = None if zero is None else zero.to(scale.dtype)
         self.permutation = permutation
+        self._lay_out_(q)
+
+    def _lay_out_(self, q: Tensor) -> None:
+        fast = self.fast
+        self.weight_packed = self.lay(q) if fast is None else fast.pack(q)
+        self.fast_constants = None if fast is None else fast.constants(self)
 
     def use_(self, fast: FastQuantized | None) -> None:
         """Switch to a fast path, or with None back to the plain expression; lays the integers out anew."""
         if fast is not self.fast:
             q = self.values(self.weight_packed)
-            self.weight_packed, self.fast = (self.lay(q) if fast is None else fast.pack(q)), fast
+            self.fast = fast
+            self._lay_out_(q)
 
     def operands(self, experts: Experts) -> tuple[Tensor, Tensor, Tensor | None]:
         """(weight_packed, weight_scale, weight_zero_point), of the experts chosen."""

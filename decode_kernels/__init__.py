@@ -1,4 +1,4 @@
-"""Triton kernels for decoding at the speed of the memory bus: the front door.
+"""Triton kernels, and PyTorch's CPU operators, for decoding at the speed of the memory bus: the front door.
 
 Knows which modules have a fast path, and which devices, shapes and dtypes the kernels serve. `use_(model)` sets the
 field `fast` of a model's modules; a fast path returns None for what it does not serve, and the module goes on in plain
@@ -48,8 +48,13 @@ def supported(device: torch.device) -> bool:
 
 def use_(model: nn.Module, on: bool = True) -> None:
     """Set the fast path of every module under `model` that has one, or clear it. The weights must lie where they will
-    be used; quantized ones are laid out anew, one matrix at a time.
+    be used; quantized ones are laid out anew, one matrix at a time. On a CPU the fast paths are those of `cpu.py`.
     """
+    if not INTERPRETED and all(t.is_cpu for t in (*model.parameters(), *model.buffers())):
+        from decode_kernels import cpu
+
+        cpu.use_(model, on)
+        return
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.use_({8: INT8, 4: INT4}[module.bits] if on else None)
@@ -127,6 +132,9 @@ class Quantized(Dense):
         from decode_kernels import quantized
 
         return quantized.unpack(packed, self.bits)[..., :n, :k]
+
+    def constants(self, linear: QuantizedLinear) -> Tensor | None:
+        return None
 
     def matrix(self, linear: QuantizedLinear, experts: Experts, dtype: torch.dtype) -> Tensor | None:
         """By a kernel that reads the integers once: what a prefill multiplies by."""

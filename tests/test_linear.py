@@ -123,6 +123,9 @@ class Scrambled:
     def unpack(self, packed, n, k):
         return packed.flip(-2)
 
+    def constants(self, linear):
+        return None
+
     def matrix(self, linear, experts, dtype):
         return None
 

@@ -1,0 +1,246 @@
+"""PyTorch's own CPU operators as fast paths: a decode step at the memory's speed without a compiler, and with one.
+
+Knows which operator reads which weight format fastest, the layout that it wants, and how few calls make an attention
+step. Refuses to know Triton, files and how a model is run. Most operators here begin with an underscore, and so promise
+nothing: each is tried once on a small case against the plain expression, and where it is missing or answers otherwise
+the modules stay plain.
+
+    format   one row                                        more rows
+    bf16     ATen's matrix-vector product, 13.8 G weights/s   oneDNN's matrix product from three rows on
+    fp16     the same, 22.0 G weights/s                       from seventeen rows on a float32 product
+    int8     `_weight_int8pack_mm`, 19.7 G weights/s          from seventeen rows on the plain expression
+    int4     `_weight_int4pack_mm_for_cpu`, 36 G weights/s    the same
+
+(Two cores of an AMD EPYC with AVX-512, torch 2.13; oneDNN reads one row of bf16 at 8.1, MKL one of float32 at 4.2.) In
+a compiled layer Inductor makes one loop of w * x and its sum, which reads bf16 at 15.0, float32 at 6.5 and int8 at 31.4
+G weights/s.
+
+The layout of int4 is that of `_convert_weight_to_int4pack_for_cpu`, which depends on the processor. Its inverse needs
+not know it: the product of the unit matrix with the weight is the weight. Example: for q = [[-8, 7, ...]] the operator
+takes q + 8 = [[0, 15, ...]] and with scale 1 and zero 0 multiplies by (0 - 8) = -8, (15 - 8) = 7, ...
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear import Experts, Int4Linear, Int8Linear, Linear, QuantizedLinear, RMSNorm
+from model import DECODE_TOKENS, Attention, LayerCache, rotate
+
+aten = torch.ops.aten
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def use_(model: nn.Module, on: bool) -> None:
+    """As `decode_kernels.use_`, for a model that lies on a CPU."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            path = INT8 if isinstance(module, Int8Linear) else INT4
+            module.use_(path if on and path.covers(module) else None)
+        elif isinstance(module, Linear):
+            module.fast = DENSE if on and DENSE.covers(module) else None
+        elif isinstance(module, Attention):
+            module.fast = attend if on else None
+
+
+class Dense:
+    """`Linear.fast` for weights in the activations' dtype: see `linear.FastLinear`."""
+
+    def covers(self, linear: Linear) -> bool:
+        return _knows_gemv()
+
+    def __call__(
+        self, linear: Linear, x: Tensor, norm: RMSNorm | None, residual: Tensor | None, silu_mul: bool, experts: Experts
+    ) -> Tensor | None:
+        if not self.serves(linear, x, experts):
+            return None
+        x = x if norm is None else normalized(x, norm)
+        if isinstance(experts, Tensor):  # each row reads its own matrix, and no copy of it is made
+            pairs = zip(x.split(1), experts.tolist())
+            y = torch.cat([self.product(linear, row, expert) for row, expert in pairs])
+        else:
+            y = self.product(linear, x, experts)
+        return linear.finish(y, residual, silu_mul)
+
+    def serves(self, linear: Linear, x: Tensor, experts: Experts) -> bool:
+        if torch.compiler.is_compiling():
+            return len(x) == 1 and not isinstance(experts, Tensor)
+        few = len(x) <= 2 or isinstance(experts, Tensor)
+        return x.dtype in HALVES and x.dtype == linear.weight.dtype and (few or x.dtype == torch.float16)
+
+    def product(self, linear: Linear, x: Tensor, one: int | None) -> Tensor:
+        w = linear.weight if one is None else linear.weight[one]
+        if torch.compiler.is_compiling():
+            return (w.float() * x.float()).sum(-1)[None].to(x.dtype)
+        if len(x) > DECODE_TOKENS:  # of fp16, which oneDNN multiplies four times slower where there is no AMX
+            return F.linear(x.float(), w.float()).to(x.dtype)
+        return gemv(x, w)
+
+
+def normalized(x: Tensor, norm: RMSNorm) -> Tensor:
+    """norm(x); for one row in five operations, 6 us where PyTorch's nine take 13, 61 times a token of 30 layers."""
+    if len(x) > 1 or torch.compiler.is_compiling():
+        return norm(x)
+    row = x[0].float()
+    gain = (float(row.dot(row)) / len(row) + norm.eps) ** -0.5
+    return (row * norm.weight).mul_(gain).to(x.dtype)[None]
+
+
+def gemv(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, K] by w [N, K] in bf16 or fp16 through ATen's own kernels, summed in float32.
+
+    Whether oneDNN multiplies is a switch of the whole process, so it is put back at once. (The context manager for it,
+    `torch.backends.mkldnn.flags`, takes 8 us and warns of other devices' settings.)
+    """
+    was = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return F.linear(x, w)
+    finally:
+        torch._C._set_mkldnn_enabled(was)
+
+
+class Int8(Dense):
+    """`Linear.fast` for int8 weights in their plain layout: see `linear.FastQuantized`."""
+
+    def covers(self, linear: Linear) -> bool:
+        return _knows_int8()
+
+    def serves(self, linear: Linear, x: Tensor, experts: Experts) -> bool:
+        one = not isinstance(experts, Tensor)
+        return one and (len(x) == 1 or not torch.compiler.is_compiling())
+
+    def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
+        q, scale, _ = linear.operands(one)
+        if torch.compiler.is_compiling():
+            return ((q.float() * x.float()).sum(-1) * scale.float())[None].to(x.dtype)
+        fits = x.shape[-1] % 32 == 0  # for K = 577 the operator answers 1e37: it reads 16 numbers at a time and no rest
+        if fits and len(x) <= DECODE_TOKENS and x.dtype in HALVES and scale.dtype == x.dtype:
+            return aten._weight_int8pack_mm(x.contiguous(), q, scale)
+        return (F.linear(x, q.to(x.dtype)).float() * scale.float()).to(x.dtype)
+
+    def pack(self, q: Tensor) -> Tensor:
+        return q.contiguous()
+
+    def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
+        return packed
+
+    def constants(self, linear: QuantizedLinear) -> Tensor | None:
+        return None
+
+    def matrix(self, linear: QuantizedLinear, experts: Experts, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+
+class Int4(Int8):
+    """`Linear.fast` for int4 weights: packed by `_convert_weight_to_int4pack_for_cpu`."""
+
+    def covers(self, linear: Linear) -> bool:
+        assert isinstance(linear, Int4Linear)
+        n, groups = linear.out_features, max(linear.weight_scale.shape[-1], 1)
+        fits = linear.num_experts == 0 and n % 16 == 0 and linear.in_features / groups in (32, 64, 128, 256)
+        return fits and linear.weight_scale.dtype in HALVES and _knows_int4()
+
+    def serves(self, linear: Linear, x: Tensor, experts: Experts) -> bool:
+        assert isinstance(linear, Int4Linear)
+        return x.dtype == linear.weight_scale.dtype
+
+    def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
+        group = linear.in_features // linear.weight_scale.shape[-1]
+        return aten._weight_int4pack_mm_for_cpu(x.contiguous(), linear.weight_packed, group, linear.fast_constants)
+
+    def pack(self, q: Tensor) -> Tensor:
+        return aten._convert_weight_to_int4pack_for_cpu((q + 8).int(), 1)
+
+    def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
+        """By the unit matrix, 256 of its rows at a time: 15 ms for 3072 x 576."""
+        plain = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).repeat(k // 32, n, 1)
+        q = torch.empty(n, k, dtype=torch.int8)
+        for a in range(0, k, 256):
+            unit = torch.zeros(min(256, k - a), k, dtype=torch.bfloat16)
+            unit.diagonal(a).fill_(1.0)
+            q[:, a : a + len(unit)] = aten._weight_int4pack_mm_for_cpu(unit, packed, 32, plain).t()
+        return q
+
+    def constants(self, linear: QuantizedLinear) -> Tensor | None:
+        """[G, N, 2]: w = (q + 8 - 8) * scale + shift, with shift = -zero * scale."""
+        scale, zero = linear.weight_scale, linear.weight_zero_point
+        shift = torch.zeros_like(scale) if zero is None else -zero.float() * scale.float()
+        return torch.stack((scale, shift.to(scale.dtype)), -1).transpose(0, 1).contiguous()
+
+
+DENSE, INT8, INT4 = Dense(), Int8(), Int4()
+
+
+def attend(
+    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache
+) -> Tensor | None:
+    """`Attention.fast`: up to 16 new tokens of one sequence, whose positions must be consecutive; it reads the slots
+    that are filled and no others: qkv [1, T, (H + 2 Hkv) Dh] -> [1, T, H Dh].
+    """
+    b, t, _ = qkv.shape
+    if b > 1 or t > DECODE_TOKENS or torch.compiler.is_compiling():
+        return None
+    h, hkv, dh, start = attention.num_heads, attention.num_kv_heads, attention.head_dim, int(positions[0, 0])
+    end, first = start + t, max(0, start + 1 - attention.window) if attention.window else 0
+    heads = qkv.view(t, h + 2 * hkv, dh)
+    if attention.q_norm is not None and attention.k_norm is not None:
+        turned = torch.cat((attention.q_norm(heads[:, :h]), attention.k_norm(heads[:, h : h + hkv])), 1)
+    else:
+        turned = heads[:, : h + hkv]
+    turned = rotate(turned, cos[0], sin[0])
+    cache.k[0, :, start:end] = turned[:, h:].transpose(0, 1)
+    cache.v[0, :, start:end] = heads[:, h + hkv :].transpose(0, 1)
+    k, v = cache.k[:, :, first:end], cache.v[:, :, first:end]
+    q = turned[:, :h].reshape(t, hkv, h // hkv, dh).permute(1, 2, 0, 3).reshape(1, hkv, h // hkv * t, dh)
+    mask = None
+    if t > 1:  # row m of q is token m % t
+        slots, at = torch.arange(first, end), positions[0, :, None]
+        mask = (slots <= at) & (slots > at - (attention.window or end))
+        mask = mask.repeat(h // hkv, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.view(hkv, h // hkv, t, dh).permute(2, 0, 1, 3).reshape(1, t, h * dh)
+
+
+# -- does this PyTorch have the operators, and do they what is said here? ----------------
+
+
+def _case(k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [2, k], q int8 [64, k] in -8..7 and scale [64], all of them exact in bf16."""
+    x = (torch.arange(2 * k) % 5 - 2).view(2, k).bfloat16()
+    q = ((torch.arange(64 * k) * 7) % 16 - 8).view(64, k).to(torch.int8)
+    return x, q, (torch.arange(64) % 3 + 1).bfloat16()
+
+
+@cache
+def _knows_gemv() -> bool:
+    x, q, _ = _case(32)
+    try:
+        return torch.equal(gemv(x[:1], q.bfloat16()), F.linear(x[:1].float(), q.float()).bfloat16())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+@cache
+def _knows_int8() -> bool:
+    x, q, scale = _case(32)
+    try:
+        got = aten._weight_int8pack_mm(x, q, scale).float()
+    except (AttributeError, RuntimeError):
+        return False
+    want = F.linear(x.float(), q.float()) * scale.float()
+    return torch.allclose(got, want, rtol=2**-7)
+
+
+@cache
+def _knows_int4() -> bool:
+    x, q, scale = _case(64)
+    try:
+        constants = torch.stack((scale, scale), -1).repeat(2, 1, 1)  # shift = scale: w = (q + 1) * scale
+        got = aten._weight_int4pack_mm_for_cpu(x, INT4.pack(q), 32, constants).float()
+        same = torch.equal(INT4.unpack(INT4.pack(q), 64, 64), q)
+    except (AttributeError, RuntimeError):
+        return False
+    return same and torch.allclose(got, F.linear(x.float(), (q.float() + 1) * scale.float()[:, None]), rtol=2**-7)

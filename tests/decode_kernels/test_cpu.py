@@ -1,0 +1,144 @@
+"""PyTorch's own CPU operators against the plain modules on the same weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import decode_kernels
+from architectures import shape_config
+from checkpoint import quantized_copy, random_model
+from decode_kernels import INTERPRETED, cpu
+from engine import Engine
+from linear import Int4Linear, Linear, RMSNorm, from_linear, quantize_rtn
+from model import Attention, KVCache, angles
+from sampling import SamplingParams
+from tokenizer import Ids
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="in the interpreter a CPU runs the Triton kernels")
+HALVES = [torch.bfloat16, torch.float16]
+# relative to the largest output: both sum in float32 and round the result; the plain ones round the matrix first
+TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
+SHAPES = [(64, 48), (96, 17), (576, 960), (577, 33), (128, 1)]  # (K, N)
+
+
+def make(kind: str, k: int, n: int, dtype: torch.dtype, experts: int = 0, bias: bool = False) -> Linear:
+    g = torch.Generator().manual_seed(k + n)
+    linear = Linear(k, n, bias, num_experts=experts, dtype=dtype)
+    linear.weight.copy_(torch.randn(linear.shape, generator=g) * k**-0.5)
+    if linear.bias is not None:
+        linear.bias.copy_(torch.randn(n, generator=g))
+    if kind == "dense":
+        return linear
+    out = from_linear(linear, int(kind[3]), 32 if k % 32 == 0 else k)
+    if kind == "int4 zero":
+        q, scale = quantize_rtn(linear.weight, 4, 32 if k % 32 == 0 else k, dtype)
+        out.set_(q, scale, torch.randint(-8, 8, scale.shape, generator=g, dtype=torch.int8))
+    return out
+
+
+def agree(linear: Linear, dtype: torch.dtype, rows: int, **options: object) -> None:
+    x = torch.randn(rows, linear.in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    state = {name: t.clone() for name, t in linear.state_dict().items()}
+    want = linear(x, **options).float()
+    decode_kernels.use_(linear)
+    got = linear(x, **options).float()
+    assert (got - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1)
+    kept = linear.state_dict()
+    assert kept.keys() == state.keys() and all(torch.equal(kept[name], t) for name, t in state.items())
+    decode_kernels.use_(linear, False)
+    assert linear.fast is None and torch.equal(linear(x, **options).float(), want)
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int4 zero"])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("k, n", SHAPES)
+def test_every_format_and_shape_against_the_plain_expression(kind, dtype, k, n):
+    linear = make(kind, k, n, dtype, bias=kind == "dense")
+    for rows in (1, 2, 3, 8, 16, 17, 40):
+        agree(linear, dtype, rows)
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_is_fused_around_the_product(kind, rows):
+    dtype, linear, norm = torch.bfloat16, make(kind, 128, 96, torch.bfloat16), RMSNorm(128, 1e-5)
+    norm.weight.copy_(torch.linspace(0.5, 1.5, 128))
+    norm.to(dtype)
+    agree(linear, dtype, rows, norm=norm, silu_mul=True, residual=torch.ones(rows, 48, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
+def test_experts(kind):
+    linear = make(kind, 64, 48, torch.bfloat16, experts=3)
+    agree(linear, torch.bfloat16, 4, experts=torch.tensor([2, 0, 2, 1]))
+    agree(linear, torch.bfloat16, 2, experts=1)
+
+
+def test_the_formats_are_served_where_the_processor_has_the_operators():
+    """A fast path that silently serves nothing would pass every other test here."""
+    for kind, known in (("dense", cpu._knows_gemv()), ("int8", cpu._knows_int8()), ("int4", cpu._knows_int4())):
+        linear = make(kind, 64, 48, torch.bfloat16)
+        decode_kernels.use_(linear)
+        assert (linear.fast is not None) == known
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert cpu._knows_gemv() and cpu._knows_int8() and cpu._knows_int4()
+
+
+def test_onednn_is_as_it_was_after_a_product_and_after_an_error():
+    x, w = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(4, 9, dtype=torch.bfloat16)
+    before = torch._C._get_mkldnn_enabled()
+    with pytest.raises(RuntimeError):
+        cpu.gemv(x, w)
+    assert torch._C._get_mkldnn_enabled() == before
+    cpu.gemv(x, w[:, :8])
+    assert torch._C._get_mkldnn_enabled() == before
+
+
+def test_new_scales_reach_a_model_that_uses_a_fast_path():
+    linear, other = (make("int4", 64, 48, torch.bfloat16) for _ in range(2))
+    assert isinstance(linear, Int4Linear) and isinstance(other, Int4Linear)
+    other.weight_scale *= 2
+    decode_kernels.use_(linear)
+    linear.load_state_dict(other.state_dict())
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    torch.testing.assert_close(linear(x), other(x), atol=2**-6, rtol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("new", [1, 4, 16])
+def test_attention_against_the_plain_one(dtype, window, qk_norm, new):
+    config = shape_config("tiny")
+    config = replace(config, windows=(window,) * config.num_hidden_layers, qk_norm=qk_norm)
+    attention = random_model(config, dtype=dtype).layers[0].self_attn
+    assert isinstance(attention, Attention)
+    caches = [KVCache(config, 1, 128, torch.device("cpu"), dtype).layers[0] for _ in range(2)]
+    g = torch.Generator().manual_seed(new)
+    filled = torch.randn(caches[0].k.shape, generator=g).to(dtype)
+    width = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    qkv = torch.randn(1, new, width, generator=g).to(dtype)
+    positions = torch.arange(20, 20 + new)[None]
+    cos, sin = angles(positions, torch.linspace(0.1, 1, config.head_dim // 2))
+    for cache in caches:
+        cache.k.copy_(filled)
+        cache.v.copy_(filled)
+    want = attention.attend(qkv, cos, sin, positions, caches[0], 128).float()
+    got = cpu.attend(attention, qkv, cos, sin, positions, caches[1])
+    assert got is not None and torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
+    assert (got.float() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_greedy_ids_in_float32_do_not_depend_on_the_fast_paths(bits):
+    torch.manual_seed(0)
+    model = random_model(shape_config("tiny"), dtype=torch.float32)
+    model = model if bits == 16 else quantized_copy(model, bits)
+    found = []
+    for kernels in ("auto", "inductor"):
+        pieces = Engine(model, Ids(512), kernels=kernels).generate(
+            [[1, 2, 3]], SamplingParams(0.0), max_new_tokens=24, ignore_eos=True
+        )
+        found.append([i for piece in pieces for i in piece.ids])
+    assert found[0] == found[1]
