@@ -142,3 +142,18 @@ def test_greedy_ids_in_float32_do_not_depend_on_the_fast_paths(bits):
         )
         found.append([i for piece in pieces for i in piece.ids])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4 zero"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_compiled_layer_takes_the_fast_paths_whole(kind, dtype):
+    """Traced without a graph break; what Inductor makes of the trace, the compiled engine's tests see."""
+    torch._dynamo.reset()  # it counts recompilations per line of source
+    linear, norm = make(kind, 64, 48, dtype), RMSNorm(64, 1e-5).to(dtype)
+    norm.weight.fill_(1.5)
+    decode_kernels.use_(linear)
+    traced = torch.compile(lambda x: linear(x, norm=norm), backend="eager", fullgraph=True, dynamic=False)
+    for rows in (1, 4):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        want = linear(x, norm=norm).float()
+        assert (traced(x).float() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1)
