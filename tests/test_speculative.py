@@ -248,7 +248,7 @@ def test_greedy_on_the_demo_pair(drafter, compile, plain_tale):
     k = 2 if drafter == "self-int4" else 4  # plain PyTorch is slow at it
     n = 100 if compile else 200 if drafter == "self-int4" else 510  # programs for 128 slots alone are compiled
     draft = TALES_DRAFT if drafter == "model" else drafter
-    engine = Engine.load(draft=draft, num_draft_tokens=k, device="cpu", compile=compile)
+    engine = Engine.load(draft=draft, num_draft_tokens=k, device="cpu", dtype="float32", compile=compile)
     assert run(engine, [plain_tale[0]], n=n) == [plain_tale[1][:n]]
     assert both(engine)
     assert len(engine.speculation.book) < n
@@ -256,7 +256,7 @@ def test_greedy_on_the_demo_pair(drafter, compile, plain_tale):
 
 @pytest.fixture(scope="module")
 def plain_tale():
-    engine = Engine.load(device="cpu")
+    engine = Engine.load(device="cpu", dtype="float32")
     prompt = engine.tokenizer.encode("There was once a king who had three sons")
     return prompt, run(engine, [prompt], n=510)[0]
 
