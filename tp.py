@@ -83,7 +83,7 @@ class TensorParallel:
     def check_same(self, value: int, what: str) -> None:
         """ValueError unless all ranks hold the same value, naming the ranks that differ from rank 0."""
         values = [value] * self.size
-        if self.size > 1:
+        if self.words is not None:
             dist.all_gather_object(values, value, group=self.words)
         if different := [str(rank) for rank, other in enumerate(values) if other != values[0]]:
             raise ValueError(
