@@ -156,6 +156,20 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return [p for p in prompts for _ in range(args.num_samples)]
 
 
+def of_ranks(engine: Engine) -> str:
+    """A line on what the sums over ranks cost in the last generation; empty for one rank. All ranks must call it."""
+    tp, config = engine.model.tp, engine.model.config
+    if tp.size == 1:
+        return ""
+    each, sums = (
+        tp.seconds(engine.stats.batch_size * config.hidden_size, engine.dtype, engine.device),
+        1 + 2 * config.num_hidden_layers,
+    )
+    way = "torch.distributed" if tp.fast is None else "one-shot"
+    share = min(each * sums * engine.stats.decode_tok_s, 1)
+    return f"\n{tp.size} ranks | {sums} all-reduces a step, {each * 1e6:.1f} us each ({way}): {share:.0%} of it"
+
+
 def summary(engine: Engine) -> str:
     """The last generation in one line, and its speculation in another."""
     s, gb, rate = engine.stats, engine.stats.bytes_per_step / 1e9, engine.stats.decode_tok_s
@@ -192,8 +206,9 @@ def run(engine: Engine, args: argparse.Namespace, sampling: SamplingParams, text
             print(f"[{row + 1}]{text[row]}\n")
     if streaming:
         print(flush=True)
+    ranks = "" if "interrupted" in reasons else of_ranks(engine)
     if engine.model.tp.rank == 0:
-        print(summary(engine), file=sys.stderr)
+        print(summary(engine) + ranks, file=sys.stderr)
     if args.compare and engine.speculation and "interrupted" not in reasons:
         fast, engine.speculation = engine.stats.decode_tok_s, None
         for _ in engine.generate(prompts, sampling, **options(args), seed=args.seed):

@@ -11,9 +11,10 @@ matrices are split by rows.
 
 import atexit
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,31 +47,48 @@ torch.library.register_fake("decode::broadcast", torch.empty_like, lib=_LIBRARY)
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
+class FastCollectives(Protocol):
+    """What `decode_kernels` does in one kernel, for the few numbers of a decode step; None: too many, or others."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The sum of x over all ranks, the same bits on every rank."""
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The x of all ranks, [size, *x.shape]."""
+
+
+@dataclass
 class TensorParallel:
     """One rank's view of the group. With size 1 every collective returns its argument."""
 
     rank: int = 0
     size: int = 1
     words: "dist.ProcessGroup | None" = None  # the group that `share` uses
+    fast: FastCollectives | None = None  # set by `decode_kernels.use_`; None: torch.distributed
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of x over all ranks; x is overwritten."""
-        if self.size > 1:
+        """Sum of x over all ranks; x may be overwritten."""
+        y = None if self.fast is None else self.fast.all_reduce(x)
+        if y is None and self.size > 1:
             dist.all_reduce(x)
-        return x
+        return x if y is None else y
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] on each rank -> [..., size * n], ranks in order along the last dimension."""
         if self.size == 1:
             return x
-        out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        _gather(out, x.contiguous())
-        return out.unflatten(0, (self.size, x.shape[0])).movedim(0, -2).flatten(-2)
+        out = None if self.fast is None else self.fast.gather(x)
+        if out is None:
+            out = x.new_empty((self.size, *x.shape))
+            _gather(out.flatten(0, 1), x.contiguous())
+        return out.movedim(0, -2).flatten(-2)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's x on every rank."""
-        return x if self.size == 1 else torch.ops.decode.broadcast(x)
+        if self.size == 1:
+            return x
+        sent = None if self.fast is None else self.fast.gather(x)
+        return torch.ops.decode.broadcast(x) if sent is None else sent[0]
 
     def share(self, value: Value) -> Value:
         """Rank 0's value on every rank. It waits as long as rank 0 takes, which may be a user who types."""
@@ -79,6 +97,32 @@ class TensorParallel:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.words)
         return box[0]
+
+    def seconds(self, n: int, dtype: torch.dtype, device: torch.device, count: int = 64) -> float:
+        """How long one all-reduce of n zeros takes, of `count` in a row, on a GPU in a CUDA graph as in a step.
+
+        Every rank must call it.
+        """
+        x = torch.zeros(n, dtype=dtype, device=device)
+
+        def several() -> None:
+            for _ in range(count):
+                self.all_reduce(x)
+
+        several()
+        if x.is_cuda:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                several()
+            graph.replay()
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        if x.is_cuda:
+            graph.replay()
+            torch.cuda.synchronize()
+        else:
+            several()
+        return (time.perf_counter() - began) / count
 
     def check_same(self, value: int, what: str) -> None:
         """ValueError unless all ranks hold the same value, naming the ranks that differ from rank 0."""

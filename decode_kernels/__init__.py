@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from linear import Experts, Linear, QuantizedLinear, RMSNorm
 from model import Attention, LayerCache, Transformer
 from sampling import Structure
+from tp import FastCollectives
 
 ROWS = 16  # of activations in one launch, at most
 # Triton runs its kernels in its CPU interpreter (for tests); it reads the variable when it is imported, as this does
@@ -64,6 +65,7 @@ def use_(model: nn.Module, on: bool = True) -> None:
             module.fast = attend if on else None
         elif isinstance(module, Transformer):
             module.fast = begin if on else None
+            module.tp.fast = connect(module) if on else None
 
 
 def serves(x: Tensor) -> bool:
@@ -179,6 +181,15 @@ def begin(model: Transformer, tokens: Tensor, positions: Tensor) -> tuple[Tensor
     from decode_kernels import step
 
     return step.embed(tokens, positions, table, model.inv_freq, model.rope_factor, model.first_id)
+
+
+def connect(model: Transformer) -> FastCollectives | None:
+    """`TensorParallel.fast`, where the ranks' GPUs reach each other's memory; every rank must call it."""
+    if INTERPRETED or model.tp.words is None:
+        return None
+    from decode_kernels import reduce
+
+    return reduce.connect(model.tp, model.norm.weight.device)
 
 
 def samples(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure) -> bool:

@@ -57,7 +57,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas_version
 
 from decode_kernels import attention as attending
-from decode_kernels import dense, quantized
+from decode_kernels import dense, quantized, reduce
 from decode_kernels import step as ends
 
 RECORD = ROOT / "tests" / "decode_kernels" / "machine_code.csv"
@@ -193,6 +193,16 @@ def step(vocabulary: int, width: int, half: int, top_k: int) -> Callable[[], obj
     return run
 
 
+def exchange(n: int, size: int, add: bool) -> Callable[[], object]:
+    """The sum over ranks of n bf16 numbers, or their gather."""
+
+    def run() -> object:
+        x, boxes = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.int64)
+        return reduce.exchange(x, boxes, torch.zeros(reduce.CAPACITY // reduce.BLOCK, dtype=torch.int32), 0, add)
+
+    return run
+
+
 def cases() -> dict[str, Callable[[], object]]:
     """What is launched, by a name that says for which model, matrix, format and number of rows."""
     layer: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -226,6 +236,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "mistral-7b attention 2 x 9 of 8192": attention(2, 9, 32, 8, 128, 8192, window=4096),
         "llama-2-7b step": step(32000, 4096, 64, 200),
         "llama-3.1-8b step, greedy": step(128256, 4096, 64, 1),
+        "llama-2-7b sum over 2 ranks": exchange(4096, 2, True),
+        "llama-2-70b gather over 8 ranks": exchange(4000, 8, False),
     }
     return out
 
@@ -243,6 +255,7 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "llama-3.1-8b attention 1 of 2048",
     "mistral-7b attention 2 x 9 of 8192",
     "llama-2-7b step",
+    "llama-2-7b sum over 2 ranks",
 )
 
 

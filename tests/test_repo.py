@@ -29,17 +29,18 @@ LIMITS = {
     "quantize.py": 440,
     "gptq.py": 120,
     "output_folder.py": 130,
-    "decode_kernels/__init__.py": 116,  # DESIGN: 100; the fast paths of every format stand here, beside `use_`
+    "decode_kernels/__init__.py": 124,  # DESIGN: 100; the fast paths of every format stand here, beside `use_`
     "decode_kernels/launch.py": 130,
     "decode_kernels/tiles.py": 160,
     "decode_kernels/dense.py": 350,
     "decode_kernels/quantized.py": 420,
     "decode_kernels/attention.py": 420,
     "decode_kernels/step.py": 230,
+    "decode_kernels/reduce.py": 160,
     "decode_kernels/cpu.py": 180,
 }
 SCRIPT_LIMIT = 400
-STORY_LIMIT = 1100
+STORY_LIMIT = 1150  # DESIGN: 1,100; since then the layers of Gemma and Phi, and collectives that may have a fast path
 # What is over its limit, with its size: a ratchet, which only falls, and which is empty when the house is in order.
 OVER: dict[str, int] = {}
 FUNCTION, KERNEL, PARAMETERS = 50, 120, 8  # code lines of a function, of a Triton kernel; parameters of a function
@@ -66,7 +67,7 @@ MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
     "quantize": {
         *"gptq engine generate tp model linear formats checkpoint architectures tokenizer output_folder".split()
     },
-    "decode_kernels": {"model", "linear", "sampling", *KERNELS},
+    "decode_kernels": {"model", "linear", "sampling", "tp", *KERNELS},
 }
 
 LEAVES = sorted((ROOT / "scripts").glob("*.py"))

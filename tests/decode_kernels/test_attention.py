@@ -59,7 +59,7 @@ def attended(module, qkv, cos, sin, positions, k_cache, v_cache, fast):
     cache = cache_of(k_cache, v_cache)
     qkv, cos, sin = qkv.view(b, t, -1), cos.view(b, t, 1, -1), sin.view(b, t, 1, -1)
     if fast:
-        decode_kernels.use_(module)
+        decode_kernels.use_(module.to(DEVICE))
         y = module.fast(module, qkv, cos, sin, positions, cache)
     else:
         y = module.attend(qkv, cos, sin, positions, cache, k_cache.shape[2])
@@ -139,7 +139,7 @@ def test_operators_survive_compilation_and_equals_twin():
     w, norm = linear.weight.normal_(), RMSNorm(256, 1e-5, dtype=torch.float16).to(DEVICE)
     norm.weight.uniform_()
     decode_kernels.use_(linear)
-    module = attention_of(4, 2, 64, 0, None, None)
+    module = attention_of(4, 2, 64, 0, None, None).to(DEVICE)
     qkv, cos, sin, positions, k_cache, v_cache, _, _ = (
         t if t is None else t.to(DEVICE) for t in make_attention(1, 2, 4, 2, 64, 128, [5], torch.float16, False)
     )
