@@ -562,6 +562,10 @@ class Engine:
         """The most memory that this process has used: of its GPU, or else of the host."""
         return memory.peak_bytes(self.device)
 
+    def read_bandwidth(self) -> float | None:
+        """Bytes per second that this device's memory gives to a sum; None where it is short."""
+        return memory.read_bandwidth(self.device)
+
     @contextlib.contextmanager
     def profile(self, file: str) -> Iterator[None]:
         """Write a Chrome trace of the body."""

@@ -10,124 +10,62 @@ import contextlib
 import itertools
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from command_line import (
+    DEFAULT_CHECKPOINT,
+    DTYPES,
+    MAX_ROWS,
+    RANK,
+    SAMPLING,
+    Parser,
+    at_least,
+    begin,
+    draft_tokens,
+    first_to_fail,
+    printable,
+    ready,
+    refuse,
+    sampling_parameter,
+)
 
 if TYPE_CHECKING:  # nothing here may import PyTorch before the arguments are known to be good
     from engine import Engine
     from sampling import SamplingParams
 
-# what argparse needs to know of `engine` and `decode_kernels`; a test compares
-DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tales"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-MAX_ROWS = 16
-RANK = int(os.environ.get("RANK", "0"))  # torchrun's
-SAMPLING: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]] = {  # type, range, the range in words
-    "temperature": (float, lambda t: t == 0 or 1e-3 <= t < float("inf"), "0 (greedy) or at least 0.001"),
-    "top_k": (int, lambda k: k >= 0, "0 (off) or more"),
-    "top_p": (float, lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
-    "min_p": (float, lambda p: 0 <= p < 1, "at least 0 (off) and below 1"),
-    "repetition_penalty": (float, lambda p: 0.01 <= p <= 100, "0.01 to 100 (1: off)"),
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, of one rank, and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        if RANK == 0:
-            print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def at_least(low: int, high: int = 1 << 40, auto: bool = False) -> Callable[[str], Any]:
-    """An argparse type: an integer from `low` up to an absurd one; or auto, which is None."""
-
-    def integer(text: str) -> int | None:
-        if auto and text == "auto":
-            return None
-        value = int(text)
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{value} is not sensible; {low} to {high - 1}{' or auto' * auto} is")
-        return value
-
-    return integer
-
-
-draft_tokens = at_least(1, MAX_ROWS, auto=True)
-
-
-def sampling_parameter(name: str) -> Callable[[str], float]:
-    """An argparse type: a value that SamplingParams takes."""
-    kind, fits, range_ = SAMPLING[name]
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{name} is {value}; it must be {range_}")
-        return value
-
-    number.__name__ = kind.__name__  # argparse says "invalid float value"
-    return number
-
-
-def begin(parse: Callable[[None], object]) -> None:
-    """What a program does before it imports PyTorch: --help, or an argument that cannot be right, ends it here. Then,
-    until `ready`, Ctrl-C ends it without a word: an import cannot be unwound.
-    """
-    # a stream is None where the shell closed it
-    sys.stdin, sys.stderr = sys.stdin or open(os.devnull), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    parse(None)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def ready() -> None:
-    """Ctrl-C is Python's KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="generate.py", description="Stream text from a Hugging Face checkpoint.", allow_abbrev=False)
-    one = p.add_mutually_exclusive_group()
-    one.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision]")
-    one.add_argument("--shape", help="a named public shape with random weights instead of a checkpoint")
-    one = p.add_mutually_exclusive_group()
-    one.add_argument("--prompt", default="", help="text, - for standard input, @FILE; empty: from BOS alone")
+    one = p.add_argument_group("the model").add_mutually_exclusive_group()
+    one.add_argument(
+        "--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision] (checkpoints/tales)"
+    )
+    one.add_argument("--shape", help="a named public shape with random weights; one that does not exist lists them")
+    group = p.add_argument_group("the text")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--prompt", default="", help="text, - for standard input, @FILE; empty: from BOS alone (empty)")
     one.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, generated as one batch")
     one.add_argument("--chat", action="store_true", help="talk, with the checkpoint's chat template")
-    p.add_argument("--system", metavar="TEXT", help="the system message of a chat")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=200)
-    for name in SAMPLING:
-        flag = f"--{name.replace('_', '-')}"
-        p.add_argument(
-            flag, type=sampling_parameter(name), help="default: generation_config.json's, else 0.8 / 200 / 1.0 / 0 / 1"
-        )
-    p.add_argument("--seed", type=at_least(0), help="repeat a run (default: a new one each time)")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
-    p.add_argument("--ignore-eos", action="store_true", help="do not end at the model's own stop ids")
-    p.add_argument("--num-samples", type=at_least(1, 1 << 16), default=1, help="answers to each prompt, as one batch")
-    p.add_argument("--max-seq-len", type=at_least(1), help="default: what is asked for; chat: the context or 8192")
-    p.add_argument("--prefill-chunk", type=at_least(0), default=0, help="prefill this many tokens at a time (0: all)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    p.add_argument("--compile-prefill", action="store_true")
-    p.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto", help="inductor: plain PyTorch")
-    p.add_argument("--draft", metavar="DRAFT", help="speculate: folder or Hub id, ngram, self-int4 or self-int8")
-    p.add_argument("--num-draft-tokens", type=draft_tokens, metavar="K", help="1..15, or auto: what pays (default)")
-    p.add_argument("--compare", action="store_true", help="with --draft: decode plainly too, and report the speed-up")
-    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
-    p.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's; float32 on a CPU")
-    p.add_argument("--json", action="store_true", help="standard output is one JSON object per answer")
-    p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the generation")
-    p.add_argument("--selftest", action="store_true", help="check this machine; exit status 1 on a failure")
+    group.add_argument("--system", metavar="TEXT", help="the system message of a chat")
+    group.add_argument("--max-new-tokens", type=at_least(1), default=200, help="of each answer (200)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="do not end at the model's own stop ids")
+    group.add_argument(
+        "--num-samples", type=at_least(1, 1 << 16), default=1, help="answers to each prompt, as one batch (1)"
+    )
+    group.add_argument("--json", action="store_true", help="standard output is one JSON object per answer")
+    group = p.add_argument_group(
+        "sampling; without a flag generation_config.json's value, else what stands in brackets"
+    )
+    for name, (*_, meaning) in SAMPLING.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=sampling_parameter(name), metavar="X", help=meaning)
+    group.add_argument("--seed", type=at_least(0), metavar="N", help="repeat a run (a new one each time)")
+    add_running_(p)
     args = p.parse_args(argv)
     if "" in args.stop:
         p.error("--stop is empty; give some text")
@@ -138,6 +76,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.system is not None and not args.chat:
         p.error("--system goes with --chat")
     return args
+
+
+def add_running_(p: Parser) -> None:
+    """The flags that change how, and not what, is generated."""
+    group = p.add_argument_group("speculation")
+    group.add_argument(
+        "--draft", metavar="DRAFT", help="folder or Hub id of a smaller model, ngram, self-int4 or self-int8"
+    )
+    group.add_argument("--num-draft-tokens", type=draft_tokens, metavar="K", help="1 to 15, or auto: what pays (auto)")
+    group.add_argument("--compare", action="store_true", help="decode plainly too, and report the speed-up")
+    group = p.add_argument_group("how it runs")
+    group.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(CUDA if there is one, else the CPU)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's; float32 on a CPU (auto)"
+    )
+    group.add_argument(
+        "--max-seq-len", type=at_least(1), metavar="N", help="cache slots (what is asked for; chat: at most 8192)"
+    )
+    group.add_argument(
+        "--prefill-chunk", type=at_least(0), default=0, metavar="N", help="prefill N tokens at a time (0: all)"
+    )
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the decode step (on a GPU)")
+    group.add_argument("--compile-prefill", action="store_true", help="and the prefill, for any length")
+    group.add_argument(
+        "--kernels",
+        choices=("auto", "triton", "inductor"),
+        default="auto",
+        help="auto: Triton's on a GPU, PyTorch's fastest operators on a CPU; inductor: plain PyTorch (auto)",
+    )
+    group.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the generation")
+    group.add_argument("--selftest", action="store_true", help="check this machine; exit status 1 on a failure")
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -172,38 +141,60 @@ def of_ranks(engine: Engine) -> str:
 
 def summary(engine: Engine) -> str:
     """The last generation in one line, and its speculation in another."""
-    s, gb, rate = engine.stats, engine.stats.bytes_per_step / 1e9, engine.stats.decode_tok_s
-    memory = engine.peak_bytes() / 1e9
-    return (
-        f"load {s.load_s:.1f} s | compile {s.compile_s:.1f} s | "
-        f"TTFT {s.ttft_s * 1e3:.0f} ms ({s.prefill_tokens} tokens) | decode {rate * s.batch_size:.1f} tok/s | "
-        f"{gb / max(s.batch_size, 1):.3g} GB/token | {gb * rate:.1f} GB/s | memory {memory:.2f} GB"
-        + (f"\n{engine.speculation.summary(s.decode_s)}" if engine.speculation else "")
+    s, rate, rows = engine.stats, engine.stats.decode_tok_s, max(engine.stats.batch_size, 1)
+    peak, gb, bandwidth = engine.peak_bytes() / 1e9, s.bytes_per_step / 1e9, (engine.read_bandwidth() or 0) / 1e9
+    parts = [
+        f"load {s.load_s:.1f} s",
+        f"compile {s.compile_s:.1f} s" if s.compile_s else "",
+        f"TTFT {s.ttft_s * 1e3:.0f} ms ({s.prefill_tokens} tokens)",
+        f"decode {rate * rows:.1f} tok/s" + (f" ({rows} rows of {rate:.1f})" if rows > 1 else ""),
+        f"{gb / rows:.3g} GB/token",
+        f"{gb * rate:.1f} GB/s"
+        + (f", {gb * rate / bandwidth:.0%} of the {bandwidth:,.0f} of a sum" if bandwidth else ""),
+        f"memory {peak:.2f} GB",
+        str(engine.dtype).removeprefix("torch."),
+    ]
+    return " | ".join(filter(None, parts)) + (
+        f"\n{engine.speculation.summary(s.decode_s)}" if engine.speculation else ""
     )
 
 
 def run(engine: Engine, args: argparse.Namespace, sampling: SamplingParams, texts: list[str]) -> int:
-    """Generate once and print: one answer streams; several come whole, in order; --json prints objects and nothing
-    else. Returns the exit status; Ctrl-C ends the answers as they are.
+    """Generate once and print: one answer streams, several come as they end; --json prints objects and nothing else.
+    Returns the exit status; Ctrl-C ends the answers as they are.
     """
     prompts = engine.encode(texts)
     text, reasons = [""] * len(prompts), ["interrupted"] * len(prompts)
     ids: list[list[int]] = [[] for _ in prompts]
-    streaming = len(prompts) == 1 and not args.json
+    streaming, samples = len(prompts) == 1 and not args.json, args.num_samples
+
+    def show(row: int) -> None:
+        if not streaming and not args.json:
+            print(f"[prompt {row // samples + 1}, sample {row % samples + 1}]{text[row]}\n", flush=True)
+
+    if streaming and sys.stdout.isatty():  # the prompt, dimmed, so that the answer reads
+        print(f"\033[2m{printable(texts[0])}\033[0m", end="", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         for piece in engine.generate(prompts, sampling, **options(args), seed=args.seed):
             text[piece.row] += piece.text
             ids[piece.row] += piece.ids
-            reasons[piece.row] = piece.stop_reason or reasons[piece.row]
             if streaming:
                 print(piece.text, end="", flush=True)
+            if piece.stop_reason:
+                reasons[piece.row] = piece.stop_reason
+                show(piece.row)
     for row, prompt in enumerate(prompts):
         if args.json:
-            record: dict[str, Any] = {"text": text[row], "ids": ids[row], "prompt_ids": prompt}
-            record |= {"stop_reason": reasons[row], "ttft_ms": engine.stats.ttft_s * 1e3}
+            record: dict[str, Any] = {
+                "prompt": row // samples,
+                "sample": row % samples,
+                "text": text[row],
+                "ids": ids[row],
+            }
+            record |= {"prompt_ids": prompt, "stop_reason": reasons[row], "ttft_ms": engine.stats.ttft_s * 1e3}
             print(json.dumps(record | {"decode_tok_s": engine.stats.decode_tok_s}))
-        elif not streaming:
-            print(f"[{row + 1}]{text[row]}\n")
+        elif reasons[row] == "interrupted":
+            show(row)
     if streaming:
         print(flush=True)
     ranks = "" if "interrupted" in reasons else of_ranks(engine)
@@ -282,39 +273,6 @@ def conversation(engine: Engine, messages: list[dict[str, str]]) -> list[int]:
         turns = "turn" if dropped == 1 else f"{dropped} turns"
         print(f"the conversation is full: its oldest {turns} went", file=sys.stderr)
     return ids
-
-
-def first_to_fail() -> bool:
-    """Whether no other rank of this run has asked before: of one fault that ends all ranks, one is told."""
-    if "WORLD_SIZE" not in os.environ:
-        return True
-    import torch.distributed as dist
-
-    try:  # torchrun's own store, which outlives the ranks
-        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*where, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
-        return store.add(f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):
-        return RANK == 0
-
-
-COLLECTIVE = "gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|TCPStore|DistBackendError"
-
-
-def refuse(program: str, error: Exception) -> int:
-    """Tell the user of an error in one line, of the rank that met it first. Returns the exit status.
-
-    A RuntimeError is ours, and raised again, unless it is of memory or of another rank that has ended.
-    """
-    line = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
-    if isinstance(error, RuntimeError) and not re.search("DefaultCPUAllocator|out of memory", str(error)):
-        if "WORLD_SIZE" not in os.environ or not re.search(COLLECTIVE, line):
-            raise error
-        line = "another rank has ended or does not answer"
-    if first_to_fail():
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a name may hold a terminal's commands
-        print(f"{program}: error: {line}", file=sys.stderr)
-    return 2
 
 
 def answer(engine: Engine, args: argparse.Namespace, prompts: list[str], chosen: dict[str, Any]) -> int:

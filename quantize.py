@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from generate import DEFAULT_CHECKPOINT, Parser, at_least, begin, ready, refuse
-from generate import DTYPES as DTYPE_NAMES
+from command_line import DEFAULT_CHECKPOINT, Parser, at_least, begin, ready, refuse
+from command_line import DTYPES as DTYPE_NAMES
 
 GROUP_SIZES = (128, 64, 32)
 

@@ -28,8 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-from generate import DTYPES as DTYPE_NAMES
-from generate import MAX_ROWS, Parser, at_least, begin, draft_tokens, refuse
+from command_line import DTYPES as DTYPE_NAMES
+from command_line import MAX_ROWS, Parser, at_least, begin, draft_tokens, refuse
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules are used from the checkout, not installed
 
-from generate import Parser, begin
+from command_line import Parser, begin
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -31,8 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-from generate import DTYPES as DTYPE_NAMES
-from generate import Parser, at_least, begin, ready, refuse
+from command_line import DTYPES as DTYPE_NAMES
+from command_line import Parser, at_least, begin, ready, refuse
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

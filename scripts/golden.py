@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-from generate import Parser, begin
+from command_line import Parser, begin
 
 RANKS = "two ranks"  # the mode that needs processes
 DRAFTERS = ("ngram", "draft model", "self-int8", "self-int4")

@@ -29,8 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-from generate import DEFAULT_CHECKPOINT, Parser, at_least, begin, draft_tokens, ready, refuse
-from generate import DTYPES as DTYPE_NAMES
+from command_line import DEFAULT_CHECKPOINT, Parser, at_least, begin, draft_tokens, ready, refuse
+from command_line import DTYPES as DTYPE_NAMES
 
 
 def rate(text: str) -> float:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-from generate import Parser, begin, ready, refuse
+from command_line import Parser, begin, ready, refuse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,6 +105,48 @@ def losses(rows: list[dict[str, str]]) -> dict[str, float]:
     return found
 
 
+TECHNIQUES = {  # as in others.csv -> in words
+    "eager": "16-bit, eager",
+    "compiled": "16-bit, compiled",
+    "kernels": "16-bit, kernels",
+    "int8": "int8",
+    "int4": "int4",
+    "speculation": "16-bit, speculation",
+    "int4, speculation": "int4, speculation",
+}
+
+
+def newest(rows: list[dict[str, str]], **wanted: str) -> float | None:
+    """Tokens per second in the newest row of one short sequence with these values."""
+    short = {"batch": "1", "prompt_len": "5", "new_tokens": "200", "cache_len": "256"} | wanted
+    rates = [float(row["decode_tok_s"]) for row in rows if short.items() <= row.items()]
+    return rates[-1] if rates else None
+
+
+def beside(folder: Path, model: str = "llama-2-7b", device: str = "NVIDIA H200") -> dict[str, dict[str, float]]:
+    """Tokens per second by system and technique: others' rows for that model, and this project's on that device."""
+    found: dict[str, dict[str, float]] = {}
+    for row in records(folder, "others"):
+        if row["model"] == model and not row["device"].startswith("2 x"):
+            name = f"{row['system']} ({row['version']}), {row['device'].removeprefix('NVIDIA ')}"
+            found.setdefault(name, {})[row["technique"]] = float(row["tok_s"])
+    rungs = {"eager, static cache": "eager", "compiled": "compiled"}
+    own = {
+        rungs[row["rung"]]: float(row["tok_s"])
+        for row in records(folder, "ladder")
+        if (row["model"], row["device"]) == (model, device) and row["rung"] in rungs
+    }
+    modes = {"kernels": "bf16", "int8": "int8", "int4": "int4"}
+    for technique, mode in modes.items():
+        rate = newest(records(folder, "decode"), shape=model, device=device, mode=mode, kernels="triton", tp="1")
+        if rate is not None:
+            own[technique] = rate
+    for row in records(folder, "speculative"):
+        if (row["shape"], row["device"], row["mode"], row["acceptance"]) == (model, device, "bf16", "0.8"):
+            own["speculation"] = float(row["tok_s"])
+    return found | {f"this project, {device.removeprefix('NVIDIA ')}": own}
+
+
 def layer_series(report: dict[str, Any]) -> Series:
     """The relative error of every Linear by its block, one line a kind: of outputs, without calibration of weights."""
     found: Series = {}
@@ -129,8 +171,11 @@ def figure(width: float = 8.0, height: float = 4.5) -> "Figure":
 
 def save(picture: "Figure", folder: Path, name: str) -> None:
     """NAME.png and NAME.svg in the folder; without the date, so that the same data are the same file."""
+    from matplotlib import rc_context
+
     picture.savefig(folder / f"{name}.png", dpi=150)
-    picture.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # words stay words
+        picture.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
 def ladder(found: dict[str, Any]) -> "Figure":
@@ -173,6 +218,31 @@ def lines(series: Series, title: str, x: str, y: str, logarithmic: bool = False)
     return picture
 
 
+def groups(values: dict[str, dict[str, float]], title: str) -> "Figure":
+    """A group of bars for every technique, in it a bar for every system that has it."""
+    techniques = [name for name in TECHNIQUES if any(name in rates for rates in values.values())]
+    picture = figure(9, 1.2 + 0.22 * sum(map(len, values.values())) + 0.15 * len(techniques))
+    axes, at, middles = picture.subplots(), 0.0, []
+    colours = dict(zip(values, ("#c0c0c0", "#a0a0a0", "#808080", *COLOURS.values())))
+    colours[list(values)[-1]] = COLOURS["bfloat16"]
+    labelled: set[str] = set()
+    for technique in techniques:
+        here = [(name, rates[technique]) for name, rates in values.items() if technique in rates]
+        middles.append(at + (len(here) - 1) / 2)
+        for name, rate in here:
+            bar = axes.barh(at, rate, 0.9, color=colours[name], label=None if name in labelled else name)
+            axes.bar_label(bar, [f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"], padding=3, fontsize=8)
+            labelled.add(name)
+            at += 1
+        at += 0.7
+    axes.set_yticks(middles, [TECHNIQUES[name] for name in techniques])
+    axes.margins(x=0.08)
+    axes.set(title=title, xlabel="tokens per second, one sequence")
+    axes.invert_yaxis()
+    axes.legend(loc="best", fontsize=8)
+    return picture
+
+
 def bars(values: dict[str, float], title: str, x: str) -> "Figure":
     """A bar for every name, the first on top."""
     picture = figure(9, 1.5 + 0.4 * len(values))
@@ -189,6 +259,7 @@ def pictures(folder: Path, report: Path | None) -> dict[str, "Figure"]:
     """Every picture by its file's name."""
     x = "tokens that a step attends to"
     found = {
+        "beside": groups(beside(folder), "Llama-2-7B, one sequence"),
         "context": lines(context_series(records(folder, "decode")), "Decoding", x, "tokens per second", True),
         "rows": lines(rows_series(records(folder, "rows")), "Cost of rows", "rows of a step", "steps of one row"),
         "speculation": lines(

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-from generate import Parser, begin
+from command_line import Parser, begin
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules are used from the checkout, not installed
 
-from generate import begin, parse, ready, refuse
+from command_line import begin, ready, refuse
+from generate import parse
 
 if __name__ == "__main__":
     begin(parse)  # before PyTorch is imported

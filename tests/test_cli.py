@@ -28,8 +28,9 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 SUMMARY = re.compile(
-    r"load [\d.]+ s \| compile [\d.]+ s \| TTFT \d+ ms \((\d+) tokens\) \| decode [\d.]+ tok/s \| "
-    r"[\d.e+-]+ GB/token \| [\d.]+ GB/s \| memory [\d.]+ GB\n"
+    r"load [\d.]+ s \| (?:compile [\d.]+ s \| )?TTFT \d+ ms \((\d+) tokens\) \| "
+    r"decode [\d.]+ tok/s(?: \(\d+ rows of [\d.]+\))? \| [\d.e+-]+ GB/token \| "
+    r"[\d.]+ GB/s(?:, \d+% of the [\d,]+ of a sum)? \| memory [\d.]+ GB \| \w+\n"
 )
 
 
@@ -138,6 +139,7 @@ def test_json_holds_exactly_the_documented_keys(records, abc):
     (record,) = records("--checkpoint", abc, "--prompt", "ef", "--seed", 1)
     assert record.pop("ttft_ms") > 0 and record.pop("decode_tok_s") > 0
     g, eos = 70, 257
+    assert (record.pop("prompt"), record.pop("sample")) == (0, 0)
     assert record == {"text": "g", "ids": [g, eos], "prompt_ids": [256, 68, 69], "stop_reason": "eos"}
 
 
@@ -146,9 +148,9 @@ def test_json_keeps_every_character(records, tmp_path):
     assert [r["text"] for r in records("--checkpoint", folder, "--num-samples", 2)] == ["é日\n\u2028"] * 2
 
 
-def test_several_samples_are_printed_whole_and_in_order(call, records, abc, dice):
+def test_several_samples_are_printed_whole_with_prompt_and_sample(call, records, abc, dice):
     out, _ = call("--checkpoint", abc, "--num-samples", 3, "--stop", "e")
-    assert out == "[1]abcd\n\n[2]abcd\n\n[3]abcd\n\n"
+    assert out == "".join(f"[prompt 1, sample {i}]abcd\n\n" for i in (1, 2, 3))
     rows = records("--checkpoint", dice, "--num-samples", 3, "--max-new-tokens", 12, "--seed", 5)
     assert len({tuple(r["ids"]) for r in rows}) == 3
 

@@ -64,13 +64,16 @@ def test_the_pictures_are_redrawn_from_the_measurements(folder, tmp_path, capsys
     [axes] = pictures["quantization"].axes
     losses = [float(r["loss_percent"]) for r in read("quantization") if r["mode"] != "unquantized"]
     assert [bar.get_width() for bar in axes.patches] == losses
+    [axes] = pictures["beside"].axes
+    wanted = [rate for rates in plots.beside(BENCHMARKS).values() for rate in rates.values()]
+    assert sorted(bar.get_width() for bar in axes.patches) == sorted(wanted) and len(wanted) > 12
     assert drawn(pictures["layers"]) == {"mlp.down_proj": [(0, 0.05), (1, 0.2)], "self_attn.o_proj": [(0, 0.3)]}
 
     assert plots.main(["--report", str(report), "--output", str(output)]) == 0
     assert {path.name for path in output.iterdir()} == {
         f"{name}.{kind}" for name in pictures for kind in ("png", "svg")
     }
-    assert capsys.readouterr().out.count("\n") == 5
+    assert capsys.readouterr().out.count("\n") == 6
 
 
 def test_the_newest_row_counts(folder):

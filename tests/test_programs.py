@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import command_line
 import engine
 import generate
 import model
@@ -76,8 +77,8 @@ def test_an_ignored_ctrl_c_stays_ignored():
     """A shell starts its background jobs so."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        generate.begin(lambda argv: None)
-        generate.ready()
+        command_line.begin(lambda argv: None)
+        command_line.ready()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -85,23 +86,23 @@ def test_an_ignored_ctrl_c_stays_ignored():
 
 def test_ctrl_c_is_an_exception_again_after_the_imports():
     before = signal.getsignal(signal.SIGINT)
-    generate.begin(lambda argv: None)
+    command_line.begin(lambda argv: None)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    generate.ready()
+    command_line.ready()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
 def test_the_constants_of_the_command_are_those_of_the_engine():
-    assert generate.DEFAULT_CHECKPOINT == engine.DEFAULT_CHECKPOINT
-    assert tuple(engine.DTYPES) == generate.DTYPES
-    assert model.DECODE_TOKENS == generate.MAX_ROWS
+    assert command_line.DEFAULT_CHECKPOINT == engine.DEFAULT_CHECKPOINT
+    assert tuple(engine.DTYPES) == command_line.DTYPES
+    assert model.DECODE_TOKENS == command_line.MAX_ROWS
 
 
 @pytest.mark.parametrize("name", generate.SAMPLING)
 @pytest.mark.parametrize("text", ["-1", "-0.5", "0", "0.0005", "0.001", "0.5", "1", "1.0", "1.5", "200", "inf", "nan"])
 def test_the_command_refuses_what_sampling_refuses(name, text):
-    kind, fits, _ = generate.SAMPLING[name]
+    kind, fits, *_ = generate.SAMPLING[name]
     try:
         value = kind(text)
     except ValueError:
@@ -118,8 +119,8 @@ MODULES = """
 import sys
 import torch
 known = set(sys.modules)
-import architectures, checkpoint, decode_kernels, engine, formats, generate, gptq, linear, model, quantize, sampling
-import speculative, tokenizer, tp
+import architectures, checkpoint, command_line, decode_kernels, engine, formats, generate, gptq, linear, model, quantize
+import sampling, speculative, tokenizer, tp
 heavy = ("torch._dynamo", "torch._inductor", "sympy", "triton", "transformers")
 print([name for name in heavy if name in sys.modules and name not in known])
 """

@@ -19,20 +19,22 @@ from test_repo import FILES, ROOT, STORY, code_lines
 
 sys.path.insert(0, str(ROOT))  # also when run as a program
 
+import architectures  # noqa: E402
 import generate  # noqa: E402
 
-README = ROOT / "README.md"
+README, TABLES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 SOURCE_LINE = re.compile(r"(?m)^([a-z_]+(?:/[a-z_]+)?\.py)( +\d+)(?=  )")
+CPU_BUILD = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 INSTALLS = ["pip install -e .", 'pip install -e ".[test]"']  # what a fresh environment runs first; see .ci/run
 INTERPRETER = 'pip install -e ".[interpreter]"'  # beside PyTorch's CPU build
 THE_TESTS = "python -m pytest"  # this suite itself
 MARKED = {  # command (its first words) -> what it needs
     "python generate.py --checkpoint Qwen/Qwen3-0.6B": "hub",
-    "python generate.py --shape llama-3.1-8b": "gpu",
     "torchrun --nproc-per-node 2 generate.py": "torchrun",
-    "python scripts/download.py Qwen/Qwen3-0.6B": "hub",
     "python scripts/benchmark.py --shape llama-2-7b": "gpu",
-    "python scripts/evaluate.py --table": "packages",
+    "python scripts/evaluate.py checkpoints/tales --tasks": "packages",
+    "python scripts/plots.py": "packages",
+    "python scripts/ladder.py": "time",
 }
 
 
@@ -65,18 +67,83 @@ def start(row):
     return [device, row["shape"], formats.get(row["mode"], row["mode"])]
 
 
-def decode_table():
-    """One sequence, 5 prompt tokens, 200 new ones, in a cache that is no larger than it need be."""
+def by_device(head, rows, left):
+    """One table for each device: rows begin with it."""
+    parts = []
+    for device in dict.fromkeys(row[0] for row in rows):
+        parts.append(f"{device}:\n\n" + table(head[1:], [row[1:] for row in rows if row[0] == device], left - 1))
+    return "\n" + "\n".join(parts) + "\n" if parts else table(head, rows, left)
+
+
+def short_runs():
+    """One sequence, 5 prompt tokens, 200 new ones, in a cache that is no larger than it need be: the newest of each."""
     setting = {"batch": "1", "prompt_len": "5", "new_tokens": "200", "cache_len": "256"}
-    rows = latest([r for r in records("decode.csv") if setting.items() <= r.items()])
+    return latest([r for r in records("decode.csv") if setting.items() <= r.items()])
+
+
+def decode_table():
     head = ["device", "shape", "weights", "kernels", "tok/s", "ms/token", "GB/token", "GB/s", "MBU", "commit"]
     body = [
         [*start(r), r["kernels"], f"{float(r['decode_tok_s']):,.1f}", f"{float(r['tpot_ms']):.2f}"]
         + [f"{int(r['bytes_per_token']) / 1e9:.2f}", f"{float(r['read_gb_s']):,.0f}", f"{float(r['mbu']):.0%}"]
         + [r["commit"]]
-        for r in rows
+        for r in short_runs()
     ]
-    return table(head, body, 4)
+    return by_device(head, body, 4)
+
+
+def first_table():
+    """The README's own: six rows, beside others."""
+    own = {
+        (r["device"], r["tp"], r["mode"]): r
+        for r in short_runs()
+        if r["shape"] == "llama-2-7b" and r["kernels"] == "triton"
+    }
+    others = {(r["system"], r["device"], r["technique"]): f"{float(r['tok_s']):,.0f}" for r in records("others.csv")}
+
+    def rate(device, tp, mode):
+        row = own[device, tp, mode]
+        return f"**{float(row['decode_tok_s']):,.0f}** ({float(row['mbu']):.0%})"
+
+    def beside(technique, device="NVIDIA H200"):
+        return [others.get((system, device, technique), "") for system in ("gpt-fast", "llama.cpp")]
+
+    drafted = [
+        r
+        for r in records("speculative.csv")
+        if (r["shape"], r["device"], r["mode"], r["acceptance"]) == ("llama-2-7b", "NVIDIA H200", "bf16", "0.8")
+    ][-1]
+    rows = [
+        ["bf16 (llama.cpp: F16)", rate("NVIDIA H200", "1", "bf16"), *beside("compiled")],
+        ["int8 (Q8_0)", rate("NVIDIA H200", "1", "int8"), *beside("int8")],
+        ["int4 (Q4_0)", rate("NVIDIA H200", "1", "int4"), *beside("int4")],
+        ["bf16 drafted by its own int4 copy, 80% accepted", f"**{float(drafted['tok_s']):,.0f}**", "", ""],
+        ["bf16 on two H200s", rate("NVIDIA H200", "2", "bf16"), *beside("compiled", "2 x NVIDIA H200")],
+    ]
+    return table(["tokens per second, Llama-2-7B's shape, one H200", "this project", "gpt-fast", "llama.cpp"], rows, 1)
+
+
+def memory_table():
+    """GB of weights of public shapes, int4 in groups of 128, and of a cache for 1,000 tokens."""
+    import torch
+
+    from model import Transformer
+
+    def gb(shape, bits):
+        with torch.device("meta"):
+            model = Transformer(architectures.shape_config(shape))
+        linears = sum(p.numel() for name, p in model.layers.named_parameters() if name.endswith("_proj.weight"))
+        total = sum(p.numel() for name, p in model.named_parameters())
+        total -= model.lm_head.weight.numel() * model.config.tie_word_embeddings
+        return (linears * (bits + (0.125 if bits == 4 else 0)) + (total - linears) * 16) / 8e9
+
+    def cache(shape):
+        c = architectures.shape_config(shape)
+        return 4e-6 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+
+    shapes = ("llama-3.2-1b", "llama-3.1-8b", "qwen3-32b", "llama-3.1-70b")
+    rows = [[name, *(f"{gb(name, bits):.1f}" for bits in (16, 8, 4)), f"{cache(name):.2f}"] for name in shapes]
+    return table(["", "bf16", "int8", "int4", "1,000 tokens"], rows, 1)
 
 
 def prefill_table():
@@ -98,7 +165,7 @@ def prefill_table():
         + [f"{float(r['transformers_ms']):.1f}" if r["transformers_ms"] else "", r["commit"]]
         for r in latest(records("prefill.csv"), "batch", "prompt_len", "compiled_prefill")
     ]
-    return table(head, body, 3)
+    return by_device(head, body, 3)
 
 
 def rows_table():
@@ -117,7 +184,7 @@ def rows_table():
         + [found["1"]["commit"]]
         for setting, found in steps.items()
     ]
-    return table(head, body, 4)
+    return by_device(head, body, 4)
 
 
 def speculation_table():
@@ -131,7 +198,7 @@ def speculation_table():
         + [f"{float(r['ideal_bytes']):.2f}" if r["ideal"] else "", r["commit"]]
         for r in latest(records("speculative.csv"), *names)
     ]
-    return table([*head, "ideal by bytes", "commit"], body, 6)
+    return by_device([*head, "ideal by bytes", "commit"], body, 6)
 
 
 def quantization_table():
@@ -148,20 +215,31 @@ def quantization_table():
     return table(head, body, 4)
 
 
-def rendered(text):
-    """The README with line counts and measurements as they are in the tree."""
+def placed(text, name, part):
+    """The text with `part` between <!-- name --> and the next <!-- end -->."""
+    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    assert len(pattern.findall(text)) == 1, name
+    return pattern.sub(lambda m: m[1] + part + m[2], text)
+
+
+def rendered():
+    """Both files with line counts and measurements as they are in the tree."""
+    text, tables = README.read_text("utf-8"), TABLES.read_text("utf-8")
     story = sum(code_lines(ROOT / name) for name in STORY if exists(name))
     text, found = re.subn(r"\d+ lines of code(?= in `model\.py`)", f"{story} lines of code", text)
     assert found == 1
     text = SOURCE_LINE.sub(lambda m: f"{m[1]}{code_lines(ROOT / m[1]):>{len(m[2])}}" if exists(m[1]) else m[0], text)
-    tables = {"decode": decode_table, "prefill": prefill_table, "rows": rows_table, "quantization": quantization_table}
-    tables["speculative"] = speculation_table
-    for name, make in tables.items():
-        part = make()
-        pattern = re.compile(rf"(<!-- benchmarks/{name}\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert len(pattern.findall(text)) == 1, name
-        text = pattern.sub(lambda m, part=part: m[1] + part + m[2], text)
-    return text
+    scripts = sum(code_lines(path) for path in FILES if path.parent.name == "scripts")
+    text, found = re.subn(r"(?m)^(scripts/ +)\d+", rf"\g<1>{scripts}", text)
+    assert found == 1
+    types = ", ".join(f"`{name}`" for name in architectures.SUPPORTED)
+    text, found = re.subn(r"(?<=the `model_type`s ).*?(?=\.)", types, text)
+    assert found == 1
+    text = placed(placed(text, "first", first_table()), "memory", memory_table())
+    made = {"decode": decode_table, "prefill": prefill_table, "rows": rows_table, "quantization": quantization_table}
+    for name, make in (made | {"speculative": speculation_table}).items():
+        tables = placed(tables, f"benchmarks/{name}.csv", make())
+    return text, tables
 
 
 def exists(name):
@@ -169,17 +247,35 @@ def exists(name):
 
 
 def test_generated_parts_are_up_to_date():
-    text = README.read_text("utf-8")
-    assert text == rendered(text), "run: python tests/test_readme.py"
+    assert (README.read_text("utf-8"), TABLES.read_text("utf-8")) == rendered(), "run: python tests/test_readme.py"
+
+
+def test_one_can_read_it():
+    assert len(README.read_text("utf-8").splitlines()) <= 200
 
 
 def test_every_file_is_in_the_tree():
     listed = [name for name, _ in SOURCE_LINE.findall(README.read_text("utf-8"))]
-    assert sorted(listed) == sorted(path.relative_to(ROOT).as_posix() for path in FILES)
+    assert sorted(listed) == sorted(
+        path.relative_to(ROOT).as_posix() for path in FILES if path.parent.name != "scripts"
+    )
 
 
-def test_every_flag_is_listed(monkeypatch):
-    """The table of flags names exactly the flags that generate.py has."""
+def test_the_first_picture_shows_what_was_measured():
+    """Numbers and names of beside.svg, whose words are words, against those that plots.py would draw."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import plots
+
+    words = re.findall(r">([^<>]+)</text>", (ROOT / "benchmarks" / "beside.svg").read_text("utf-8"))
+    for system, rates in plots.beside(ROOT / "benchmarks").items():
+        assert system in words
+        for technique, rate in rates.items():
+            assert plots.TECHNIQUES[technique] in words
+            assert (f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}") in words
+
+
+def test_every_flag_is_explained(monkeypatch):
+    """--help says what each flag means."""
     parsers = []
 
     def parse_args(self, argv=None):
@@ -189,11 +285,7 @@ def test_every_flag_is_listed(monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     with pytest.raises(SystemExit):
         generate.parse([])
-    flags = {flag for flag in parsers[0]._option_string_actions if flag.startswith("--")} - {"--help"}
-    section = README.read_text("utf-8").partition("## Every flag\n")[2].partition("\n## ")[0]
-    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `--")]
-    listed = [flag for cell in cells for flag in re.findall(r"--[a-z-]+", cell)]
-    assert sorted(listed) == sorted(flags)
+    assert not [action.option_strings for action in parsers[0]._actions if not action.help]
 
 
 # -- the commands ----------------
@@ -210,7 +302,7 @@ def commands():
     for line in lines:
         command, _, comment = line.partition("  # ")
         if command.strip():
-            need = re.search(r"needs: (gpu|hub|torchrun|packages)", comment)
+            need = re.search(r"needs: (gpu|hub|torchrun|packages|time)", comment)
             found += [(part.strip(), need[1] if need else "") for part in command.split("&&")]
     return found
 
@@ -230,10 +322,10 @@ def test_ci_installs_and_tests_as_the_readme_says():
     holders = {name for name, packages in lists.items() if re.search(r'"triton\b[^.]', packages)}
     assert holders == {"interpreter"}, "an extra that pins Triton may replace the PyTorch that is installed"
     assert script.rstrip().endswith(THE_TESTS)
-    assert {c for c, _ in commands() if c.startswith("pip")} == set(INSTALLS)
+    assert {c for c, _ in commands() if c.startswith("pip")} == {CPU_BUILD, *INSTALLS}
 
 
-RUN = [c for c, need in commands() if not need and c not in (*INSTALLS, THE_TESTS)]
+RUN = [c for c, need in commands() if not need and c not in (CPU_BUILD, *INSTALLS, THE_TESTS)]
 EXAMPLES = re.findall(
     r"```python\n(?!# loader\.py)(.*?)```", README.read_text("utf-8"), re.DOTALL
 )  # test_parts.py: the loader
@@ -247,6 +339,7 @@ for command in json.loads(sys.argv[1]):
     out, err, status = io.StringIO(), io.StringIO(), 0
     words = shlex.split(command) if command.startswith("python ") else []
     sys.argv, sys.stdin = words[1:], io.StringIO()
+    sys.path[0] = words[1].rpartition("/")[0] if words else ""
     try:
         with redirect_stdout(out), redirect_stderr(err):
             runpy.run_path(words[1], run_name="__main__") if words else exec(command, {})
@@ -286,4 +379,5 @@ def test_there_are_commands():
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text("utf-8")), "utf-8")
+    for file, content in zip((README, TABLES), rendered()):
+        file.write_text(content, "utf-8")
