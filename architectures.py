@@ -3,6 +3,7 @@
 Knows the dialects of config.json and generation_config.json. Refuses to know tensors, files and devices.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,21 +11,44 @@ from typing import Any
 
 from model import ModelConfig, Rope
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+# model_type -> what its class in transformers takes for a key that config.json lacks; all else, an architecture's
+# particulars, is read further below
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"sliding_window": 4096, "use_sliding_window": True},
+    "qwen2": {"sliding_window": 4096},
+    "qwen3": {"sliding_window": 4096},
+    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2, "use_sliding_window": True}
+    | {"num_experts": 8},
+    "qwen3_moe": {"sliding_window": 4096, "num_experts": 128},
+    "phi3": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "use_sliding_window": True}
+    | {"original_max_position_embeddings": 4096},
+    "gemma3_text": {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072}
+    | {"rope_theta": 1e6, "sliding_window": 4096, "use_sliding_window": True}
+    | {"tie_word_embeddings": True},
+    "smollm3": {"rope_theta": 2e6, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    "granite": {"max_position_embeddings": 2048},
+}
+SUPPORTED = tuple(DEFAULTS)
+# rope_type -> the keys that it needs
+_ROPES = {"default": "", "linear": "factor", "dynamic": "", "llama3": "factor low_freq_factor high_freq_factor"}
+_ROPES |= {"yarn": "factor", "longrope": "short_factor long_factor original_max_position_embeddings"}
 
 # keys of config.json that do not change the mathematics of inference: what belongs to generation, training, hardware,
 # attention implementations, tokens and bookkeeping; every other key is either read below or refused
 _HARMLESS = frozenset(
     """
     add_cross_attention architectures attention_dropout attn_implementation auto_map bad_words_ids
-    base_model_name_or_path begin_suppress_tokens chunk_size_feed_forward classifier_dropout compression_config
-    cross_attention_hidden_size datasets device_map diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size ep_size exponential_decay_length_penalty experts_implementation finetuning_task
-    flash_attention forced_bos_token_id forced_eos_token_id gradient_checkpointing gradient_checkpointing_kwargs
-    hidden_dropout id2label initializer_range is_decoder is_encoder_decoder is_llama_config
-    keys_to_ignore_at_inference label2id language length_penalty library_name license max_batch_size max_length
-    max_new_tokens max_seq_len max_seq_length max_sequence_length min_length model_max_length model_name
-    model_parallel_size name neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams
+    base_model_name_or_path begin_suppress_tokens cache_implementation chunk_size_feed_forward classifier_dropout
+    compression_config cross_attention_hidden_size datasets device_map diversity_penalty do_sample dtype early_stopping
+    embd_pdrop encoder_no_repeat_ngram_size ep_size exponential_decay_length_penalty experts_implementation
+    finetuning_task flash_attention forced_bos_token_id forced_eos_token_id gradient_checkpointing
+    gradient_checkpointing_kwargs hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
+    is_llama_config keys_to_ignore_at_inference label2id language length_penalty library_name license max_batch_size
+    max_length max_new_tokens max_seq_len max_seq_length max_sequence_length min_length model_max_length
+    model_name model_parallel_size name neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams
     num_return_sequences output_attentions output_hidden_states output_router_logits output_scores padding_side
     pipeline_parallel_size prefix pretraining_tp problem_type pruned_heads quantization quantization_config
     remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef
@@ -36,13 +60,8 @@ _HARMLESS = frozenset(
     """.split()
 )
 
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-)  # keys of generation_config.json that `SamplingParams` knows
+# keys of generation_config.json that `SamplingParams` knows
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # other keys that change the output, each with the value that is off; null and what is empty always are
 _NOT_SAMPLED = {
     **dict.fromkeys("encoder_repetition_penalty typical_p guidance_scale".split(), 1),
@@ -77,40 +96,39 @@ def sampling_from_hf(config: Mapping[str, Any]) -> tuple[dict[str, float], list[
     return values, [name for name, off in _NOT_SAMPLED.items() if config.get(name) not in (None, off, "", [], {})]
 
 
-def rope_from_hf(config: Mapping[str, Any]) -> Rope:
+def rope_from_hf(config: Mapping[str, Any], factors: str = "short_factor") -> Rope:
     """Old spelling (rope_theta, rope_scaling with type or rope_type) and new (rope_parameters). ValueError for what
-    is unknown.
+    is unknown. factors: which of LongRoPE's two lists the rotation takes.
     """
     raw = {k: v for k, v in (config.get("rope_scaling") or {}).items() if v is not None}
     raw |= {k: v for k, v in (config.get("rope_parameters") or {}).items() if v is not None}
     legacy_type = raw.pop("type", "default")
     raw.setdefault("rope_type", legacy_type)
     raw.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if raw["rope_type"] not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        raise ValueError(
-            f"rope_type {raw['rope_type']!r} is not supported; default, linear, dynamic, llama3 and yarn are"
-        )
-    if config.get("original_max_position_embeddings") and raw["rope_type"] in ("llama3", "yarn"):
+    if raw["rope_type"] == "su" or "long_factor" in raw:  # what Phi-3's first folders call it: su, or yarn
+        raw["rope_type"] = "longrope"
+    if raw["rope_type"] not in _ROPES:
+        raise ValueError(f"rope_type {raw['rope_type']!r} is not supported; {', '.join(_ROPES)} are")
+    if config.get("original_max_position_embeddings") and raw["rope_type"] in ("llama3", "yarn", "longrope"):
         raw["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    scaled = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
-    if absent := [k for k in scaled.get(raw["rope_type"], []) if k not in raw]:
+    if absent := [k for k in _ROPES[raw["rope_type"]].split() if k not in raw]:
         raise ValueError(f"rope_type {raw['rope_type']!r} needs {', '.join(absent)}, which config.json does not give")
     for name in ("partial_rotary_factor", "extrapolation_factor"):
         if raw.pop(name, 1.0) != 1.0:
             raise ValueError(f"{name} other than 1.0 is not supported")
     attn_factor, _ = raw.pop("attn_factor", 1.0), raw.pop("finetuned", None)
-    if unknown := sorted(set(raw) - set(Rope.__dataclass_fields__)):
+    listed = {name: raw.pop(name, ()) for name in ("short_factor", "long_factor")}[factors]
+    if unknown := sorted(set(raw) - (set(Rope.__dataclass_fields__) - {"factors"})):
         raise ValueError(f"rope_scaling has keys that are not implemented: {str(unknown)[1:-1]}")
     if type(raw.get("truncate", True)) is not bool:
         raise ValueError(f"rope_scaling has truncate = {raw['truncate']!r}; it must be true or false")
     low = {"rope_theta": 1, "mscale": -1, "mscale_all_dim": -1, "original_max_position_embeddings": 0.5}
     high = {"rope_theta": 1e15, "original_max_position_embeddings": 1 << 31}
     numbers = {k: v for k, v in raw.items() if k not in ("rope_type", "truncate")} | {"attn_factor": attn_factor}
-    if wrong := [
-        f"{k} = {v!r:.99}"
-        for k, v in numbers.items()
-        if type(v) not in (int, float) or not low.get(k, 1e-6) < v < high.get(k, 1e6)
-    ]:
+    raw["factors"] = tuple(listed) if isinstance(listed, (list, tuple)) else ()
+    numbers |= {f"{factors}[{i}]": v for i, v in enumerate(raw["factors"])}
+    fits = {k: type(v) in (int, float) and low.get(k, 1e-6) < v < high.get(k, 1e6) for k, v in numbers.items()}
+    if wrong := [f"{k} = {numbers[k]!r:.99}" for k, fit in fits.items() if not fit]:
         raise ValueError(f"config.json has {', '.join(wrong)}; it takes numbers from 1e-6 to 1e6 (rope_theta: above 1)")
     if raw["rope_type"] == "llama3" and raw["low_freq_factor"] >= raw["high_freq_factor"]:
         raise ValueError("rope_scaling has a low_freq_factor that is not below its high_freq_factor")
@@ -128,18 +146,17 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     kind = reader("model_type", "")
     if kind not in SUPPORTED:
         raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    reader.defaults = DEFAULTS[kind]
     moe = kind in ("mixtral", "qwen3_moe")
     hidden, heads = reader("hidden_size"), reader("num_attention_heads")
     layers = reader("num_hidden_layers", high=100_000)
-    if reader("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; silu is")
-    # Mistral's and Mixtral's classes have no biases, whatever the key says; mlp_bias is Llama's alone
-    attention_bias = reader("attention_bias", False) and kind not in ("mistral", "mixtral")
-    experts = (
-        (reader("num_local_experts", 0, 0) or reader("num_experts", 8 if kind == "mixtral" else 128)) if moe else 0
-    )
+    if (act := reader("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {act!r} is not supported; silu is")
+    # Mistral's, Mixtral's and Phi-3's classes have no biases, whatever the keys say
+    attention_bias = reader("attention_bias", False) and kind not in ("mistral", "mixtral", "phi3")
+    experts = (reader("num_local_experts", 0, 0) or reader("num_experts")) if moe else 0
     intermediate = reader("intermediate_size")
-    rope, context = _rope_and_context(reader, kind)
+    ropes, context = _ropes_and_context(reader, kind)
     result = ModelConfig(
         model_type=kind,
         vocab_size=reader("vocab_size"),
@@ -148,42 +165,121 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=reader("num_key_value_heads", heads),
-        head_dim=reader("head_dim", hidden // heads),
-        rms_norm_eps=reader("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6),
+        head_dim=(head_dim := reader("head_dim", hidden // heads)),
+        rotary_dim=head_dim,
+        rms_norm_eps=reader("rms_norm_eps", 1e-6),
         max_position_embeddings=context,
-        rope=rope,
+        ropes=ropes,
+        layer_ropes=(0,) * layers,
         tie_word_embeddings=reader("tie_word_embeddings", False),
         qkv_bias=True if kind == "qwen2" else attention_bias,
-        o_bias=False if kind == "qwen2" else attention_bias,
-        mlp_bias=reader("mlp_bias", False) and kind == "llama",
-        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        o_bias=attention_bias and kind != "qwen2",
+        mlp_bias=reader("mlp_bias", False) and kind in ("llama", "smollm3", "granite"),
+        qk_norm=kind in ("qwen3", "qwen3_moe", "gemma3_text", "olmo2"),
         windows=_windows(reader, kind, layers),
         sparse=_sparse_layers(reader, layers) if moe else (False,) * layers,
         num_experts=experts,
-        num_experts_per_tok=reader("num_experts_per_tok", 2 if kind == "mixtral" else 8) if moe else 0,
+        num_experts_per_tok=reader("num_experts_per_tok", 8) if moe else 0,
         moe_intermediate_size=(intermediate if kind == "mixtral" else reader("moe_intermediate_size")) if moe else 0,
         norm_topk_prob=kind == "mixtral" or (moe and reader("norm_topk_prob", False)),
     )
+    if kind in _PARTICULARS:
+        result = replace(result, **_PARTICULARS[kind](reader, result))
     reader.finish()
     _check(result)
     return result
 
 
-def _rope_and_context(reader: "_Reader", kind: str) -> tuple[Rope, int]:
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as it is, or that of the text model which a multimodal Gemma 3 contains."""
+    if config.get("model_type") != "gemma3":
+        return dict(config)
+    outer = {k: v for k, v in config.items() if k not in ("vision_config", "text_config", "mm_tokens_per_image")}
+    text: dict[str, Any] = _Reader(config)("text_config", {})
+    return outer | text | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+
+
+def _gemma3(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
+    """Gemma 3 (Gemma Team 2025, section 2): layers with a window have a RoPE of their own."""
+    told = {"rope_parameters": reader.inner("rope_parameters", "sliding_attention")}
+    local = rope_from_hf(told | {"rope_theta": reader("rope_local_base_freq", 1e4)})
+    ropes = {"ropes": (*config.ropes, local), "layer_ropes": tuple(int(window > 0) for window in config.windows)}
+    scale = (config.head_dim / reader.positive("query_pre_attn_scalar", 256.0)) ** 0.5
+    if (act := reader("hidden_activation", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
+        raise ValueError(f"hidden_activation {act!r} is not supported; gelu_pytorch_tanh is")
+    scales = {"query_scale": scale, "embedding_multiplier": config.hidden_size**0.5}
+    return ropes | scales | {"hidden_act": act, "post_norms": True}
+
+
+def _phi3(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
+    """Phi-3 (Abdin et al. 2024) to Phi-4-mini, which rotates three quarters of a head."""
+    for key in ("full_attn_mod", "interpolate_factor"):  # Phi-4-mini's, always 1
+        if reader(key, 1) != 1:
+            raise ValueError(f"config.json has {key} = {reader(key)}; only 1 is supported")
+    told = _Reader(reader("rope_parameters", {}))("partial_rotary_factor", 1.0)
+    share, dim = reader("partial_rotary_factor", told), config.head_dim
+    if not 2 <= (turned := int(dim * share)) <= dim or turned % 2:
+        wrong = f"partial_rotary_factor = {share!r:.99}, which rotates {turned:g} of the {dim} numbers of a head"
+        raise ValueError(f"config.json has {wrong}; it takes an even number from 2 on")
+    return {"rotary_dim": turned}
+
+
+def _smollm3(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
+    """SmolLM3's every fourth layer has no RoPE; those are the ones with a window, where there is one."""
+    layers, every = config.num_hidden_layers, reader("no_rope_layer_interval", 4)
+    rotated = reader("no_rope_layers", ()) or [int((i + 1) % every != 0) for i in range(layers)]
+    if len(rotated) != layers or not {*map(repr, rotated)} <= {"0", "1"}:
+        raise ValueError(f"config.json has no_rope_layers = {rotated!r:.99}; it takes {layers} numbers, 0 or 1")
+    windows = tuple(0 if yes else window for yes, window in zip(rotated, config.windows))
+    still = Rope(1.0, "linear", math.inf)  # whose frequencies are all 0
+    ropes = {"ropes": (*config.ropes, still), "layer_ropes": tuple(1 - yes for yes in rotated)}
+    return ropes | {"windows": config.windows if reader("layer_types", ()) else windows}
+
+
+def _olmo2(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
+    """OLMo 2 (OLMo Team 2024, section 3): norms behind the blocks alone, queries and keys normed over all heads."""
+    return {"pre_norms": False, "post_norms": True, "qk_norm_whole": True}
+
+
+def _granite(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
+    """Granite 3's four multipliers. With activations divided by the residual one, r, each block is added as it is: the
+    norms before the blocks do not see the division, if their epsilon is divided by its square.
+    """
+    r = reader.positive("residual_multiplier", 1.0)
+    embedding, logits = (reader.positive(key, 1.0) for key in ("embedding_multiplier", "logits_scaling"))
+    scores = reader.positive("attention_multiplier", 1.0) * config.head_dim**0.5
+    scales = {"embedding_multiplier": embedding / r, "query_scale": scores, "logits_scaling": logits}
+    return scales | {"rms_norm_eps": config.rms_norm_eps / r**2}
+
+
+_PARTICULARS = {"phi3": _phi3, "gemma3_text": _gemma3, "smollm3": _smollm3, "olmo2": _olmo2, "granite": _granite}
+
+
+def _ropes_and_context(reader: "_Reader", kind: str) -> tuple[tuple[Rope, ...], int]:
     """The context is what scaling gives, as vLLM computes it: config.json may hold the one of before, or of after."""
-    config = {k: reader(k, None) for k in ("rope_scaling", "rope_parameters")}
-    config["rope_theta"] = reader("rope_theta", 1e6 if kind == "mixtral" else 1e4)
+    config = {k: reader(k, {}) for k in ("rope_scaling", "rope_parameters")}
+    if kind == "gemma3_text":
+        config["rope_parameters"] = reader.inner("rope_parameters", "full_attention")
+    if kind == "phi3":
+        config["rope_parameters"] = {k: v for k, v in config["rope_parameters"].items() if k != "partial_rotary_factor"}
+    config["rope_theta"] = reader("rope_theta", 1e4)
     config["original_max_position_embeddings"] = reader("original_max_position_embeddings", 0, 0)
-    rope, context = rope_from_hf(config), reader("max_position_embeddings", 2048 if kind == "llama" else 32768)
+    rope, context = rope_from_hf(config), reader("max_position_embeddings", 32768)
+    ropes: tuple[Rope, ...] = (rope,)
+    original = int(rope.original_max_position_embeddings or context)
     if rope.rope_type == "yarn":
-        original = int(rope.original_max_position_embeddings or context)
-        rope, context = (
-            replace(rope, original_max_position_embeddings=original),
-            max(context, int(original * rope.factor)),
+        ropes = (replace(rope, original_max_position_embeddings=original),)
+        context = max(context, int(original * rope.factor))
+    elif rope.rope_type == "longrope":  # config.json holds the context of after, and mostly no factor
+        factor = (config["rope_scaling"] | config["rope_parameters"]).get("factor") or context / original
+        attention = math.sqrt(1 + math.log(max(factor, 1)) / math.log(max(original, 2)))
+        rope = replace(
+            rope, attention_factor=rope.attention_factor or attention, original_max_position_embeddings=original
         )
-    elif rope.rope_type == "linear":
+        ropes = (rope, replace(rope, factors=rope_from_hf(config, "long_factor").factors))
+    elif rope.rope_type == "linear" and kind != "gemma3_text":  # whose configurations hold the context of after
         context = max(context, int(context * rope.factor))
-    return rope, min(context, (1 << 31) - 1)
+    return ropes, min(context, (1 << 31) - 1)
 
 
 def _check(config: ModelConfig) -> None:
@@ -196,11 +292,15 @@ def _check(config: ModelConfig) -> None:
     ):
         if not ok:
             raise ValueError(f"config.json has {key} = {getattr(config, key)}, which is {what}")
+    for key, rope in zip(("short_factor", "long_factor"), config.ropes):
+        count, want = len(rope.factors), config.rotary_dim // 2
+        if rope.rope_type == "longrope" and count != want:
+            raise ValueError(f"rope_scaling has {key} with {count} numbers; half of what is rotated is {want}")
 
 
 class _Reader:
     """Reads keys of a config and remembers which, so that a key nobody read can be refused. A value has the type of its
-    default, an object where that is None, an integer where there is none.
+    default, an integer where there is none.
     """
 
     KINDS: dict[type, tuple[tuple[type, ...], str]] = {
@@ -209,16 +309,19 @@ class _Reader:
         bool: ((bool,), "true or false"),
         str: ((str,), "a string"),
         tuple: ((list, tuple), "a list"),
-        type(None): ((dict,), "an object"),
+        dict: ((dict,), "an object"),
     }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config, self.seen = config, set(_HARMLESS)
+        self.defaults: Mapping[str, Any] = {}
 
     def __call__(self, key: str, default: Any = ..., low: int = 1, high: int = (1 << 31) - 1) -> Any:  # noqa: ANN401
         """An integer is from `low` to `high`; others are positive or, as epsilon may be, 0."""
         self.seen.add(key)
         value = self.config.get(key)
+        if value is None and not (key == "sliding_window" and key in self.config):  # null is none there
+            value = self.defaults.get(key)
         if value is None and default is ...:
             raise ValueError(f"config.json has no {key!r}")
         if value is None:
@@ -232,35 +335,40 @@ class _Reader:
             raise ValueError(f"config.json has {key} = {value!r:.99}; it must be {what}")
         return value
 
+    def inner(self, key: str, name: str) -> dict[str, Any]:
+        """The object called `name` in the object `key`."""
+        return dict(_Reader(self(key, {}))(name, {}))
+
+    def positive(self, key: str, default: float) -> float:
+        if not 1e-6 < (value := self(key, default)) < 1e6:
+            raise ValueError(f"config.json has {key} = {value!r:.99}; it must be a number from 1e-6 to 1e6")
+        return float(value)
+
     def finish(self) -> None:
         bookkeeping = re.compile(r"_.*|.*_token_id|.*_token_index|unsloth_.*|.*_loss_coef(ficient)?")
         off: tuple[Any, ...] = (None, False, "", [], {})
-        unknown = [
-            repr(k)[1:-1]
-            for k, v in self.config.items()
-            if k not in self.seen and v not in off and not bookkeeping.fullmatch(k)
-        ]
-        if unknown:
-            raise ValueError(
-                "config.json has keys that may change the mathematics and are not implemented: "
-                f"{', '.join(sorted(unknown))}; "
-                "delete them from config.json only if you know they do not matter"
-            )
+        left = [k for k, v in self.config.items() if k not in self.seen and v not in off]
+        if unknown := [repr(k)[1:-1] for k in left if not bookkeeping.fullmatch(k)]:
+            what = f"keys that may change the mathematics and are not implemented: {', '.join(sorted(unknown))}"
+            raise ValueError(f"config.json has {what}; delete them only if you know that they do not matter")
 
 
 def _windows(reader: _Reader, kind: str, layers: int) -> tuple[int, ...]:
     """Sliding window per layer: Mistral's on all layers; Qwen's only if switched on, by layer_types or from
     max_window_layers up.
     """
-    absent = 0 if "sliding_window" in reader.config or kind == "mixtral" else 4096  # null is none; absent, the default
-    window = reader("sliding_window", absent, 0)
+    window = reader("sliding_window", 0, 0)
     first, types = reader("max_window_layers", 28, 0), reader("layer_types", ())
-    if not reader("use_sliding_window", kind in ("mistral", "mixtral")) or kind == "llama":
+    if not reader("use_sliding_window", False) or kind in ("llama", "olmo2", "granite"):
         window = 0
-    if unknown := sorted({repr(t) for t in types if t not in ("full_attention", "sliding_attention")}):
-        raise ValueError(
-            f"layer_types {', '.join(unknown)} are not supported; full_attention and sliding_attention are"
-        )
+    known = "full_attention", "sliding_attention"
+    if unknown := sorted({repr(t) for t in types if t not in known}):
+        raise ValueError(f"layer_types {', '.join(unknown)} are not supported; {' and '.join(known)} are")
+    if kind == "gemma3_text":
+        every = reader("sliding_window_pattern", reader("_sliding_window_pattern", 6))
+        types = types or ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+        if not window and "sliding_attention" in types:
+            raise ValueError("config.json has no sliding_window, and layers that need one")
     if types and len(types) != layers:
         raise ValueError(f"layer_types has {len(types)} entries and num_hidden_layers is {layers}")
     if types:
@@ -293,6 +401,8 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "qwen3-32b": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, 40960, 1e6, False),
     "mixtral-8x7b": ("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, 32768, 1e6, False, 8, 2),
     "qwen3-30b-a3b": ("qwen3_moe", 2048, 768, 48, 32, 4, 128, 151936, 40960, 1e6, False, 128, 8),
+    "phi-4-mini": ("phi3", 3072, 8192, 32, 24, 8, 128, 200064, 131072, 1e4, True),
+    "gemma-3-4b": ("gemma3_text", 2560, 10240, 34, 8, 4, 256, 262208, 131072, 1e6, True),
     "tiny": ("llama", 256, 512, 2, 4, 2, 64, 512, 1024, 1e4, False),
 }
 
@@ -302,18 +412,18 @@ def shape_json(name: str) -> dict[str, Any]:
     if name not in SHAPES:
         raise ValueError(f"shape {name!r} is not known; known are {', '.join(SHAPES)}")
     kind, hidden, mlp, layers, heads, kv_heads, head_dim, vocab, context, theta, tied, *moe = SHAPES[name]
-    hf: dict[str, Any] = {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-    }
+    hf = {"model_type": kind, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
     hf |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab}
     hf |= {"max_position_embeddings": context, "rope_theta": theta, "tie_word_embeddings": tied}
     if moe:
         hf |= {"num_local_experts": moe[0], "num_experts_per_tok": moe[1]}
     if kind == "qwen3_moe":
         hf |= {"moe_intermediate_size": mlp, "norm_topk_prob": True}
+    if kind == "phi3":
+        scaling = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
+        hf |= {"partial_rotary_factor": 0.75, "rope_scaling": scaling}
+    if kind == "gemma3_text":
+        hf |= {"sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     return hf
 
 

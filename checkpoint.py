@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -28,18 +28,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from architectures import config_from_hf, sampling_from_hf
+from architectures import config_from_hf, sampling_from_hf, text_part
 from formats import FLOATS, QuantConfig, Quantized, Scheme, merge, suffixes, unpack
 from linear import Int4Linear, Int8Linear, Linear, RMSNorm, from_linear
 from model import ModelConfig, Transformer
 from tp import SHARD_DIM, TensorParallel
 
 Params = TypeVar("Params")
+Span = tuple[int, int]  # a half-open range
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 # Prefixes of torch.compile and of DistributedDataParallel; names of a model that was saved without its head.
+# Names of a multimodal model: of its text part, and of what is left out.
+TEXT = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?=(lm_head)?)")
+VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 WRAPPED, BARE = re.compile(r"^(?:module\.)+|_orig_mod\."), re.compile(r"(?:layers|embed_tokens|norm)\.")
 # Computed here anew; for a quantized KV cache, which is not kept here.
 LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([kv]_proj\.output_scale|[qkv]_(scale|zero_point)))")
+# Where a norm behind each block has taken the name of Llama's norm before the second.
+BEHIND = [("post_attention_layernorm", "pre_feedforward_layernorm")]
+BEHIND += [("self_attn.post_norm", "post_attention_layernorm"), ("mlp.post_norm", "post_feedforward_layernorm")]
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICEN[CS]E*", "NOTICE*"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # sub-folders hold other formats; consolidated*: a second copy of the weights
@@ -105,10 +112,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is. FileNotFoundError when the folder has none."""
+    """config.json, of a multimodal model the text part. FileNotFoundError when the folder has none."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give a Hugging Face checkpoint folder")
-    return read_json(folder / "config.json")
+    return text_part(read_json(folder / "config.json"))
 
 
 def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -135,7 +142,7 @@ class Weights:
         files, index = self._shards()
         for file in files:
             for stored in self._open(file).keys():  # noqa: SIM118 (no mapping)
-                name = WRAPPED.sub("", stored)
+                name = TEXT.sub(lambda m: "" if m[1] else "model.", WRAPPED.sub("", stored))
                 name = f"model.{name}" if BARE.match(name) else name
                 if self.where.get(name) == file:
                     raise ValueError(f"{folder / file} holds {name!r} twice, once as {stored!r}")
@@ -218,7 +225,7 @@ def _some(names: list[str]) -> str:
 
 def sources(name: str, config: ModelConfig) -> list[list[str]]:
     """The packing table: a module's path in `Transformer` -> modules on disk, [expert][part]; parts are joined along
-    the rows.
+    the rows. Phi-3's are joined on disk already.
     """
     mixtral = config.model_type == "mixtral"
     path = name if name.startswith("lm_head") else f"model.{name}"
@@ -231,10 +238,37 @@ def sources(name: str, config: ModelConfig) -> list[list[str]]:
         return [[f"{stem}.{e}.{p}" for p in parts] for e in range(config.num_experts)]
     if name.endswith(".mlp.gate") and mixtral:
         return [[path.replace(".mlp.", ".block_sparse_moe.")]]
+    for ours, theirs in BEHIND if config.post_norms else ():
+        if name.endswith(ours):
+            return [[path.removesuffix(ours) + theirs]]
     for packed, parts in (("qkv_proj", ["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", ["gate_proj", "up_proj"])):
-        if name.endswith(f".{packed}"):
+        if name.endswith(f".{packed}") and config.model_type != "phi3":
             return [[path.removesuffix(packed) + p for p in parts]]
     return [[path]]
+
+
+def row_order(path: str, config: ModelConfig, tp: TensorParallel = TensorParallel()) -> Tensor | None:
+    """In which order a Linear has its rows, where it is not that on disk; None elsewhere.
+
+    `model.rotate` turns pairs of numbers, one of each half of a head. Where a part of a head is turned (Phi-4-mini),
+    the pairs lie on disk in the halves of that part, so the rows of q and k change places. Of 8 numbers, 4 of them
+    turned, the order is 0 1 4 5 2 3 6 7.
+    """
+    turned, dim = config.rotary_dim, config.head_dim
+    if turned == dim or not path.endswith("qkv_proj"):
+        return None
+    half, middle = turned // 2, (turned + dim) // 2
+    head = [*range(half), *range(turned, middle), *range(half, turned), *range(middle, dim)]
+    kv = config.num_key_value_heads // tp.size
+    heads = [head] * (config.num_attention_heads // tp.size + kv) + [[*range(dim)]] * kv
+    return (torch.tensor(heads) + dim * torch.arange(len(heads))[:, None]).flatten()
+
+
+def reorder_rows_(linear: Linear, order: Tensor) -> None:
+    """The rows of a Linear in the plain layout of any format in another order."""
+    for name, tensor in (*linear.named_parameters(), *linear.named_buffers()):
+        if name != "permutation":  # of the inputs
+            tensor.copy_(tensor[order.to(tensor.device)])
 
 
 def as_stored(config: ModelConfig, weights: Weights) -> ModelConfig:
@@ -262,6 +296,16 @@ def as_stored(config: ModelConfig, weights: Weights) -> ModelConfig:
     return config
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a rank reads of one Linear on disk, whose full shape is [N, K]."""
+
+    name: str
+    shape: tuple[int, int]
+    rows: Span
+    columns: Span
+
+
 class Loader:
     """Fills modules of a `Transformer` from `Weights` and remembers what it used, so that leftovers can be refused."""
 
@@ -274,6 +318,9 @@ class Loader:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        if config.model_type == "gemma3_text":  # multiplied in the activations' dtype, as these models were trained
+            rounded = float(torch.tensor(config.embedding_multiplier, dtype=dtype))
+            config = replace(config, embedding_multiplier=rounded)
         self.weights, self.config, self.quant, self.tp = weights, as_stored(config, weights), quant, tp
         self.device, self.dtype = device, dtype
         self.used: set[str] = set()
@@ -294,9 +341,15 @@ class Loader:
             else:
                 ((source,),) = sources(path, self.config)
                 n, *tail = module.weight.shape
-                n = self.config.vocab_size if isinstance(module, nn.Embedding) else n
-                stored = self._read(source, "weight", (n, *tail))  # refuses a wrong shape before it is allocated
+                whole = self.config.qk_norm_whole and path.endswith(("q_norm", "k_norm"))
+                split = isinstance(module, nn.Embedding) or whole
+                full = n * self.tp.size if split else n
+                first, last = self._share(0, full, split, source)
+                stored = self._plain(source, "weight", (full, *tail))[first:last]  # refuses before it is allocated
                 weight = torch.empty(module.weight.shape, device=self.device, dtype=self.dtype)
+                if isinstance(module, RMSNorm):  # Gemma stores w - 1; logits are divided by dividing the last norm
+                    offset = self.config.model_type == "gemma3_text"
+                    stored = (stored.float() + offset) / (self.config.logits_scaling if path == "norm" else 1.0)
                 module.weight = nn.Parameter(weight.copy_(stored), requires_grad=False)
 
     def linear(self, path: str, module: Linear) -> Linear:
@@ -304,34 +357,41 @@ class Loader:
         says so.
         """
         grid = self._grid(path, module)
-        schemes = {self.schemes.get(name) for row in grid for name, _ in row}
+        schemes = {self.schemes.get(part.name) for row in grid for part in row}
         quantized = None if schemes == {None} else self._quantized(grid)
         if quantized is not None:
             module = self._replacement(module, quantized)
         else:
-            for name, shape in (part for row in grid for part in row if self.schemes.get(part[0]) is None):
-                self._plain(name, "weight", shape)  # refuses a wrong shape before it is allocated
+            for part in (part for row in grid for part in row if self.schemes.get(part.name) is None):
+                self._plain(part.name, "weight", part.shape)  # refuses a wrong shape before it is allocated
             sizes = len(grid), module.out_features, module.in_features
             weight = torch.empty(sizes, device=self.device, dtype=self.dtype)
             for e, row in enumerate(grid):
                 at = 0
-                for name, shape in row:
-                    part = self._dense(name, shape)
-                    weight[e, at : at + len(part)].copy_(part)
-                    at += len(part)
+                for part in row:
+                    read = self._dense(part)
+                    weight[e, at : at + len(read)].copy_(read)
+                    at += len(read)
             module.weight = nn.Parameter(weight if module.num_experts else weight[0], requires_grad=False)
         if module.bias is not None:
-            bias = torch.cat([self._read(n, "bias", shape[:1]).to(self.dtype) for n, shape in grid[0]]).to(self.device)
-            row_parallel = SHARD_DIM.get(grid[0][0][0].rpartition(".")[2]) == 1
+            parts = [self._plain(p.name, "bias", p.shape[:1])[slice(*p.rows)].to(self.dtype) for p in grid[0]]
+            bias = torch.cat(parts).to(self.device)
+            row_parallel = SHARD_DIM.get(grid[0][0].name.rpartition(".")[2]) == 1
             # a row-parallel bias enters the sum over ranks once
             module.bias = nn.Parameter(bias * (0 if row_parallel and self.tp.rank else 1), requires_grad=False)
+        order = row_order(path, self.config, self.tp)
+        if order is not None:
+            reorder_rows_(module, order)
         return module
 
     def finish(self) -> None:
         """ValueError for tensors nobody asked for, but for the few that real folders are known to contain."""
-        extra = []
+        extra, left_out = [], 0
         for name in self.weights:
             if name in self.used or LEFTOVER.fullmatch(name):
+                continue
+            if VISION.fullmatch(name) and self.config.model_type == "gemma3_text":
+                left_out += 1
                 continue
             part = self.weights.slice(name)
             if name.endswith(".bias") and part.get_shape() and part.get_dtype() in FLOATS and not part[:].any():
@@ -339,24 +399,33 @@ class Loader:
             extra.append(name)
         if extra:
             raise ValueError(f"the checkpoint has tensors that config.json does not call for: {_some(sorted(extra))}")
+        if left_out:
+            tell(f"note: {self.weights.folder}: text alone is read; {left_out} tensors for images are left out")
 
-    def _grid(self, path: str, module: Linear) -> list[list[tuple[str, tuple[int, int]]]]:
-        """[expert][part] -> (module on disk, its full shape [N, K] before sharding)."""
+    def _grid(self, path: str, module: Linear) -> list[list[Part]]:
+        """[expert][part]: what this rank reads, whether the parts are modules of their own on disk or rows of one."""
         c, names = self.config, sources(path, self.config)
+        kind = path.rpartition(".")[2]
         dim = SHARD_DIM.get(names[0][0].rpartition(".")[2])
         n = module.out_features * (self.tp.size if dim == 0 else 1)
         k = module.in_features * (self.tp.size if dim == 1 else 1)
-        kv = c.num_key_value_heads * c.head_dim
-        rows = {1: (n,), 2: (n // 2, n // 2), 3: (c.num_attention_heads * c.head_dim, kv, kv)}[len(names[0])]
-        return [[(name, (r, k)) for name, r in zip(row, rows)] for row in names]
+        kv, grid = c.num_key_value_heads * c.head_dim, []
+        sizes = {"qkv_proj": (n - 2 * kv, kv, kv), "gate_up_proj": (n // 2, n // 2)}.get(kind, (n,))
+        columns = self._share(0, k, dim == 1, names[0][0])
+        for row in names:
+            joined, parts, at = len(row) < len(sizes), list[Part](), 0
+            for name, size in zip(row * len(sizes) if joined else row, sizes):
+                rows = self._share(at, size, dim == 0, name)
+                parts.append(Part(name, (n if joined else size, k), rows, columns))
+                at += size if joined else 0
+            grid.append(parts)
+        return grid
 
-    def _span(self, name: str, shape: tuple[int, ...], dim: int) -> tuple[int, int]:
-        """This rank's half-open range of one dimension of one weight."""
-        size = shape[dim]
-        if self.tp.size == 1 or SHARD_DIM.get(name.rpartition(".")[2]) != dim:
-            return 0, size
-        local = self.tp.local(size, name)
-        return self.tp.rank * local, (self.tp.rank + 1) * local
+    def _share(self, start: int, size: int, split: bool, name: str) -> Span:
+        """This rank's part of `size` rows or columns that begin at `start`."""
+        local = self.tp.local(size, name) if split else size
+        first = start + (self.tp.rank * local if split else 0)
+        return first, first + local
 
     def _plain(self, name: str, kind: str, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
         """An unquantized tensor, unread, of the right shape and dtype."""
@@ -365,36 +434,32 @@ class Loader:
             raise ValueError(f"tensor '{name}.{kind}' has shape {list(found)}; config.json calls for {list(shape)}")
         if source.get_dtype() not in FLOATS:
             raise ValueError(f"tensor '{name}.{kind}' has dtype {source.get_dtype()}; supported are F32, F16 and BF16")
+        self.used.add(f"{name}.{kind}")
         return source
 
-    def _read(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
-        """This rank's slice of an unquantized tensor."""
-        source = self._plain(name, kind, shape)
-        self.used.add(f"{name}.{kind}")
-        spans = [self._span(name, shape, d) for d in range(len(shape))]
-        return source[tuple(slice(a, b) for a, b in spans)]
+    def _unpack(self, part: Part, scheme: Scheme) -> Quantized:
+        present = [s for s in suffixes(scheme) if f"{part.name}.{s}" in self.weights]
+        self.used.update(f"{part.name}.{s}" for s in present)
+        tensors = {s: self.weights.slice(f"{part.name}.{s}") for s in present}
+        return unpack(part.name, tensors, scheme, part.shape, rows=part.rows, columns=part.columns)
 
-    def _unpack(self, name: str, scheme: Scheme, shape: tuple[int, int]) -> Quantized:
-        present = [s for s in suffixes(scheme) if f"{name}.{s}" in self.weights]
-        self.used.update(f"{name}.{s}" for s in present)
-        tensors = {s: self.weights.slice(f"{name}.{s}") for s in present}
-        return unpack(name, tensors, scheme, shape, rows=self._span(name, shape, 0), columns=self._span(name, shape, 1))
+    def _dense(self, part: Part) -> Tensor:
+        """This rank's share of a weight in the activations' dtype, whether it is quantized or not."""
+        if scheme := self.schemes.get(part.name):
+            return self._unpack(part, scheme).dequantize(self.dtype)
+        return self._plain(part.name, "weight", part.shape)[slice(*part.rows), slice(*part.columns)]
 
-    def _dense(self, name: str, shape: tuple[int, int]) -> Tensor:
-        scheme = self.schemes.get(name)
-        return self._unpack(name, scheme, shape).dequantize(self.dtype) if scheme else self._read(name, "weight", shape)
-
-    def _quantized(self, grid: list[list[tuple[str, tuple[int, int]]]]) -> Quantized | None:
+    def _quantized(self, grid: list[list[Part]]) -> Quantized | None:
         """All parts and experts of one module as one logical tensor; None when they cannot be one (it is then
         dequantized).
         """
         experts = []
         for row in grid:
             parts = []
-            for name, shape in row:
-                if (scheme := self.schemes.get(name)) is None:
+            for part in row:
+                if (scheme := self.schemes.get(part.name)) is None:
                     return None
-                parts.append(self._unpack(name, scheme, shape))
+                parts.append(self._unpack(part, scheme))
             if (joined := merge(parts)) is None:
                 return None
             experts.append(joined)

@@ -530,17 +530,18 @@ class Engine:
         """
         cache, config = self.cache, self.model.config
         if not 0 < max_seq_len <= config.max_position_embeddings:
-            kind = " (rope_type dynamic is exact up to there)" if config.rope.rope_type == "dynamic" else ""
+            kind = " (rope_type dynamic is exact up to there)" if config.ropes[0].rope_type == "dynamic" else ""
             raise ValueError(
                 f"{max_seq_len} tokens do not fit the model's context of {config.max_position_embeddings}{kind}"
             )
-        if cache is not None and cache.batch_size == batch_size and cache.max_seq_len >= max_seq_len + slack:
+        slots, long = -(-(max_seq_len + slack) // 128) * 128, config.long(max_seq_len)
+        if cache is not None and (cache.batch_size, cache.long) == (batch_size, long) and cache.max_seq_len >= slots:
             return
-        slots = -(-(max_seq_len + slack) // 128) * 128
         self.cache = None  # free the old one first
         self._programs, self._cached = {}, []
         memory.check_cache_fits(self.model, batch_size, slots, slack)
         self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
+        self.cache.long = long  # as a cache without the slack
         self.state = State(batch_size, slots, self.vocab_size, self.device)
         self.static(*vars(self.state).values(), *self.cache.buffers())
         if self.compile_prefill:  # anew: it is tied to the cache, and Dynamo allows a code object few variants

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Weights
+from checkpoint import VISION, Weights
 from linear import Linear
 from model import ModelConfig, Transformer
 from tp import TensorParallel
@@ -55,7 +55,7 @@ def read_bandwidth(device: torch.device) -> float | None:
 def stored_bytes(folder: Path, dtype: torch.dtype) -> int:
     """What the folder's weights take in memory once loaded in `dtype`; read from the safetensors headers alone."""
     weights, sizes, total = Weights(folder), {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}, 0
-    for name in weights:
+    for name in (n for n in weights if not VISION.fullmatch(n)):
         part = weights.slice(name)
         total += math.prod(part.get_shape()) * sizes.get(part.get_dtype(), dtype.itemsize)
     return total

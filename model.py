@@ -1,7 +1,7 @@
 """The decoder: configuration, KV cache, attention, MLP, mixture of experts, rotary embedding.
 
-Knows the mathematics of Llama, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE. Refuses to know files, sampling and
-compilation.
+Knows the mathematics of Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, Phi-3, Gemma 3, SmolLM3, OLMo 2 and Granite.
+Refuses to know files, sampling and compilation.
 
 Legend: B batch, T new tokens, S cache slots, D hidden, H query heads, Hkv key/value heads, Dh head dim, F MLP width, V
 vocabulary, L layers, E experts, M = B * T rows. Under tensor parallelism H, Hkv, F and V are this rank's share wherever
@@ -38,6 +38,7 @@ class Rope:
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
     truncate: bool = True
+    factors: tuple[float, ...] = ()  # longrope: what divides each frequency
 
     def frequencies(self, dim: int, max_position_embeddings: int) -> tuple[Tensor, float]:
         """(inverse frequencies float32 [dim / 2], factor on cos and sin). `dynamic` is the unscaled table: exact up to
@@ -46,6 +47,8 @@ class Rope:
         power = torch.arange(0, dim, 2).float() / dim
         inv_freq = 1.0 / self.rope_theta**power
         original = self.original_max_position_embeddings or max_position_embeddings
+        if self.rope_type == "longrope":  # Ding et al. 2024, section 3.2
+            return inv_freq / torch.tensor(self.factors), self.attention_factor or 1.0
         if self.rope_type == "linear":
             return inv_freq / self.factor, 1.0
         if self.rope_type == "llama3":  # Llama 3.1: scale long wavelengths, keep short ones, blend between
@@ -89,9 +92,11 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rotary_dim: int  # the first numbers of a head, which RoPE turns: all, but in Phi-4-mini
     rms_norm_eps: float
     max_position_embeddings: int
-    rope: Rope
+    ropes: tuple[Rope, ...]  # the rotations: one; or two, of layers (Gemma 3, SmolLM3) or of long sequences (LongRoPE)
+    layer_ropes: tuple[int, ...]  # per layer: which of them
     windows: tuple[int, ...]  # per layer: keys a query sees, itself included; 0 means all
     sparse: tuple[bool, ...]  # per layer: mixture of experts instead of one MLP
     tie_word_embeddings: bool = False
@@ -103,6 +108,17 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    query_scale: float = 1.0  # of the scores, besides 1 / sqrt(Dh) (Gemma 3, Granite)
+    embedding_multiplier: float = 1.0  # Gemma 3, Granite
+    logits_scaling: float = 1.0  # what divides the logits (Granite)
+    hidden_act: str = "silu"  # or gelu_pytorch_tanh (Gemma 3)
+    pre_norms: bool = True  # before attention and MLP
+    post_norms: bool = False  # behind them, before the residual is added (Gemma 3, OLMo 2)
+    qk_norm_whole: bool = False  # queries and keys are normed over all heads at once (OLMo 2)
+
+    def long(self, slots: int) -> bool:
+        """Whether sequences of so many slots are turned by LongRoPE's second rotation."""
+        return self.ropes[0].rope_type == "longrope" and slots > (self.ropes[0].original_max_position_embeddings or 0)
 
 
 class LayerCache(nn.Module):
@@ -143,6 +159,7 @@ class KVCache(nn.Module):
         shape = (batch_size, tp.local(config.num_key_value_heads, "num_key_value_heads"), max_seq_len, config.head_dim)
         self.layers = nn.ModuleList(LayerCache(shape, device, dtype) for _ in range(config.num_hidden_layers))
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
+        self.long = config.long(max_seq_len)  # keys that were turned for a short sequence are of no use to a long one
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Tensor:
@@ -184,6 +201,20 @@ def angles(positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Te
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
+def widen(cos: Tensor, sin: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """cos, sin [..., half]: the pairs of a head for which there are none do not turn."""
+    rest = half - cos.shape[-1]
+    return (F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))) if rest else (cos, sin)
+
+
+def add_to(x: Tensor, proj: Linear, y: Tensor, post_norm: RMSNorm | None, tp: TensorParallel) -> Tensor:
+    """x + proj(y), summed over ranks; with a norm behind the block x + post_norm(proj(y)), which no kernel fuses."""
+    if post_norm is not None:
+        return x + post_norm(tp.all_reduce(proj(y)))
+    # the residual enters the sum over ranks once, through rank 0
+    return tp.all_reduce(proj(y, residual=x if tp.rank == 0 else None))
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with its projections, cache write and residual add."""
 
@@ -198,33 +229,42 @@ class Attention(nn.Module):
         out = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, out, config.qkv_bias)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, config.o_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        q, k = (self.num_heads, self.num_kv_heads) if config.qk_norm_whole else (1, 1)
+        self.q_norm = RMSNorm(q * config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(k * config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norms else None
+        self.qk_norm_whole = config.qk_norm_whole
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
+        self, x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
     ) -> Tensor:
         """x [B, T, D] -> x + attention(norm(x)); keys and values of the new tokens go into the cache."""
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 Hkv) Dh]
         y = None if self.fast is None else self.fast(self, qkv, cos, sin, positions, cache)
         if y is None:
             y = self.attend(qkv, cos, sin, positions, cache, end)
-        # the residual enters the sum over ranks once, through rank 0
-        return self.tp.all_reduce(self.o_proj(y, residual=x if self.tp.rank == 0 else None))
+        return add_to(x, self.o_proj, y, self.post_norm, self.tp)
 
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int) -> Tensor:
         """Heads, their norms and rotation, the cache, and attention over its first `end` slots: [B, T, H Dh]."""
         heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, 2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            norm = self.norm_whole if self.qk_norm_whole else RMSNorm.__call__
+            q, k = norm(self.q_norm, q), norm(self.k_norm, k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         cache.write_(positions, k, v)
         return attend(q, cache.k[:, :, :end], cache.v[:, :, :end], positions, self.window).flatten(2)
 
+    def norm_whole(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        """x [B, T, H, Dh] normed over the heads of all ranks at once (OLMo 2)."""
+        heads = x.flatten(2).float()
+        square = self.tp.all_reduce(heads.square().mean(-1, keepdim=True) / self.tp.size)
+        return (heads * (square + norm.eps).rsqrt() * norm.weight).to(x.dtype).view_as(x)
+
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020), norm before and residual after fused in."""
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020), norm before and residual after fused in; or gelu instead of silu."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
@@ -232,10 +272,15 @@ class MLP(nn.Module):
         width = tp.local(config.intermediate_size, "intermediate_size")
         self.gate_up_proj = Linear(config.hidden_size, 2 * width, config.mlp_bias)
         self.down_proj = Linear(width, config.hidden_size, config.mlp_bias)
+        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norms else None
+        self.silu = config.hidden_act == "silu"
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        h = self.gate_up_proj(x, norm=norm, silu_mul=True)
-        return self.tp.all_reduce(self.down_proj(h, residual=x if self.tp.rank == 0 else None))
+    def forward(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        h = self.gate_up_proj(x, norm=norm, silu_mul=self.silu)
+        if not self.silu:
+            gate, up = h.chunk(2, dim=-1)
+            h = F.gelu(gate, approximate="tanh") * up
+        return add_to(x, self.down_proj, h, self.post_norm, self.tp)
 
 
 class Experts(nn.Module):
@@ -288,11 +333,13 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP. The norms before them bear Llama's names; those behind them are theirs (`post_norm`)."""
+
     def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.pre_norms else None
         self.self_attn = Attention(config, layer, tp)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.pre_norms else None
         self.mlp = (MoE if config.sparse[layer] else MLP)(config, tp)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int) -> Tensor:
@@ -316,16 +363,18 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i, tp) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, self.vocab_local)
-        self.register_buffer("inv_freq", torch.empty(config.head_dim // 2), persistent=False)
-        self.rope_factor = 1.0
+        self.register_buffer("inv_freq", torch.empty(1, config.rotary_dim // 2), persistent=False)
+        self.rope_factors = [1.0]
 
     def init_rope_(self, device: torch.device) -> None:
-        """Compute the rotary frequencies: float32, on the device, after everything else is loaded (no `.to(dtype)` may
-        touch them).
+        """Compute the rotary frequencies of every rotation: float32, on the device, after everything else is loaded (no
+        `.to(dtype)` may touch them).
         """
         c = self.config
-        inv_freq, self.rope_factor = c.rope.frequencies(c.head_dim, c.max_position_embeddings)
-        self.inv_freq = inv_freq.to(device)
+        tables, factors = zip(*(rope.frequencies(c.rotary_dim, c.max_position_embeddings) for rope in c.ropes))
+        self.inv_freq = torch.stack(tables).to(device)
+        # a factor meets queries and keys, so its square scales the scores
+        self.rope_factors = [factor * c.query_scale**0.5 for factor in factors]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """tokens, positions int64 [B, T] -> [B, T, D] and what `rope` returns; each rank looks up its slice of the
@@ -333,18 +382,22 @@ class Transformer(nn.Module):
         """
         begun = None if self.fast is None else self.fast(self, tokens, positions)
         if begun is None:
-            table, (cos, sin) = self.embed_tokens.weight, self.rope(positions)
-            if self.tp.size == 1:
-                return F.embedding(tokens, table), cos, sin
-            at = tokens - self.first_id
-            here = (at >= 0) & (at < self.vocab_local)
-            begun = F.embedding(at.where(here, 0), table) * here[..., None], cos, sin
+            begun = self.look_up(tokens), *self.rope(positions)
         x, cos, sin = begun
-        return self.tp.all_reduce(x), cos, sin
+        scale = self.config.embedding_multiplier
+        return self.tp.all_reduce(x if scale == 1 else x * scale), *widen(cos, sin, self.config.head_dim // 2)
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin float32 [B, T, 1, Dh / 2]."""
-        return angles(positions, self.inv_freq, self.rope_factor)
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """[B, T, D]: zeros for tokens of other ranks' slices."""
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.embed_tokens.weight)
+        at = tokens - self.first_id
+        here = (at >= 0) & (at < self.vocab_local)
+        return F.embedding(at.where(here, 0), self.embed_tokens.weight) * here[..., None]
+
+    def rope(self, positions: Tensor, which: int = 0) -> tuple[Tensor, Tensor]:
+        """cos, sin float32 [B, T, 1, Dh / 2] of one of the rotations."""
+        return widen(*angles(positions, self.inv_freq[which], self.rope_factors[which]), self.config.head_dim // 2)
 
     def forward(
         self,
@@ -364,8 +417,9 @@ class Transformer(nn.Module):
         first prefill). run: what calls a layer; one compiled function serves all.
         """
         x, cos, sin = self.embed(tokens, positions)
-        for layer, layer_cache in zip(self.layers, cache.layers):
-            x = run(layer, x, cos, sin, positions, layer_cache, end)
+        ropes = [(cos, sin), *(self.rope(positions, i) for i in range(1, len(self.rope_factors)))]
+        for layer, layer_cache, rope in zip(self.layers, cache.layers, self.config.layer_ropes):
+            x = run(layer, x, *ropes[cache.long or rope], positions, layer_cache, end)
         if select is not None:
             x = x[torch.arange(x.shape[0], device=x.device), select][:, None]
         return self.tp.all_gather(self.lm_head(x, norm=self.norm))

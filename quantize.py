@@ -65,7 +65,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from architectures import config_from_hf
-from checkpoint import Loader, Weights, checkpoint_dtype, read_config, resolve, sources
+from checkpoint import Loader, Weights, checkpoint_dtype, read_config, reorder_rows_, resolve, row_order, sources
 from engine import DTYPES, Engine, pick_device
 from formats import QuantConfig, Quantized, Scheme, pack
 from gptq import gptq, relative_error, round_to_nearest
@@ -123,7 +123,7 @@ class Streams:
 
     def __init__(self, model: Transformer, calibration: Tensor, heldout: Tensor, tokens_at_once: int = 4096) -> None:
         rows = max(1, tokens_at_once // calibration.shape[1])
-        self.model = model
+        self.model, self.rope = model, 0  # which rotation the next block takes
         self.heldout = [part for part in heldout.split(rows) if len(part)]
         anywhere = torch.zeros_like  # positions do not matter yet
         self.calibration = [model.embed(part, anywhere(part))[0] for part in calibration.split(rows) if len(part)]
@@ -137,8 +137,9 @@ class Streams:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
             shape = (x.shape[0], config.num_key_value_heads, x.shape[1], config.head_dim)
             cache = LayerCache(shape, x.device, x.dtype)
+            which = 1 if config.long(x.shape[1]) else self.rope
             with contextlib.suppress(Enough):
-                y = half(x, *self.model.rope(positions), positions, cache, x.shape[1])
+                y = half(x, *self.model.rope(positions, which), positions, cache, x.shape[1])
                 xs[i] = y if keep else x
 
     def head(self, xs: list[Tensor], head: Linear) -> Iterator[Tensor]:
@@ -329,7 +330,12 @@ def stream(
             started, linear = time.perf_counter(), root.get_submodule(target.path.removeprefix(prefix))
             assert isinstance(linear, Linear)
             seen = hessians(linear, run) if streams.calibration else None
+            order = row_order(target.path, loader.config)
+            if order is not None:  # the rows as they are on disk, meanwhile
+                reorder_rows_(linear, order.argsort())
             row, tensors = quantize_linear_(linear, target, seen, settings, scale_dtype)
+            if order is not None:
+                reorder_rows_(linear, order)
             report.append(row | {"seconds": time.perf_counter() - started})
             say(report[-1])
             for name, tensor in tensors.items():
@@ -340,6 +346,7 @@ def stream(
     streams = Streams(model, *texts)
     for i, block in enumerate(tqdm(model.layers, desc="quantizing", unit="block", disable=None)):
         loader.fill_(block, f"layers.{i}")
+        streams.rope = loader.config.layer_ropes[i]
         for part, half in halves(block):  # so attention is not computed again for the Linears behind it
             streams.run(half, streams.before)
             quantize_(block, f"layers.{i}.", part, partial(streams.run, half, streams.calibration, keep=False))

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 # HF module name -> dimension of its [out_features, in_features] weight that is split; every other parameter is
-# replicated
+# replicated. Modules that are several in one on disk (Phi-3's qkv_proj and gate_up_proj) are split each by itself.
 SHARD_DIM = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "embed_tokens", "lm_head"), 0),
+    **dict.fromkeys("q_proj k_proj v_proj qkv_proj gate_proj up_proj gate_up_proj w1 w3".split(), 0),
+    **dict.fromkeys(("embed_tokens", "lm_head"), 0),
     **dict.fromkeys(("o_proj", "down_proj", "w2"), 1),
 }
 

@@ -62,7 +62,7 @@ def use_(model: nn.Module, on: bool = True) -> None:
         elif isinstance(module, Linear):
             module.fast = DENSE if on else None
         elif isinstance(module, Attention):
-            module.fast = attend if on else None
+            module.fast = attend if on and not module.qk_norm_whole else None
         elif isinstance(module, Transformer):
             module.fast = begin if on else None
             module.tp.fast = connect(module) if on else None
@@ -180,7 +180,7 @@ def begin(model: Transformer, tokens: Tensor, positions: Tensor) -> tuple[Tensor
         return None
     from decode_kernels import step
 
-    return step.embed(tokens, positions, table, model.inv_freq, model.rope_factor, model.first_id)
+    return step.embed(tokens, positions, table, model.inv_freq[0], model.rope_factors[0], model.first_id)
 
 
 def connect(model: Transformer) -> FastCollectives | None:

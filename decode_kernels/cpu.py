@@ -42,7 +42,7 @@ def use_(model: nn.Module, on: bool) -> None:
         elif isinstance(module, Linear):
             module.fast = DENSE if on and DENSE.covers(module) else None
         elif isinstance(module, Attention):
-            module.fast = attend if on else None
+            module.fast = attend if on and not module.qk_norm_whole else None
 
 
 class Dense:

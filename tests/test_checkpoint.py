@@ -315,29 +315,32 @@ QWEN3_30B = {
     [
         (
             LLAMA_1,
-            {"num_key_value_heads": 32, "rope": Rope(1e4), "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+            {"num_key_value_heads": 32, "ropes": (Rope(1e4),), "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
         ),
         (LLAMA_2_7B, {"head_dim": 128, "rms_norm_eps": 1e-5, "qkv_bias": False, "tie_word_embeddings": False}),
         (
             LLAMA_31_8B,
             {
-                "rope": Rope(5e5, "llama3", 8.0, 8192, 1.0, 4.0),
+                "ropes": (Rope(5e5, "llama3", 8.0, 8192, 1.0, 4.0),),
                 "num_key_value_heads": 8,
                 "intermediate_size": 14336,
                 "max_position_embeddings": 131072,
             },
         ),
-        (LLAMA_32_1B, {"head_dim": 64, "tie_word_embeddings": True, "rope": Rope(5e5, "llama3", 32.0, 8192, 1.0, 4.0)}),
-        (SMOLLM2, {"rope": Rope(1e5), "head_dim": 64, "num_key_value_heads": 3}),
-        (MISTRAL_V01, {"windows": (4096,) * 32, "rope": Rope(1e4), "vocab_size": 32000}),
-        (MISTRAL_V03, {"windows": (0,) * 32, "rope": Rope(1e6), "vocab_size": 32768}),
+        (
+            LLAMA_32_1B,
+            {"head_dim": 64, "tie_word_embeddings": True, "ropes": (Rope(5e5, "llama3", 32.0, 8192, 1.0, 4.0),)},
+        ),
+        (SMOLLM2, {"ropes": (Rope(1e5),), "head_dim": 64, "num_key_value_heads": 3}),
+        (MISTRAL_V01, {"windows": (4096,) * 32, "ropes": (Rope(1e4),), "vocab_size": 32000}),
+        (MISTRAL_V03, {"windows": (0,) * 32, "ropes": (Rope(1e6),), "vocab_size": 32768}),
         (QWEN25_7B, {"windows": (0,) * 28, "qkv_bias": True, "o_bias": False, "qk_norm": False, "rms_norm_eps": 1e-6}),
         (QWEN25_7B | {"use_sliding_window": True, "max_window_layers": 20}, {"windows": (0,) * 20 + (131072,) * 8}),
         (
             QWEN25_7B | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
-            {"rope": Rope(1e6, "yarn", 4.0, 32768)},
+            {"ropes": (Rope(1e6, "yarn", 4.0, 32768),)},
         ),
-        (QWEN3_8B, {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "windows": (0,) * 36, "rope": Rope(1e6)}),
+        (QWEN3_8B, {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "windows": (0,) * 36, "ropes": (Rope(1e6),)}),
         (
             MIXTRAL,
             {
@@ -372,7 +375,7 @@ def test_configs_of_real_models(config, want):
 
 @pytest.mark.parametrize("theta", [500_000, 2804339835.0, 45_900_000_000])
 def test_rope_theta_of_long_contexts(theta):
-    assert config_from_hf(LLAMA_31_8B | {"rope_theta": theta}).rope.rope_theta == theta
+    assert config_from_hf(LLAMA_31_8B | {"rope_theta": theta}).ropes[0].rope_theta == theta
 
 
 @pytest.mark.parametrize(
@@ -380,10 +383,10 @@ def test_rope_theta_of_long_contexts(theta):
     [
         (MISTRAL_V01, "sliding_window", {"windows": (4096,) * 32}),
         (MIXTRAL, "sliding_window", {"windows": (0,) * 32}),
-        (MIXTRAL, "rope_theta", {"rope": Rope(1e6)}),
+        (MIXTRAL, "rope_theta", {"ropes": (Rope(1e6),)}),
         (QWEN25_7B | {"use_sliding_window": True, "num_hidden_layers": 30}, "max_window_layers",
          {"windows": (0,) * 28 + (131072,) * 2}),
-        (LLAMA_31_8B, "rope_scaling", {"rope": Rope(5e5)}),
+        (LLAMA_31_8B, "rope_scaling", {"ropes": (Rope(5e5),)}),
         (QWEN3_30B, "norm_topk_prob", {"norm_topk_prob": False}),
     ],
 )  # fmt: skip
@@ -394,20 +397,23 @@ def test_absent_keys_mean_what_transformers_makes_of_them(config, absent, want):
     got = config_from_hf(config)
     assert {name: getattr(got, name) for name in want} == want
     theirs = AutoConfig.for_model(**config)
-    assert got.rope.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert got.ropes[0].rope_theta == theirs.rope_parameters["rope_theta"]
     assert got.rms_norm_eps == theirs.rms_norm_eps and got.tie_word_embeddings == theirs.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "gemma2"}, ["gemma2", "llama, mistral, qwen2, qwen3, mixtral, qwen3_moe"]),
+        (
+            {"model_type": "gemma2"},
+            ["gemma2", "llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, phi3, gemma3_text, smollm3, olmo2, granite"],
+        ),
         ({"model_type": None}, ["model_type", "supported are"]),
         ({"hidden_act": "gelu"}, ["gelu", "silu"]),
         ({"logit_scale": 0.0625}, ["logit_scale"]),
         ({"final_logit_softcapping": 30.0, "embedding_multiplier": 12.0}, ["embedding_multiplier, final_logit_soft"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
-        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["longrope", "yarn"]),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["longrope", "long_factor, original_max"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1, 2]}}, ["mrope_section"]),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         ({"rope_scaling": {"type": "linear"}}, ["linear", "factor"]),
@@ -483,15 +489,15 @@ def test_configs_that_are_refused(changes, words):
 )  # fmt: skip
 def test_context_of_scaled_positions(changes, context, rope):
     got = config_from_hf(LLAMA_2_7B | changes)
-    assert (got.max_position_embeddings, got.rope) == (context, rope)
+    assert (got.max_position_embeddings, got.ropes[0]) == (context, rope)
 
 
 def test_attn_factor_multiplies():
     """DeepSeek-R1-0528-Qwen3-8B ships the inverse of what YaRN makes of a factor of 4, so that nothing is scaled."""
     shipped = {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.8782488562869419}
-    rope = config_from_hf(QWEN3_8B | {"rope_scaling": shipped | {"original_max_position_embeddings": 32768}}).rope
+    rope = config_from_hf(QWEN3_8B | {"rope_scaling": shipped | {"original_max_position_embeddings": 32768}}).ropes[0]
     assert rope.frequencies(128, 1)[1] == pytest.approx(1.0, abs=1e-6)
-    plain = config_from_hf(QWEN3_8B | {"rope_scaling": shipped | {"attn_factor": 1.0}}).rope
+    plain = config_from_hf(QWEN3_8B | {"rope_scaling": shipped | {"attn_factor": 1.0}}).ropes[0]
     assert plain.attention_factor is None and plain.frequencies(128, 1)[1] == pytest.approx(1.138629, abs=1e-6)
 
 

@@ -24,6 +24,11 @@ KINDS = {
     "qwen3": {"head_dim": 128},
     "mixtral": {"num_local_experts": 8},
     "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "norm_topk_prob": True},
+    "phi3": {"partial_rotary_factor": 0.75},
+    "gemma3_text": {"sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 100},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "olmo2": {},
+    "granite": {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.22},
 }
 
 

@@ -22,6 +22,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5], "long_factor": [1.0, 2.2, 3.1, 4.7, 6.0, 9.5]}
+PARTIAL = {"pad_token_id": 0, "max_position_embeddings": 256, "partial_rotary_factor": 0.75}
+GEMMA = {"pad_token_id": 0, "head_dim": 16, "sliding_window": 13, "query_pre_attn_scalar": 40}
+GEMMA |= {"num_hidden_layers": 7}  # the sixth has no window
+NOPE = {"pad_token_id": 0, "num_hidden_layers": 4}
+MULTIPLIERS = {"embedding_multiplier": 12.0, "attention_multiplier": 0.15, "residual_multiplier": 0.22}
+MULTIPLIERS |= {"logits_scaling": 1.7}
 MOE = {"num_experts": 6, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
 CASES = {
     "llama": ("llama", {}),
@@ -82,6 +90,56 @@ CASES = {
     "qwen3-moe-some-dense": (
         "qwen3_moe",
         MOE | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    ),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "phi3-tied-window": ("phi3", {"pad_token_id": 0, "tie_word_embeddings": True, "sliding_window": 13}),
+    "phi3-partial": ("phi3", PARTIAL),
+    "phi3-odd": (
+        "phi3",
+        {"pad_token_id": 0, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 66}
+        | {"intermediate_size": 37, "vocab_size": 211},
+    ),
+    "phi3-longrope-long": ("phi3", PARTIAL | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}}),
+    "phi3-longrope-short": (
+        "phi3",
+        PARTIAL
+        | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 80}},
+    ),
+    "phi3-longrope-factor": (
+        "phi3",
+        PARTIAL
+        | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75, "attention_factor": 1.3, "factor": 3.0}},
+    ),
+    "gemma3": ("gemma3_text", GEMMA),
+    "gemma3-odd": (
+        "gemma3_text",
+        GEMMA
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 22, "hidden_size": 51}
+        | {"intermediate_size": 37, "vocab_size": 211, "num_hidden_layers": 3, "sliding_window": 1},
+    ),
+    "gemma3-untied-biases": ("gemma3_text", GEMMA | {"tie_word_embeddings": False, "attention_bias": True}),
+    "gemma3-ropes": (
+        "gemma3_text",
+        GEMMA
+        | {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+        | {"rope_parameters": {"full_attention": YARN, "sliding_attention": LLAMA3}},
+    ),
+    "smollm3": ("smollm3", NOPE),
+    "smollm3-window": ("smollm3", NOPE | {"use_sliding_window": True, "sliding_window": 9, "mlp_bias": True}),
+    "smollm3-yarn": (
+        "smollm3",
+        NOPE | {"no_rope_layers": [0, 1], "num_hidden_layers": 2, "rope_parameters": YARN, "attention_bias": True},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2-odd": (
+        "olmo2",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 66, "intermediate_size": 37}
+        | {"vocab_size": 211, "attention_bias": True},
+    ),
+    "granite": ("granite", MULTIPLIERS),
+    "granite-biases-tied": (
+        "granite",
+        MULTIPLIERS | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 0.01},
     ),
     "qwen3-moe-window": ("qwen3_moe", MOE | {"use_sliding_window": True, "sliding_window": 7}),
 }

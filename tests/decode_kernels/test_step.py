@@ -24,7 +24,7 @@ def test_embed_equals_twin(rank, dim, half, factor):
     model = Transformer(config, TensorParallel(rank or 0, 1 if rank is None else 2)).half().to(DEVICE)
     model.embed_tokens.weight.copy_(torch.randn(model.embed_tokens.weight.shape, generator=gen))
     model.init_rope_(DEVICE)
-    model.rope_factor = factor
+    model.rope_factors = [factor]
     tokens = torch.randint(50, (2, 3), generator=gen).to(DEVICE)
     positions = torch.tensor([[0, 1, 2], [131_069, 131_070, 131_071]], device=DEVICE)
     model.tp = TensorParallel()  # no group to sum over here
