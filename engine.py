@@ -421,16 +421,18 @@ class Engine:
         |              | layers                            | write                  | the step                         |
         |--------------|-----------------------------------|------------------------|----------------------------------|
         | GPU, plain   | inside                            | inside                 | torch.compile, "reduce-overhead" |
-        | GPU, kernels | kernels; experts' layers compiled | kernels, else compiled | one CUDA graph                   |
+        | GPU, kernels | kernels; some layers compiled (*) | kernels, else compiled | one CUDA graph                   |
         | CPU          | one layer compiled, used for all  | compiled               | a plain loop                     |
         | compile off  | eager                             | eager                  | a plain loop                     |
+
+        (*) Those of which some pieces are plain PyTorch: experts, norms behind a block.
 
         park: makes the state such that a trial step writes to slots which belong to no kept prefix.
         """
         model, cache, layer = self.model, self.cache, DecoderLayer.__call__
-        whole, experts = self.cuda and not self.use_kernels, any(model.config.sparse)
+        whole, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.post_norms
         if self.compile and not whole:
-            if experts or not self.use_kernels:
+            if mixed or not self.use_kernels:
                 layer = compiled(DecoderLayer.forward, f"layer_{end}", dynamic=False)
             if not fused:
                 write = compiled(write, f"write_{end}")
