@@ -192,9 +192,10 @@ PHI_35_MINI = PHI_3_MINI_128K | {"rope_scaling": LONG | {"type": "longrope"}}
 PHI_4 = PHI_3_MINI_4K | {"hidden_size": 5120, "intermediate_size": 17920, "num_attention_heads": 40}
 PHI_4 |= {"num_hidden_layers": 40, "num_key_value_heads": 10, "vocab_size": 100352, "rope_theta": 250000}
 PHI_4 |= {"max_position_embeddings": 16384, "original_max_position_embeddings": 16384, "sliding_window": None}
+PHI_4 |= {"auto_map": {}, "bos_token_id": 100257, "eos_token_id": 100257, "pad_token_id": 100257}
 PHI_4_MINI = PHI_35_MINI | {"num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 200064}
 PHI_4_MINI |= {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
-PHI_4_MINI |= {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}
+PHI_4_MINI |= {"partial_rotary_factor": 0.75, "tie_word_embeddings": True, "bos_token_id": 199999}
 
 GEMMA_3_270M = {
     "_sliding_window_pattern": 6,
@@ -255,6 +256,16 @@ GEMMA_3_4B = {
 }
 TEXT_12B = {"hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48}
 GEMMA_3_12B = GEMMA_3_4B | {"text_config": GEMMA_3_4B["text_config"] | TEXT_12B | {"num_key_value_heads": 8}}
+# as transformers 5 writes it
+TRANSLATEGEMMA_4B = GEMMA_3_4B | {"dtype": "bfloat16", "text_config": GEMMA_3_4B["text_config"] | {
+    "_sliding_window_pattern": 6, "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16",
+    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131072,
+    "layer_types": [*(["sliding_attention"] * 5 + ["full_attention"]) * 5, *["sliding_attention"] * 4],
+    "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6,
+    "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0, "rope_scaling": None,
+    "rope_parameters": {"full_attention": {"factor": 8.0, "rope_type": "linear"},
+                        "sliding_attention": {"rope_type": "default"}},
+    "use_bidirectional_attention": False, "vocab_size": 262208}}  # fmt: skip
 TEXT_27B = {"head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32}
 TEXT_27B |= {"num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168}
 GEMMA_3_27B = GEMMA_3_4B | {"text_config": GEMMA_3_4B["text_config"] | TEXT_27B}
@@ -290,20 +301,20 @@ SMOLLM3_3B = {
     "use_sliding_window": False,
     "vocab_size": 128256,
 }
-OLMO_2_1B = {
+OLMO_2_13B = {
     "architectures": ["Olmo2ForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
     "eos_token_id": 100257,
     "hidden_act": "silu",
-    "hidden_size": 2048,
+    "hidden_size": 5120,
     "initializer_range": 0.02,
-    "intermediate_size": 8192,
+    "intermediate_size": 13824,
     "max_position_embeddings": 4096,
     "model_type": "olmo2",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 16,
-    "num_key_value_heads": 16,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 40,
     "pad_token_id": 100277,
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
@@ -311,7 +322,7 @@ OLMO_2_1B = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
     "transformers_version": "4.47.0",
-    "use_cache": False,
+    "use_cache": True,
     "vocab_size": 100352,
 }
 GRANITE_31_2B = {
@@ -344,6 +355,8 @@ GRANITE_31_2B = {
     "use_cache": True,
     "vocab_size": 49152,
 }
+GRANITE_33_8B = GRANITE_31_2B | {"attention_dropout": 0.0, "attention_multiplier": 0.0078125, "hidden_size": 4096}
+GRANITE_33_8B |= {"intermediate_size": 12800, "logits_scaling": 16.0, "rope_theta": 1e7, "vocab_size": 49159}
 GLOBAL, LOCAL, STILL = Rope(1e6, "linear", 8.0), Rope(1e4), Rope(1.0, "linear", math.inf)
 
 
@@ -388,6 +401,7 @@ GLOBAL, LOCAL, STILL = Rope(1e6, "linear", 8.0), Rope(1e4), Rope(1.0, "linear", 
                 "ropes": (GLOBAL, LOCAL),
             },
         ),
+        (TRANSLATEGEMMA_4B, {"ropes": (GLOBAL, LOCAL), "layer_ropes": ((1,) * 5 + (0,)) * 5 + (1,) * 4}),
         (GEMMA_3_12B, {"num_key_value_heads": 8, "num_hidden_layers": 48, "post_norms": True}),
         (GEMMA_3_27B, {"head_dim": 128, "query_scale": (128 / 168) ** 0.5, "qk_norm": True}),
         (SMOLLM3_3B, {"windows": (0,) * 36, "layer_ropes": (0, 0, 0, 1) * 9, "ropes": (Rope(5e6), STILL)}),
@@ -395,8 +409,9 @@ GLOBAL, LOCAL, STILL = Rope(1e6, "linear", 8.0), Rope(1e4), Rope(1.0, "linear", 
             {k: v for k, v in SMOLLM3_3B.items() if k not in ("no_rope_layers", "rope_theta")},
             {"layer_ropes": (0, 0, 0, 1) * 9, "ropes": (Rope(2e6), STILL), "tie_word_embeddings": True},
         ),
-        (OLMO_2_1B, {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}),
+        (OLMO_2_13B, {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}),
         (GRANITE_31_2B, {"query_scale": 0.125, "logits_scaling": 8.0, "embedding_multiplier": 12 / 0.22}),
+        (GRANITE_33_8B, {"query_scale": 0.0078125 * 128**0.5, "logits_scaling": 16.0, "rms_norm_eps": 1e-5 / 0.22**2}),
         (PHI_4_MINI, {"head_dim": 128, "rotary_dim": 96, "tie_word_embeddings": True, "num_key_value_heads": 8}),
     ],
 )
@@ -442,7 +457,7 @@ def test_longrope_of_real_models(config):
         (SMOLLM3_3B, {"no_rope_layers": [1, 0]}, ["no_rope_layers = [1, 0]", "36"]),
         (SMOLLM3_3B, {"no_rope_layers": [2] * 36}, ["no_rope_layers", "0 or 1"]),
         (SMOLLM3_3B, {"no_rope_layer_interval": 0}, ["no_rope_layer_interval = 0"]),
-        (OLMO_2_1B, {"clip_qkv": 8.0}, ["clip_qkv"]),
+        (OLMO_2_13B, {"clip_qkv": 8.0}, ["clip_qkv"]),
         (GRANITE_31_2B, {"residual_multiplier": 0.0}, ["residual_multiplier = 0.0"]),
         (GRANITE_31_2B, {"logits_scaling": "8"}, ["logits_scaling = '8'"]),
     ],
