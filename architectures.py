@@ -107,7 +107,7 @@ def rope_from_hf(config: Mapping[str, Any], factors: str = "short_factor") -> Ro
     raw.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     if raw["rope_type"] == "su" or "long_factor" in raw:  # what Phi-3's first folders call it: su, or yarn
         raw["rope_type"] = "longrope"
-    if raw["rope_type"] not in _ROPES:
+    if raw["rope_type"] not in tuple(_ROPES):
         raise ValueError(f"rope_type {raw['rope_type']!r} is not supported; {', '.join(_ROPES)} are")
     if config.get("original_max_position_embeddings") and raw["rope_type"] in ("llama3", "yarn", "longrope"):
         raw["original_max_position_embeddings"] = config["original_max_position_embeddings"]

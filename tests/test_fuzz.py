@@ -35,6 +35,12 @@ PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ign
                       "group_size": 16}}}}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 32, "beta_slow": 1, "attn_factor": 1.0,
         "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
+            "short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "partial_rotary_factor": 0.75}  # fmt: skip
+LOCAL = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}  # fmt: skip
+SCALES = {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.2, "logits_scaling": 4.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 
 
@@ -86,6 +92,11 @@ def folders(tiny):
         ("qwen3_moe", EXPERTS, None, None),
         ("mistral", {"sliding_window": 8}, "gptq", GPTQ),
         ("qwen2", {"tie_word_embeddings": True}, "pack-quantized", PACKED),
+        ("phi3", {"rope_parameters": LONGROPE, "partial_rotary_factor": 0.75, "pad_token_id": 0}, "gptq", GPTQ),
+        ("gemma3_text", LOCAL, None, None),
+        ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": 0}, None, None),
+        ("olmo2", {}, "pack-quantized", PACKED),
+        ("granite", SCALES, None, None),
     ):
         folder = tiny(kind, vocab_size=259, **changes)[0]
         add_tokenizer(folder, temperature=0.6, top_k=20, top_p=0.9, min_p=0.0, eos_token_id=[257, 258], do_sample=True)
