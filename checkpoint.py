@@ -5,9 +5,12 @@ format looks like inside (`formats.py`) and how a model is run. Weights are read
 slice, straight to their device and dtype; safetensors only, never pickle.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -219,6 +222,30 @@ class Weights:
             raise ValueError(f"{self.folder / self.where[name]}: {name!r}: {ascii(str(error))}") from error
 
 
+@contextlib.contextmanager
+def mapped(folder: Path) -> Iterator[None]:
+    """While the folder's files are read: where one has become shorter, the bus error ends the process with one line and
+    status 2, not without a word. The handler is C's: Python's own run after the instruction that failed, which would
+    fail again for ever.
+    """
+
+    def end(_: int) -> None:
+        line = f"{Path(sys.argv[0]).name}: error: a weights file in {folder} became shorter while it was read"
+        os.write(2, f"{ascii(line)[1:-1]}: try again when nobody writes there\n".encode())
+        os._exit(2)
+
+    if os.name != "posix":
+        yield
+        return
+    handler, set_ = ctypes.CFUNCTYPE(None, ctypes.c_int)(end), ctypes.CDLL(None).signal
+    set_.argtypes, set_.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    before = set_(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        set_(signal.SIGBUS, before)
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(repr(n)[1:-1] for n in names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
@@ -247,7 +274,7 @@ def sources(name: str, config: ModelConfig) -> list[list[str]]:
     return [[path]]
 
 
-def row_order(path: str, config: ModelConfig, tp: TensorParallel = TensorParallel()) -> Tensor | None:
+def row_order(path: str, config: ModelConfig, tp: TensorParallel) -> Tensor | None:
     """In which order a Linear has its rows, where it is not that on disk; None elsewhere.
 
     `model.rotate` turns pairs of numbers, one of each half of a head. Where a part of a head is turned (Phi-4-mini),
@@ -262,13 +289,6 @@ def row_order(path: str, config: ModelConfig, tp: TensorParallel = TensorParalle
     kv = config.num_key_value_heads // tp.size
     heads = [head] * (config.num_attention_heads // tp.size + kv) + [[*range(dim)]] * kv
     return (torch.tensor(heads) + dim * torch.arange(len(heads))[:, None]).flatten()
-
-
-def reorder_rows_(linear: Linear, order: Tensor) -> None:
-    """The rows of a Linear in the plain layout of any format in another order."""
-    for name, tensor in (*linear.named_parameters(), *linear.named_buffers()):
-        if name != "permutation":  # of the inputs
-            tensor.copy_(tensor[order.to(tensor.device)])
 
 
 def as_stored(config: ModelConfig, weights: Weights) -> ModelConfig:
@@ -379,10 +399,19 @@ class Loader:
             row_parallel = SHARD_DIM.get(grid[0][0].name.rpartition(".")[2]) == 1
             # a row-parallel bias enters the sum over ranks once
             module.bias = nn.Parameter(bias * (0 if row_parallel and self.tp.rank else 1), requires_grad=False)
+        self.reorder_(path, module)
+        return module
+
+    def reorder_(self, path: str, module: Linear, back: bool = False) -> None:
+        """Put the rows of a Linear, in the plain layout of any format, into the order of `row_order`, or back into that
+        of the disk.
+        """
         order = row_order(path, self.config, self.tp)
         if order is not None:
-            reorder_rows_(module, order)
-        return module
+            order = (order.argsort() if back else order).to(self.device)
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if name != "permutation":  # of the inputs
+                    tensor.copy_(tensor[order])
 
     def finish(self) -> None:
         """ValueError for tensors nobody asked for, but for the few that real folders are known to contain."""
@@ -496,13 +525,14 @@ def load(
     older = read_json(folder / "quantize_config.json") or read_json(folder / "quant_config.json")  # GPTQ's, AWQ's
     quant = QuantConfig.from_hf(told, older or None)
     dtype = dtype or default_dtype(folder, device)
-    loader = Loader(Weights(folder, device), config, quant, tp, device, dtype)
     for note in quant.notes if quant else ():
         tell(note)
-    with torch.device("meta"):
-        model = Transformer(loader.config, tp)
-    loader.fill_(model, progress=progress)
-    loader.finish()
+    with mapped(folder):
+        loader = Loader(Weights(folder, device), config, quant, tp, device, dtype)
+        with torch.device("meta"):
+            model = Transformer(loader.config, tp)
+        loader.fill_(model, progress=progress)
+        loader.finish()
     return _finish_(model, device)
 
 

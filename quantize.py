@@ -65,7 +65,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from architectures import config_from_hf
-from checkpoint import Loader, Weights, checkpoint_dtype, read_config, reorder_rows_, resolve, row_order, sources
+from checkpoint import Loader, Weights, checkpoint_dtype, mapped, read_config, resolve, sources
 from engine import DTYPES, Engine, pick_device
 from formats import QuantConfig, Quantized, Scheme, pack
 from gptq import gptq, relative_error, round_to_nearest
@@ -330,12 +330,9 @@ def stream(
             started, linear = time.perf_counter(), root.get_submodule(target.path.removeprefix(prefix))
             assert isinstance(linear, Linear)
             seen = hessians(linear, run) if streams.calibration else None
-            order = row_order(target.path, loader.config)
-            if order is not None:  # the rows as they are on disk, meanwhile
-                reorder_rows_(linear, order.argsort())
+            loader.reorder_(target.path, linear, back=True)
             row, tensors = quantize_linear_(linear, target, seen, settings, scale_dtype)
-            if order is not None:
-                reorder_rows_(linear, order)
+            loader.reorder_(target.path, linear)
             report.append(row | {"seconds": time.perf_counter() - started})
             say(report[-1])
             for name, tensor in tensors.items():
@@ -437,7 +434,7 @@ def quantize(
     settings = fit_group_size(settings, targets)
     replaced = {name for target in targets for row in target.parts for name, _, wanted in row if wanted}
     dtype = dtype or (torch.float32 if device.type == "cpu" else scale_dtype)
-    with complete_folder(output, folder, force) as work:
+    with complete_folder(output, folder, force) as work, mapped(folder):
         check_room(work.parent.parent, weights, replaced, settings, scale_dtype)
         for path in copies(folder):
             (target := work / path.relative_to(folder)).parent.mkdir(exist_ok=True)

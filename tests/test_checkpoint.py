@@ -664,6 +664,34 @@ def test_dtypes_that_no_library_knows_are_named(folder):
     assert "model.safetensors" in refusal(folder)
 
 
+CUT = """
+import os, sys
+sys.path.insert(0, {root!r})
+import checkpoint
+path, linear = {path!r}, checkpoint.Loader.linear
+
+def cut(self, name, module):
+    if name.endswith("layers.1.mlp.down_proj"):
+        {how}
+    return linear(self, name, module)
+
+checkpoint.Loader.linear = cut
+checkpoint.load(os.path.dirname(path))
+"""
+
+
+def test_files_that_change_while_they_are_read(tiny, tmp_path):
+    """One that becomes shorter ends the run with one line; one that is replaced is read to its end."""
+    path = tiny("llama", hidden_size=128, intermediate_size=256, vocab_size=1024)[0] / "model.safetensors"
+    shutil.copyfile(path, tmp_path / "other")
+    for how, code in (("os.replace({!r}, path)", 0), ("os.truncate(path, 4096)", 2)):
+        text = CUT.format(root=str(ROOT), path=str(path), how=how.format(str(tmp_path / "other")))
+        (tmp_path / "cut.py").write_text(text)
+        done = subprocess.run([sys.executable, str(tmp_path / "cut.py")], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert done.stderr == "" or ("became shorter" in done.stderr and done.stderr.count("\n") == 1)
+
+
 def test_truncated_and_corrupt_files(folder):
     file = folder / "model.safetensors"
     whole = file.read_bytes()
