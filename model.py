@@ -158,8 +158,8 @@ class KVCache(nn.Module):
         super().__init__()
         shape = (batch_size, tp.local(config.num_key_value_heads, "num_key_value_heads"), max_seq_len, config.head_dim)
         self.layers = nn.ModuleList(LayerCache(shape, device, dtype) for _ in range(config.num_hidden_layers))
-        self.batch_size, self.max_seq_len = batch_size, max_seq_len
-        self.long = config.long(max_seq_len)  # keys that were turned for a short sequence are of no use to a long one
+        # keys that were turned for a short sequence are of no use to a long one
+        self.batch_size, self.max_seq_len, self.long = batch_size, max_seq_len, config.long(max_seq_len)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Tensor:
@@ -225,7 +225,7 @@ class Attention(nn.Module):
         self.tp = tp
         self.num_heads = tp.local(config.num_attention_heads, "num_attention_heads")
         self.num_kv_heads = tp.local(config.num_key_value_heads, "num_key_value_heads")
-        self.head_dim, self.window = config.head_dim, config.windows[layer]
+        self.head_dim, self.window, self.qk_norm_whole = config.head_dim, config.windows[layer], config.qk_norm_whole
         out = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, out, config.qkv_bias)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, config.o_bias)
@@ -233,7 +233,6 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(q * config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(k * config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norms else None
-        self.qk_norm_whole = config.qk_norm_whole
 
     def forward(
         self, x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
