@@ -9,16 +9,16 @@ where `quantize.py` rounds its scales to the checkpoint's dtype: the comparison 
 import sys
 
 import torch
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 
 def main(source: str, output: str, rows_file: str, group_size: str, act_order: str) -> None:
     rows = load_file(rows_file)["rows"]
-    data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": torch.ones_like(rows).tolist()})
+    data = DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows], batch_size=4)
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(group_size)}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="weight" if act_order == "1" else None)
