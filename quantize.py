@@ -183,8 +183,12 @@ def compare(token: Tensor, before: Tensor, after: Tensor) -> Tensor:
     return torch.stack([*losses, (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float()])
 
 
-def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[int]]:
-    """X.T @ X / tokens, float32 [experts, K, K], of what `linear` sees while `run()` runs, and each expert's tokens."""
+def hessians(linear: Linear, run: Callable[[], object], last: list[dict[str, Any]]) -> tuple[Tensor, list[int]]:
+    """X.T @ X / tokens, float32 [experts, K, K], of what `linear` sees while `run()` runs, and each expert's tokens.
+
+    A Linear that adds the residual is the last of its half of a block: what it is called with is collected in `last`,
+    so that its outputs, computed from that after it is quantized, are those of the half.
+    """
     experts, k = max(linear.num_experts, 1), linear.in_features
     total, counts = torch.zeros(experts, k, k, device=linear.weight.device), [0] * experts
 
@@ -196,6 +200,8 @@ def hessians(linear: Linear, run: Callable[[], object]) -> tuple[Tensor, list[in
             h = x[chosen == e] if isinstance(chosen, Tensor) else x
             total[e].addmm_(h.t(), h)
             counts[e] += len(h)
+        if kwargs.get("residual") is not None:
+            last.append({"x": args[0]} | kwargs)
         if not linear.num_experts:
             raise Enough
 
@@ -323,13 +329,15 @@ def stream(
     scale_dtype, model = checkpoint_dtype(read_config(loader.weights.folder)), empty(loader.config)
     report: list[dict[str, Any]] = []
 
-    def quantize_(root: nn.Module, prefix: str, part: str, run: Callable[[], object]) -> None:
+    def quantize_(root: nn.Module, prefix: str, part: str, run: Callable[[], object]) -> bool:
+        """Whether the calibration rows have passed this half of the block already."""
+        last: list[dict[str, Any]] = []
         for target in targets:
             if not target.path.startswith(prefix + part):
                 continue
             started, linear = time.perf_counter(), root.get_submodule(target.path.removeprefix(prefix))
             assert isinstance(linear, Linear)
-            seen = hessians(linear, run) if streams.calibration else None
+            seen = hessians(linear, run, last) if streams.calibration else None
             loader.reorder_(target.path, linear, back=True)
             row, tensors = quantize_linear_(linear, target, seen, settings, scale_dtype)
             loader.reorder_(target.path, linear)
@@ -337,6 +345,8 @@ def stream(
             say(report[-1])
             for name, tensor in tensors.items():
                 writer.add(name, tensor)
+            streams.calibration = [linear(**call) for call in last] or streams.calibration
+        return bool(last)
 
     loader.fill_(model.embed_tokens, "embed_tokens")
     model.init_rope_(loader.device)
@@ -346,8 +356,9 @@ def stream(
         streams.rope = loader.config.layer_ropes[i]
         for part, half in halves(block):  # so attention is not computed again for the Linears behind it
             streams.run(half, streams.before)
-            quantize_(block, f"layers.{i}.", part, partial(streams.run, half, streams.calibration, keep=False))
-            streams.run(half, streams.calibration)
+            done = quantize_(block, f"layers.{i}.", part, partial(streams.run, half, streams.calibration, keep=False))
+            if not done:
+                streams.run(half, streams.calibration)
             streams.run(half, streams.after)
         writer.copy(loader.weights, f"model.layers.{i}.")
         block.to_empty(device="meta")

@@ -222,6 +222,26 @@ def test_streamed_perplexity_is_that_of_the_whole_model(mode, tiny, text, tmp_pa
     assert report["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()), abs=0.002)
 
 
+def test_the_last_linear_of_a_half_is_computed_from_what_it_saw(tiny, text, tmp_path, monkeypatch):
+    """That saves a pass over the half, and changes no byte. What follows a Linear that is left out is computed anew."""
+    names, files, passes = ("kept", "anew"), {}, {}
+    hessians, run_half = quantize.hessians, quantize.Streams.run
+
+    def counted(self, half, xs, keep=True):
+        passes[name] = passes.get(name, 0) + keep
+        run_half(self, half, xs, keep)
+
+    def forgotten(linear, run, last):
+        return hessians(linear, run, [])
+
+    monkeypatch.setattr(quantize.Streams, "run", counted)
+    for name in names:
+        run(tiny, tmp_path / name, text, "int4-gptq")
+        files[name] = (tmp_path / name / "model.safetensors").read_bytes()
+        monkeypatch.setattr(quantize, "hessians", forgotten)
+    assert files["kept"] == files["anew"] and passes == {"kept": 8, "anew": 12}  # of two blocks; 8 for held-out text
+
+
 def test_heldout_may_be_one_row_but_not_none(tiny, text, tmp_path, capsys):
     report = run(tiny, tmp_path / "out", text, "int8", "--heldout-tokens", "100")
     assert report["heldout_tokens"] == 128 and report["perplexity_after"] > 1
@@ -730,7 +750,7 @@ def test_neither_loss_may_be_nan(which, tiny, text, tmp_path, capsys, monkeypatc
         return (logits * factor for logits in head(*args))
 
     monkeypatch.setattr(quantize.Streams, "head", broken)
-    monkeypatch.setattr(quantize, "hessians", lambda linear, run: (torch.eye(linear.in_features)[None], [1]))
+    monkeypatch.setattr(quantize, "hessians", lambda linear, run, last: (torch.eye(linear.in_features)[None], [1]))
     fails(capsys, arguments(tiny, tmp_path / "out", text), "the loss of the held-out text is")
     assert leftovers(tmp_path) == []
 
