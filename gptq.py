@@ -83,11 +83,13 @@ def gptq(
     group_size: int,
     scale_dtype: torch.dtype,
     *,
+    bits: int = 4,
     act_order: bool = True,
     clip_search: bool = True,
     damp: float = 0.01,
 ) -> tuple[Tensor, Tensor, float] | None:
-    """GPTQ to 4 bits of weight [N, K] for inputs X with hessian = X.T @ X [K, K], both float32.
+    """GPTQ to 4 or 8 bits of weight [N, K] for inputs X with hessian = X.T @ X [K, K], both float32. With 8 bits the
+    scale is amax / 127 of a group, as in plain rounding: the steps are so fine that cutting large weights never pays.
 
     Returns q int8 [N, K], scale [N, G] in scale_dtype and the damping used; None when no damping makes it solvable.
     An input that calibration never activated (dead) is rounded to nearest: unseen is not unused.
@@ -105,18 +107,22 @@ def gptq(
     importance = hessian.diagonal() + damp * hessian.diagonal().mean() + 1e-12
     w = weight.t()[order].contiguous()  # a row is an input
     q, scale = torch.empty_like(w, dtype=torch.int8), torch.empty(k // size, n, device=w.device)
-    if act_order:  # the inputs of a group are scattered in the order, so its scale is fixed beforehand
+    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    if bits == 8:
+        amax = weight.unflatten(1, (-1, size)).abs().amax(-1).t()
+        scale.copy_((amax / 127).clamp(min=2.0**-24).to(scale_dtype))
+    elif act_order:  # the inputs of a group are scattered in the order, so its scale is fixed beforehand
         scale.copy_(round_to_nearest(weight, size, scale_dtype, importance, clip_search)[1].t())
     block = size if size < k and 128 % size and size % 128 else 128  # a group starts where a block does, or inside
     for start in range(0, k, block):
         stop = min(start + block, k)
         errors = torch.empty(stop - start, n, device=w.device)
         for j in range(start, stop):
-            if not act_order and j % size == 0:  # from the block as updated so far
+            if bits == 4 and not act_order and j % size == 0:  # from the block as updated so far
                 group_weights = w[j : j + size].t()
                 scale[j // size] = fit_scale(group_weights, scale_dtype, importance[j : j + size], clip_search)
             s = scale[group[j]]
-            q[j] = level = (w[j] / s).round_().clamp_(-8, 7)
+            q[j] = level = (w[j] / s).round_().clamp_(low, high)
             errors[j - start] = error = (w[j] - level * s) / u[j, j]
             w[j + 1 : stop].addr_(u[j, j + 1 : stop], error, alpha=-1)
         w[stop:].addmm_(u[start:stop, stop:].t(), errors, alpha=-1)

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> quantized Hugging Face folder: int8 and int4 by rounding to nearest, int4 by GPTQ.
+"""Hugging Face folder -> quantized Hugging Face folder, in int8 or int4, by rounding to nearest or by GPTQ.
 
 Knows how to stream a model block by block with its calibration activations. Refuses to know the algorithm
 (`gptq.py`), what the formats look like inside (`formats.py`), how names map (`checkpoint.py`) and how a folder is left
@@ -28,13 +28,14 @@ from command_line import DEFAULT_CHECKPOINT, Parser, at_least, begin, ready, ref
 from command_line import DTYPES as DTYPE_NAMES
 
 GROUP_SIZES = (128, 64, 32)
+MODES = ("int8", "int8-gptq", "int4", "int4-gptq")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="quantize.py", description="Quantize a Hugging Face checkpoint.", allow_abbrev=False)
     flag, data = argparse.BooleanOptionalAction, Path(__file__).resolve().parent / "data"
     p.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision]")
-    p.add_argument("--mode", choices=("int8", "int4", "int4-gptq"), required=True)
+    p.add_argument("--mode", choices=MODES, required=True)
     sizes = ("auto", *map(str, GROUP_SIZES), "-1")
     p.add_argument("--group-size", choices=sizes, default="128", help="of int4; -1: one group per row")
     p.add_argument("--output", type=Path, help="folder to write (default: NAME-MODE here)")
@@ -84,7 +85,8 @@ ERRORS = ("weight_error", "output_error_rtn", "output_error")  # relative; the l
 
 @dataclass(frozen=True)
 class Settings:
-    """What to do to every Linear. mode: int8 (per row), int4 (per group, round to nearest), int4-gptq.
+    """What to do to every Linear. mode: int8 has a scale per row, int4 one per group; both round to nearest unless the
+    name ends in -gptq.
 
     group_size: inputs that share a scale, -1: all of a row; AUTO: the largest that divides every layer.
     """
@@ -102,7 +104,16 @@ class Settings:
     def scheme(self) -> Scheme:
         """How the result is stored."""
         form = "gptq" if self.format == "gptq" else "pack-quantized"
-        return Scheme(form, 8, -1, True) if self.mode == "int8" else Scheme(form, 4, self.group_size, True)
+        return Scheme(form, 8, -1, True) if self.bits == 8 else Scheme(form, 4, self.group_size, True)
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.mode.startswith("int8") else 4
+
+    @property
+    def solve(self) -> bool:
+        """Whether GPTQ is asked for, which needs calibration rows."""
+        return self.mode.endswith("-gptq")
 
 
 @dataclass(frozen=True)
@@ -226,11 +237,11 @@ def quantize_linear_(
             raise ValueError(f"{target.parts[e][0][0]}.weight holds NaN or infinite values: the checkpoint is damaged")
         rounded = quantize_rtn(w, 8, -1, dtype) if scheme.bits == 8 else round_to_nearest(w, size, dtype, search=search)
         chosen = nearest = Quantized(*rounded, bits=scheme.bits)
-        if settings.mode == "int4-gptq" and seen:
-            order, damp = settings.act_order, settings.damp
-            solved = gptq(w, seen[0][e], size, dtype, act_order=order, clip_search=search, damp=damp)
+        if settings.solve and seen:
+            how: dict[str, Any] = {"act_order": settings.act_order, "clip_search": search, "damp": settings.damp}
+            solved = gptq(w, seen[0][e], size, dtype, bits=scheme.bits, **how)
             if solved:
-                chosen = Quantized(*solved[:2])
+                chosen = Quantized(*solved[:2], bits=scheme.bits)
                 notes += [f"{where}damping raised to {solved[2]:g}"] * (solved[2] > settings.damp)
             else:
                 notes.append(f"{where}not solvable, rounded to nearest")
@@ -491,7 +502,7 @@ def read_texts(
     config, folder = loader.config, loader.weights.folder
     file, count, length = *calibration[:2], min(calibration[2], config.max_position_embeddings)
     enough = max(512, config.hidden_size)  # with fewer tokens than inputs, most of a Hessian is guesswork
-    least = enough if settings.mode == "int4-gptq" else 1
+    least = enough if settings.solve else 1
     rows = held = torch.empty(0, length, dtype=torch.int64)
     tokenizer = Tokenizer.from_folder(folder)
     if count and file:
@@ -512,9 +523,9 @@ def read_texts(
 def advice(report: dict[str, Any]) -> str:
     """What loses less, and how many bits a weight it takes."""
     size, scale_bits, mode = report["group_size"], report["scale_bits"], report["mode"]
-    if mode == "int8":
-        return "--skip the Linears with the largest errors (16 bits a weight)"
-    ways = ["--mode int4-gptq (as many bits)"] * (mode == "int4")
+    ways = [] if mode.endswith("-gptq") else [f"--mode {mode}-gptq (as many bits)"]
+    if mode.startswith("int8"):
+        return ", or ".join([*ways, "--skip the Linears with the largest errors (16 bits a weight)"])
     for smaller in (g for g in GROUP_SIZES if g < size or size == -1):
         if not any(row["shape"][-1] % smaller for row in report["layers"]):
             ways.append(f"--group-size {smaller} ({4 + scale_bits / smaller:.4g} bits a weight)")
@@ -525,16 +536,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 bad input or a full disk (one line), 130 interrupted."""
     ready()
     args = parse(argv)
-    size = (AUTO if args.group_size == "auto" else int(args.group_size)) if args.mode != "int8" else -1
-    solve = args.mode == "int4-gptq"
+    size = -1 if args.mode.startswith("int8") else AUTO if args.group_size == "auto" else int(args.group_size)
     try:
         settings = Settings(
             args.mode, size, args.format, args.act_order, args.clip_search, args.quantize_head, tuple(args.skip)
         )
         name = f"{Path(args.checkpoint.partition('@')[0]).name}-{args.mode}"
         file = None if args.calibration == "self" else Path(args.calibration)
-        calibration = file, args.rows or (32 if solve else 0), args.row_length
-        heldout = args.heldout, (8192 if solve else 0) if args.heldout_tokens is None else args.heldout_tokens
+        calibration = file, args.rows or (32 if settings.solve else 0), args.row_length
+        heldout = args.heldout, (8192 if settings.solve else 0) if args.heldout_tokens is None else args.heldout_tokens
         output, device = args.output or Path(name), pick_device(args.device)
         report = quantize(
             args.checkpoint, output, settings, calibration, heldout, device, DTYPES[args.dtype], args.force

@@ -60,6 +60,17 @@ def test_uncorrelated_inputs_give_round_to_nearest(act_order):
     assert torch.equal(q, nearest) and torch.equal(scale, nearest_scale)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_eight_bits(group_size, act_order):
+    """The scales of plain rounding, better values, and 127 on both sides, as int8 Linears hold."""
+    w, h = problem()
+    q, scale, _ = solve(w, h, group_size=group_size, act_order=act_order, bits=8, clip_search=True)
+    nearest, nearest_scale = quantize_rtn(w, 8, group_size, torch.float32)
+    assert torch.equal(scale, nearest_scale) and q.dtype == torch.int8 and int(q.min()) >= -127
+    assert output_error(w, h, q, scale) < 0.9 * output_error(w, h, nearest, scale) < 0.01
+
+
 def test_rows_do_not_know_each_other():
     w, h = problem()
     q, scale, _ = solve(w, h, clip_search=True, act_order=True)

@@ -112,7 +112,8 @@ def leftovers(folder):
     return [p.name for p in folder.iterdir()]
 
 
-MODES = [("int8", ()), ("int4", ()), ("int4-gptq", ()), ("int4-gptq", ("--act-order", "--no-clip-search"))]
+MODES = [("int8", ()), ("int8-gptq", ()), ("int4", ()), ("int4-gptq", ())]
+MODES += [("int4-gptq", ("--act-order", "--no-clip-search"))]
 
 
 @pytest.mark.parametrize("mode,more", MODES)
@@ -157,7 +158,7 @@ def test_transformers_loads_every_architecture(kind, changes, more, text, tmp_pa
     assert (logits(source, tokens) - expected).norm() > 1e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
+@pytest.mark.parametrize("mode", ["int8", "int8-gptq", "int4", "int4-gptq"])
 def test_both_formats_hold_the_same_weights(mode, tiny, text, tmp_path):
     for form in ("compressed-tensors", "gptq"):
         run(tiny, tmp_path / form, text, mode, "--format", form)
@@ -296,7 +297,8 @@ def test_its_own_text_is_neither_cut_nor_ended(tiny):
     ("int4-gptq", 32, "--mode int8 (8 bits a weight)"),
     ("int4-gptq", -1, "--group-size 64 (4.25 bits a weight), or --group-size 32 (4.5 bits a weight), "
      "or --mode int8 (8 bits a weight)"),  # 128 divides not every layer
-    ("int8", -1, "--skip the Linears with the largest errors (16 bits a weight)"),
+    ("int8", -1, "--mode int8-gptq (as many bits), or --skip the Linears with the largest errors (16 bits a weight)"),
+    ("int8-gptq", -1, "--skip the Linears with the largest errors (16 bits a weight)"),
 ])  # fmt: skip
 def test_advice(mode, size, words):
     layers = [{"shape": [8, 192 if size == -1 else 256]}, {"shape": [4, 8, 256]}]
