@@ -79,6 +79,7 @@ from tp import TensorParallel
 COPIED = ["*token*", "*.jinja", "vocab*", "merges.txt", "generation_config.json", "chat_template*"]
 COPIED += ["LICEN[CS]E*", "NOTICE*"]
 AUTO = 0
+CACHE_BYTES = 1 << 32  # of the rows that a model writes at a time
 LOSSES = ("perplexity_before", "perplexity_after", "kl_mean", "kl_99", "top1_agreement")
 ERRORS = ("weight_error", "output_error_rtn", "output_error")  # relative; the last two need calibration text
 
@@ -486,9 +487,11 @@ def own_rows(folder: Path, rows: int, length: int, device: torch.device, dtype: 
     name = str(dtype).removeprefix("torch.")
     engine = Engine.load(folder, device=device.type, dtype=name, chosen=plain, compile=False)
     begin = engine.tokenizer.encode("")[:1] or [min(engine.tokenizer.stop_ids, default=0)]
-    done: list[list[int]] = []
-    for at in tqdm(range(0, rows, 16), desc="writing calibration rows", unit="16 rows", disable=None):
-        texts = [list(begin) for _ in range(min(16, rows - at))]
+    c, done = engine.model.config, list[list[int]]()
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize * length  # bytes of a row
+    together = math.ceil(rows / math.ceil(rows * cache / CACHE_BYTES))
+    for at in tqdm(range(0, rows, together), desc="writing calibration rows", unit=f"{together} rows", disable=None):
+        texts = [list(begin) for _ in range(min(together, rows - at))]
         for piece in engine.generate(texts, max_new_tokens=length - 1, ignore_eos=True, seed=at):
             texts[piece.row] += piece.ids
         done += texts
