@@ -311,13 +311,14 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def ways() -> list[dict[str, Any]]:
-    """Every row of the table: tool, mode, group size, act-order, clip search."""
-    rows: list[dict[str, Any]] = [{"tool": "none", "mode": "unquantized"}]
-    rows += [{"tool": "ours", "mode": "int8", "group_size": -1}, {"tool": "ours", "mode": "int4", "group_size": 128}]
-    for act_order in (False, True):
-        base = {"mode": "int4-gptq", "group_size": 128, "act_order": act_order}
-        rows.append({"tool": "llm-compressor"} | base)
-        rows += [{"tool": "ours", "clip_search": clip_search} | base for clip_search in (False, True)]
+    """Every row of the table but the first: tool, mode, group size, act-order, clip search."""
+    rows: list[dict[str, Any]] = [{"tool": "ours", "mode": mode, "group_size": -1} for mode in ("int8", "int8-gptq")]
+    for size in (128, 32):
+        rows.append({"tool": "ours", "mode": "int4", "group_size": size})
+        for act_order in (False, True):
+            base = {"mode": "int4-gptq", "group_size": size, "act_order": act_order}
+            rows.append({"tool": "llm-compressor"} | base)
+            rows += [{"tool": "ours", "clip_search": clip_search} | base for clip_search in (False, True)]
     return rows
 
 
@@ -339,17 +340,19 @@ def table(args: argparse.Namespace) -> None:
     length = min(args.row_length, config.max_position_embeddings)
     calibration = ROOT / "data" / "calibration.txt"
     ids = quantize.text_rows(calibration, Tokenizer.from_folder(folder), config, args.rows, length)
-    names = ["tool", "mode", "group_size", "act_order", "clip_search", "perplexity", "loss_percent", "tokens"]
-    base = 0.0
+    names = ["tool", "mode", "group_size", "act_order", "clip_search", "perplexity", "loss_percent"]
+    names += ["kl_mean", "kl_p99", "top1_agreement", "tokens", "calibration_tokens"]
+    plain = Scorer(source, Engine.load(source, device=args.device, dtype="float32"), False)
     with tempfile.TemporaryDirectory() as work, open(args.table, "w", newline="") as file:
         save_file({"rows": ids}, f"{work}/rows.safetensors")
-        writer = csv.DictWriter(file, [*names, "calibration_tokens"], restval="")
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
+        found = measure(plain, args)
+        row = {"tool": "none", "mode": "unquantized", "loss_percent": "0.000", "tokens": found["tokens"]}
+        writer.writerow(row | {"perplexity": f"{found['perplexity']:.4f}"})
         for i, way in enumerate(ways()):
             output = Path(work) / str(i)
-            if way["tool"] == "none":
-                output = folder
-            elif way["tool"] == "ours":
+            if way["tool"] == "ours":
                 settings = quantize.Settings(**{k: v for k, v in way.items() if k != "tool"})
                 how = (calibration, args.rows, length), (HELDOUT, 0), pick_device(args.device)
                 quantize.quantize(source, output, settings, *how)
@@ -359,15 +362,12 @@ def table(args: argparse.Namespace) -> None:
                 for name in folder.glob("token*"):
                     shutil.copy(name, output)
             engine = Engine.load(output, device=args.device, dtype="float32")
-            found = measure(Scorer(str(output), engine, False), args)
-            value, tokens = found["perplexity"], found["tokens"]
-            base = base or value
-            row = way | {
-                "perplexity": f"{value:.4f}",
-                "loss_percent": f"{100 * (value / base - 1):.3f}",
-                "tokens": tokens,
-            }
-            writer.writerow(row | {"calibration_tokens": ids.numel() if i else ""})
+            found = measure(Scorer(str(output), engine, False), args, plain)
+            loss = 100 * (found["perplexity"] / found["perplexity_against"] - 1)
+            row = way | {"perplexity": f"{found['perplexity']:.4f}", "loss_percent": f"{loss:.3f}"}
+            row |= {"kl_mean": f"{found['kl_mean']:.5f}", "kl_p99": f"{found['kl_p99']:.4f}"}
+            row |= {"top1_agreement": f"{found['top1_agreement']:.4f}", "tokens": found["tokens"]}
+            writer.writerow(row | {"calibration_tokens": ids.numel() * way["mode"].endswith("-gptq") or ""})
             file.flush()
             print(row, flush=True)
 
