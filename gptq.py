@@ -1,10 +1,11 @@
-"""4 bits for one weight matrix: the search for scales, rounding to nearest, and GPTQ (Hessian, error feedback).
+"""Quantize one weight matrix: the search for 4-bit scales, rounding to nearest, and GPTQ (Hessian, error feedback).
 
-Knows the algorithm, and nothing of ours: the file can be copied alone. Refuses to know files, models and formats.
+Knows the algorithm, and imports nothing of this project, so that the file can be copied alone. Refuses to know files,
+models and formats.
 
-Source of the algorithm: GPTQ, Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. What differs, each with its reason
-where it is: scales have a sign and are searched; without act-order they come from the updated block, with it groups
-stay in place; damping rises by itself.
+The algorithm is GPTQ, Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. Three things differ, and each is explained
+where it is done: scales have a sign and are searched; without act-order they are computed from the updated weights,
+while with it the groups stay in place; and the damping is raised when the Hessian needs it.
 """
 
 import math
@@ -16,11 +17,11 @@ from torch import Tensor
 def fit_scale(groups: Tensor, dtype: torch.dtype, importance: Tensor | None = None, search: bool = True) -> Tensor:
     """Symmetric 4-bit scales [...] for groups [..., g] of weights, rounded to dtype, as float32.
 
-    Values are -8..7. A negative scale gives the longer side to the positive weights, so the largest weight of a group
-    lies on it whatever its sign. The search tries both signs and 8 ranges: each settles the values, for which the best
-    scale is known (least squares), and the one with the least error weighted by importance (broadcast to the groups)
-    is kept. None weights by the magnitude of the weights: to cut the largest biases the outputs. Without search the
-    scale is amax / 7.5.
+    Values are -8..7. A negative scale turns that range into -7..8, so that the largest weight of a group can always lie
+    on the longer side. The search tries both signs and 8 ranges. Each range gives the rounded values, for these the
+    best scale is known by least squares, and the candidate with the least squared error, weighted by `importance`
+    (broadcast to the groups), is kept. Without `importance` a weight counts by its magnitude, because clipping the
+    largest weights biases the outputs. Without `search` the scale is amax / 7.5.
     """
     if not search:
         return (groups.abs().amax(-1) / 7.5).clamp(min=2.0**-24).to(dtype).float()
@@ -29,11 +30,12 @@ def fit_scale(groups: Tensor, dtype: torch.dtype, importance: Tensor | None = No
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     largest = largest.where(largest != 0, 1.0)
     weighted, gain, best = groups * importance, None, None
-    for level in (x * sign for x in torch.linspace(6.5, 10, 8).tolist() for sign in (-1, 1)):  # where the largest lies
+    levels = [x * sign for x in torch.linspace(6.5, 10, 8).tolist() for sign in (-1, 1)]
+    for level in levels:  # the value to which the largest weight is mapped, before clipping
         q = (groups * (level / largest)).round_().clamp_(-8, 7)
         along = (weighted * q).sum(-1)
         length = (q.square_() * importance).sum(-1).clamp(min=1e-30)
-        s, g = along / length, along.square() / length  # the error is the weights' own square less this gain
+        s, g = along / length, along.square() / length  # error = sum of weighted squares - gain
         best, gain = (s, g) if gain is None or best is None else (s.where(g > gain, best), g.maximum(gain))
     assert best is not None
     best = best.to(dtype).float()
@@ -43,9 +45,10 @@ def fit_scale(groups: Tensor, dtype: torch.dtype, importance: Tensor | None = No
 def round_to_nearest(
     weight: Tensor, group_size: int, dtype: torch.dtype, importance: Tensor | None = None, search: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """weight [N, K] float32 -> q int8 [N, K], scale [N, G] in dtype. group_size -1: one group per row; importance [K].
+    """Round weight [N, K] float32 to 4 bits: returns q int8 [N, K] and scale [N, G] in dtype.
 
-    A few rows at a time: what the search reads again and again stays in a processor's cache.
+    group_size -1 is one group per row; importance is [K]. A few rows are done at a time, so that what the search reads
+    again and again stays in a processor's cache.
     """
     size = weight.shape[1] if group_size == -1 else group_size
     weights = None if importance is None else importance.view(-1, size)
@@ -59,16 +62,17 @@ def round_to_nearest(
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float] | None:
-    """Upper triangular U with U.T @ U = inverse(hessian + damp * mean * I), and the damping that sufficed, or None.
+    """The upper triangular U with U.T @ U = inverse(hessian + damp * mean * I), and the damping that was enough; None
+    when none is.
 
-    With the inputs in reverse, one Cholesky factor gives H = R @ R.T with R upper triangular, and U = inverse(R): one
-    factorisation instead of the usual three.
+    For the inputs in reverse order, the Cholesky factor gives H = R @ R.T with R upper triangular, and U = inverse(R).
+    So one factorisation is enough, where the usual way takes three.
     """
     diagonal = hessian.diagonal()
     for _ in range(6):
         damped = hessian.clone()
         damped.diagonal().add_(damp * diagonal.mean())
-        damped.diagonal()[diagonal == 0] = 1.0  # a dead input: nothing propagates from it or to it
+        damped.diagonal()[diagonal == 0] = 1.0  # a dead input: no error is passed on from it or to it
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         u = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower), device=lower.device), upper=True)
         if not int(failed) and bool(u.isfinite().all()):
@@ -105,13 +109,13 @@ def gptq(
     u, damp = factor
     back, group = order.argsort(), (order // size).tolist()
     importance = hessian.diagonal() + damp * hessian.diagonal().mean() + 1e-12
-    w = weight.t()[order].contiguous()  # a row is an input
+    w = weight.t()[order].contiguous()  # [K, N]: each row belongs to one input
     q, scale = torch.empty_like(w, dtype=torch.int8), torch.empty(k // size, n, device=w.device)
     low, high = (-8, 7) if bits == 4 else (-127, 127)
     if bits == 8:
         amax = weight.unflatten(1, (-1, size)).abs().amax(-1).t()
         scale.copy_((amax / 127).clamp(min=2.0**-24).to(scale_dtype))
-    elif act_order:  # the inputs of a group are scattered in the order, so its scale is fixed beforehand
+    elif act_order:  # the inputs of a group come at different times, so its scale is fixed beforehand
         scale.copy_(round_to_nearest(weight, size, scale_dtype, importance, clip_search)[1].t())
     block = size if size < k and 128 % size and size % 128 else 128  # a group starts where a block does, or inside
     for start in range(0, k, block):
@@ -130,7 +134,7 @@ def gptq(
 
 
 def relative_error(weight: Tensor, approximation: Tensor, hessian: Tensor | None = None) -> float:
-    """Relative root-mean-square error of the weight, or of the output on inputs with this hessian."""
+    """The relative root-mean-square error of the weight, or with a hessian of the outputs on its inputs."""
     d = weight - approximation
     if hessian is None:
         return float(d.norm() / weight.norm().clamp(min=1e-30))

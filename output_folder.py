@@ -1,4 +1,5 @@
-"""A checkpoint folder that is whole or not there: its shards, the hidden folder that it grows in, the lock on that.
+"""Write a checkpoint folder so that it appears whole or not at all: its shards, the hidden folder in which it is built,
+and the lock on that folder.
 
 Knows safetensors files and renames. Refuses to know what the tensors mean and how they are made.
 """
@@ -24,10 +25,10 @@ REPORT = "quantization_report.json"
 
 
 class Writer:
-    """Collects tensors and writes them as safetensors shards of about SHARD_BYTES into `folder`."""
+    """Collects tensors and writes them to `folder` as safetensors shards of about SHARD_BYTES."""
 
     def __init__(self, folder: Path, replaced: set[str]) -> None:
-        self.folder, self.replaced = folder, replaced  # modules on disk whose `.weight` is not copied
+        self.folder, self.replaced = folder, replaced  # names of the modules whose `.weight` is not copied
         self.waiting, self.size, self.shards = dict[str, Tensor](), 0, list[list[str]]()
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -40,7 +41,7 @@ class Writer:
             self.flush()
 
     def copy(self, weights: Weights, prefix: str) -> None:
-        """The checkpoint's own tensors under `prefix`, unchanged."""
+        """Take over the tensors of the checkpoint whose names begin with `prefix`, unchanged."""
         for name in weights:
             if name.startswith(prefix) and name.removesuffix(".weight") not in self.replaced:
                 self.add(name, weights.slice(name)[:])
@@ -52,7 +53,7 @@ class Writer:
             self.waiting, self.size = {}, 0
 
     def finish(self) -> int:
-        """Give the shards their final names, with an index if they are several. Returns their bytes."""
+        """Give the shards their final names, and write an index if there are several. Returns their size in bytes."""
         self.flush()
         count, where, total = len(self.shards), dict[str, str](), 0
         for i, names in enumerate(self.shards, 1):
@@ -72,7 +73,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def check_output(output: Path, source: Path, force: bool) -> None:
-    """ValueError for a folder that must not be replaced: one that exists, or with force one that is not ours alone."""
+    """ValueError for an output that must not be replaced: one that exists, or, with force, one that holds anything that
+    this program did not write.
+    """
     if any(output.samefile(folder) for folder in (source, *source.parents) if output.exists()):
         raise ValueError(f"{output} is or holds the checkpoint that is read, {source}: give another --output")
     if not os.path.lexists(output):
@@ -87,7 +90,9 @@ def check_output(output: Path, source: Path, force: bool) -> None:
 
 
 def lock(folder: Path) -> TextIO:
-    """Make `folder` and hold it alone until the result is closed or this process ends. ValueError when another does."""
+    """Make `folder` and lock it until the result is closed or this process ends. ValueError when another process holds
+    the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in folder.iterdir()}
     if names and not {"lock"} <= names <= {"lock", "new", "old"}:
@@ -96,7 +101,7 @@ def lock(folder: Path) -> TextIO:
     try:
         if os.name == "posix":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.fstat(file.fileno()).st_nlink:  # who held it has just removed it
+        if not os.fstat(file.fileno()).st_nlink:  # the process that held it has just removed it
             raise BlockingIOError
     except BlockingIOError as error:
         file.close()
@@ -105,8 +110,8 @@ def lock(folder: Path) -> TextIO:
 
 
 def settle(hidden: Path, output: Path) -> None:
-    """Remove what a run left in its hidden folder, or put it back if it is the only `output` there is."""
-    if (hidden / "old").exists() and (hidden / "new").exists():  # ended between the two renames
+    """Remove what an earlier run left in its hidden folder, or put it back if no other `output` is left."""
+    if (hidden / "old").exists() and (hidden / "new").exists():  # a run was killed between the two renames
         (hidden / "old").rename(output)
     for name in ("new", "old"):
         shutil.rmtree(hidden / name, ignore_errors=True)
@@ -114,12 +119,13 @@ def settle(hidden: Path, output: Path) -> None:
 
 @contextlib.contextmanager
 def complete_folder(output: Path, source: Path, force: bool) -> Iterator[Path]:
-    """A new folder that becomes `output` only if the body succeeds; with force it may take the place of an older one.
+    """Give a new folder, which becomes `output` if the body succeeds. With force it may replace an older one.
 
-    Until then it lies in `.NAME.quantize.partial` beside it, which belongs to who holds the lock in it. For the instant
-    between two renames the older one lies there too; should the program be killed just then, the next run puts it back.
+    Until then the new folder lies beside `output`, in `.NAME.quantize.partial`, which belongs to the process that holds
+    the lock in it. Between two renames the older folder lies there too; if the program is killed at that moment, the
+    next run puts it back.
     """
-    output, source = (Path(os.path.realpath(path)) for path in (output, source))  # what a link names, not the link
+    output, source = (Path(os.path.realpath(path)) for path in (output, source))  # follow a link to its folder
     hidden = output.with_name(f".{output.name}.quantize.partial")
     with lock(hidden):
         new, old = hidden / "new", hidden / "old"
@@ -130,7 +136,7 @@ def complete_folder(output: Path, source: Path, force: bool) -> Iterator[Path]:
             yield new
             try:
                 check_output(output, source, force)
-            except ValueError as error:  # what appeared meanwhile stays, and the work is not lost either
+            except ValueError as error:  # keep both what has appeared there meanwhile and the result
                 spare = next(path for i in range(1, 1000) if not (path := Path(f"{output}.{i}")).exists())
                 new.rename(spare)
                 raise ValueError(f"{error}; it came during the run, whose result is in {spare}") from error
@@ -140,5 +146,5 @@ def complete_folder(output: Path, source: Path, force: bool) -> Iterator[Path]:
         finally:
             settle(hidden, output)
             (hidden / "lock").unlink()
-            with contextlib.suppress(OSError):  # another run has come
+            with contextlib.suppress(OSError):  # another run may have locked it already
                 hidden.rmdir()
