@@ -1,11 +1,12 @@
-"""Hugging Face folder -> quantized Hugging Face folder, in int8 or int4, by rounding to nearest or by GPTQ.
+"""Quantize a Hugging Face folder into a new one: to int8 or int4, by rounding to nearest or by GPTQ.
 
-Knows how to stream a model block by block with its calibration activations. Refuses to know the algorithm
-(`gptq.py`), what the formats look like inside (`formats.py`), how names map (`checkpoint.py`) and how a folder is left
-whole or not at all (`output_folder.py`).
+Knows how to stream a model block by block, with the activations of its calibration text. Refuses to know the algorithm
+(`gptq.py`), how the formats are laid out (`formats.py`), which names a checkpoint uses (`checkpoint.py`), and how a
+folder appears whole or not at all (`output_folder.py`).
 
-Rounding reads no text unless it is asked to measure something. Memory: the weights of one block, the Hessian of one
-Linear (all its experts), the activations of the calibration and held-out rows, and one output shard.
+Rounding reads no text unless it is asked to measure something. The memory needed is that of one block's weights, the
+Hessian of one Linear with all its experts, the activations of the calibration rows (twice, at the last Linear of each
+half of a block) and of the held-out rows, and one output shard.
 """
 
 import argparse
@@ -79,17 +80,17 @@ from tp import TensorParallel
 COPIED = ["*token*", "*.jinja", "vocab*", "merges.txt", "generation_config.json", "chat_template*"]
 COPIED += ["LICEN[CS]E*", "NOTICE*"]
 AUTO = 0
-CACHE_BYTES = 1 << 32  # of the rows that a model writes at a time
+CACHE_BYTES = 1 << 32  # at most, for the rows of calibration text that a model writes together
 LOSSES = ("perplexity_before", "perplexity_after", "kl_mean", "kl_99", "top1_agreement")
 ERRORS = ("weight_error", "output_error_rtn", "output_error")  # relative; the last two need calibration text
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to do to every Linear. mode: int8 has a scale per row, int4 one per group; both round to nearest unless the
-    name ends in -gptq.
+    """What to do to every Linear. The mode int8 has a scale per row, int4 one per group; both round to nearest unless
+    the name ends in -gptq.
 
-    group_size: inputs that share a scale, -1: all of a row; AUTO: the largest that divides every layer.
+    group_size says how many inputs share a scale: -1 means all of a row, AUTO the largest size that divides all layers.
     """
 
     mode: str = "int4-gptq"
@@ -119,7 +120,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Target:
-    """One Linear to quantize: its path in the Transformer; [expert][part]: module on disk, rows, wanted or not."""
+    """One Linear to quantize. path is its name in the Transformer; parts[expert] lists the modules of which it is made
+    on disk, each with its rows and with whether it is to be quantized.
+    """
 
     path: str
     parts: list[list[tuple[str, int, bool]]]
@@ -127,23 +130,25 @@ class Target:
 
 
 class Enough(Exception):
-    """Raised by a hook that has seen its input: the rest of the block need not be computed."""
+    """A hook raises this once it has seen its input, so that the rest of the block is not computed."""
 
 
 class Streams:
-    """Activations of rows of tokens before the next block: `calibration`, and held-out text `before` and `after`."""
+    """The activations that enter the next block: of the `calibration` rows, and of held-out rows in the model `before`
+    and `after` quantization.
+    """
 
     def __init__(self, model: Transformer, calibration: Tensor, heldout: Tensor, tokens_at_once: int = 4096) -> None:
         rows = max(1, tokens_at_once // calibration.shape[1])
         self.model, self.rope = model, 0  # which rotation the next block takes
         self.heldout = [part for part in heldout.split(rows) if len(part)]
-        anywhere = torch.zeros_like  # positions do not matter yet
+        anywhere = torch.zeros_like  # an embedding does not depend on the position
         self.calibration = [model.embed(part, anywhere(part))[0] for part in calibration.split(rows) if len(part)]
         self.before = [model.embed(part, anywhere(part))[0] for part in self.heldout]
         self.after = [x.clone() for x in self.before]
 
     def run(self, half: Callable[..., Tensor], xs: list[Tensor], keep: bool = True) -> None:
-        """One half of a block over all rows; keep: its outputs replace its inputs."""
+        """Run one half of a block over all rows. With keep its outputs replace its inputs in xs."""
         config = self.model.config
         for i, x in enumerate(xs):
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
@@ -155,17 +160,20 @@ class Streams:
                 xs[i] = y if keep else x
 
     def head(self, xs: list[Tensor], head: Linear) -> Iterator[Tensor]:
-        """Logits of all rows, a few hundred tokens at a time: with a vocabulary of 150,000 each takes 600 KB."""
+        """The logits of all rows, 512 tokens at a time, because with a vocabulary of 150,000 those of one token take
+        600 KB.
+        """
         for x in xs:
             for h in x.flatten(0, 1).split(512):
                 with contextlib.suppress(Enough):
                     yield head(h, norm=self.model.norm).float()
 
     def loss(self, plain: Linear) -> dict[str, float | None]:
-        """What the held-out text tells, from the second token of each row on; plain: the head before quantization.
+        """What quantization loses on the held-out rows, from the second token of each row on.
 
-        Perplexity before and after; mean and 99th percentile of the KL divergence from before to after, in nats; how
-        often both have the same first choice. Empty without held-out rows. ValueError for what JSON cannot hold.
+        `plain` is the head before quantization. The result holds the perplexity before and after, the mean and the 99th
+        percentile of the KL divergence from before to after in nats, and how often both have the same first choice; all
+        are None without held-out rows. ValueError for losses that are NaN or too large for a float.
         """
         wanted = (t for tokens in self.heldout for t in tokens[:, 1:].flatten().split(512))
         logits = (
@@ -187,8 +195,10 @@ class Streams:
 
 
 def compare(token: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """float32 [4, N] from the right tokens int64 [N] and two models' logits float32 [N, V]: the loss of each, the KL
-    divergence from before to after in nats, and 1 where both have the same first choice.
+    """Compare the logits of two models, float32 [N, V], given the tokens that follow, int64 [N].
+
+    Returns float32 [4, N]: the loss of each model, the KL divergence from before to after in nats, and 1 where both
+    have the same first choice.
     """
     p, q = before.log_softmax(-1), after.log_softmax(-1)
     losses = (-x.gather(1, token[:, None])[:, 0] for x in (p, q))
@@ -196,10 +206,11 @@ def compare(token: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
 
 def hessians(linear: Linear, run: Callable[[], object], last: list[dict[str, Any]]) -> tuple[Tensor, list[int]]:
-    """X.T @ X / tokens, float32 [experts, K, K], of what `linear` sees while `run()` runs, and each expert's tokens.
+    """X.T @ X / tokens, float32 [experts, K, K], for the inputs X that `linear` sees while `run()` runs, and the number
+    of tokens that each expert sees.
 
-    A Linear that adds the residual is the last of its half of a block: what it is called with is collected in `last`,
-    so that its outputs, computed from that after it is quantized, are those of the half.
+    A Linear that adds the residual is the last of its half of a block. The arguments of its calls are collected in
+    `last`: applied to them once it is quantized, it gives what the whole half would give.
     """
     experts, k = max(linear.num_experts, 1), linear.in_features
     total, counts = torch.zeros(experts, k, k, device=linear.weight.device), [0] * experts
@@ -226,9 +237,10 @@ def hessians(linear: Linear, run: Callable[[], object], last: list[dict[str, Any
 def quantize_linear_(
     linear: Linear, target: Target, seen: tuple[Tensor, list[int]] | None, settings: Settings, dtype: torch.dtype
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Quantize one Linear; its weight becomes the dequantized one. seen: `hessians` of it, None to measure no outputs.
+    """Quantize one Linear, so that its weight becomes the dequantized one.
 
-    Returns the report's row, and tensors by name.
+    seen is what `hessians` returns, or None, with which only the error of the weights is measured. Returns the row of
+    the report, and the tensors to write by name.
     """
     scheme, size, search = settings.scheme, settings.group_size, settings.clip_search
     notes, tensors, errors = [], dict[str, Tensor](), []
@@ -260,7 +272,8 @@ def quantize_linear_(
             if wanted:
                 weight[span] = values[span]
                 part = pack(Quantized(chosen.q[span], chosen.scale[span], bits=scheme.bits), scheme)
-                # Copies share no storage, and made last they leave no holes in the heap, which then grew with depth.
+                # A copy does not keep the whole matrix alive. It is made last, because otherwise it leaves holes in the
+                # heap, with which the memory in use grew from block to block.
                 tensors |= {f"{name}.{suffix}": tensor.clone() for suffix, tensor in part.items()}
     report = {"name": target.path, "shape": list(linear.weight.shape)} | ({"tokens": sum(seen[1])} if seen else {})
     means = {key: math.sqrt(sum(found[key] ** 2 for found in errors) / len(errors)) for key in errors[0]}
@@ -268,7 +281,9 @@ def quantize_linear_(
 
 
 def plan(model: Transformer, settings: Settings) -> tuple[list[Target], list[str]]:
-    """What to quantize, and the Linears on disk that stay plain. ValueError for a --skip pattern without a match."""
+    """What to quantize, and the names on disk of the Linears that stay plain. ValueError for a --skip pattern that
+    matches nothing.
+    """
     targets, plain, used = [], [], set[str]()
     kv = model.config.num_key_value_heads * model.config.head_dim
     for path, linear in model.named_modules():
@@ -313,7 +328,9 @@ def fit_group_size(settings: Settings, targets: list[Target]) -> Settings:
 
 
 def text_rows(file: Path, tokenizer: Tokenizer, config: ModelConfig, rows: int, length: int, least: int = 1) -> Tensor:
-    """int64 [<= rows, length] of a text: tokenized whole, cut into pieces that follow BOS, taken evenly from it."""
+    """int64 [<= rows, length]: the text is tokenized as a whole, cut into pieces, and pieces at equal distances are
+    taken, each behind BOS. ValueError for a text that gives fewer than `least` tokens.
+    """
     bos, ids = tokenizer.encode("")[:1], tokenizer.encode(file.read_text("utf-8"), bos=False)
     step = length - len(bos)
     pieces = torch.tensor(ids[: len(ids) // step * step], dtype=torch.int64).view(-1, step)
@@ -333,16 +350,16 @@ def text_rows(file: Path, tokenizer: Tokenizer, config: ModelConfig, rows: int, 
 def stream(
     loader: Loader, texts: tuple[Tensor, Tensor], settings: Settings, targets: list[Target], writer: Writer
 ) -> dict[str, Any]:
-    """Quantize Linear after Linear, each for what the quantized ones before it make of the calibration rows, if there
-    are any; write all.
+    """Quantize one Linear after the other and write all tensors. The inputs for which a Linear is quantized are what
+    the quantized Linears before it make of the calibration rows, if there are any.
 
-    Returns the report: what `Streams.loss` says, and a row for every Linear.
+    Returns the report: what `Streams.loss` returns, and a row for every Linear.
     """
     scale_dtype, model = checkpoint_dtype(read_config(loader.weights.folder)), empty(loader.config)
     report: list[dict[str, Any]] = []
 
     def quantize_(root: nn.Module, prefix: str, part: str, run: Callable[[], object]) -> bool:
-        """Whether the calibration rows have passed this half of the block already."""
+        """Quantize the Linears of one half of a block. Returns whether its calibration activations are up to date."""
         last: list[dict[str, Any]] = []
         for target in targets:
             if not target.path.startswith(prefix + part):
@@ -366,7 +383,7 @@ def stream(
     for i, block in enumerate(tqdm(model.layers, desc="quantizing", unit="block", disable=None)):
         loader.fill_(block, f"layers.{i}")
         streams.rope = loader.config.layer_ropes[i]
-        for part, half in halves(block):  # so attention is not computed again for the Linears behind it
+        for part, half in halves(block):  # so that attention is not computed again for the Linears of the MLP
             streams.run(half, streams.before)
             done = quantize_(block, f"layers.{i}.", part, partial(streams.run, half, streams.calibration, keep=False))
             if not done:
@@ -378,7 +395,7 @@ def stream(
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     else:
-        model.embed_tokens.to_empty(device="meta")  # a large vocabulary weighs more than a block
+        model.embed_tokens.to_empty(device="meta")  # with a large vocabulary it is larger than a block
         loader.linear("lm_head", model.lm_head)
     for prefix in ("model.embed_tokens.", "model.norm.", "lm_head."):
         writer.copy(loader.weights, prefix)
@@ -389,19 +406,19 @@ def stream(
 
 
 def halves(block: nn.Module) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-    """Attention and MLP of a block: where their Linears are, and a function of what a block takes."""
+    """The attention and the MLP of a block: how the names of their Linears begin, and a function to run each."""
     yield "self_attn.", lambda x, *rest: block.self_attn(x, block.input_layernorm, *rest)
     yield "mlp.", lambda x, *_: block.mlp(x, block.post_attention_layernorm)
 
 
 def empty(config: ModelConfig) -> Transformer:
-    """A Transformer without memory."""
+    """A Transformer on the meta device, which takes no memory."""
     with torch.device("meta"):
         return Transformer(config)
 
 
 def say(row: dict[str, Any]) -> None:
-    """One line of the table on standard output."""
+    """Print one line of the table."""
     numbers = "".join(f"{row[key]:11.5f}" for key in ERRORS if key in row)
     notes = row["notes"][:1] + [f"and {len(row['notes']) - 1} more notes"] * (len(row["notes"]) > 1)
     shape = "x".join(map(str, row["shape"]))
@@ -409,7 +426,7 @@ def say(row: dict[str, Any]) -> None:
 
 
 def copies(folder: Path) -> list[Path]:
-    """The small files that a quantized folder takes over as they are; whatever else bears such a name is left out."""
+    """The small files that a quantized folder takes over unchanged. A folder that bears such a name is left out."""
     found = [path for path in folder.iterdir() if any(fnmatch.fnmatch(path.name, pattern) for pattern in COPIED)]
     for path in found:
         if path.is_symlink() and not path.exists():
@@ -418,7 +435,7 @@ def copies(folder: Path) -> list[Path]:
 
 
 def check_room(parent: Path, weights: Weights, replaced: set[str], settings: Settings, dtype: torch.dtype) -> None:
-    """ValueError when what will be written does not fit the disk."""
+    """ValueError when the disk has no room for what will be written."""
     scheme, total = settings.scheme, 0.0
     for name in weights:
         shape = weights.slice(name).get_shape()
@@ -442,11 +459,12 @@ def quantize(
     dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """A folder or Hub id -> a quantized folder. calibration: file (None: the model writes it), rows, tokens a row;
-    heldout: file, tokens. 0 rows or tokens: no text.
+    """Quantize a folder or Hub id into the folder `output`, and return the report that lies beside its weights.
 
-    dtype: of the activations; None: the checkpoint's on a GPU, float32 on a CPU. Returns the report, as written beside
-    the weights. ValueError or OSError, one line, for all that is wrong with input or disk; nothing is left then.
+    calibration is a text file (None: the model writes the text itself), a number of rows and their length in tokens;
+    heldout is a text file and a number of tokens. With 0 rows or tokens no such text is used. dtype is that of the
+    activations; None means the checkpoint's on a GPU and float32 on a CPU. ValueError or OSError with a message of one
+    line for everything that is wrong with the input or the disk; nothing is left behind then.
     """
     folder = resolve(checkpoint)
     hf = read_config(folder)
@@ -480,16 +498,18 @@ def quantize(
 
 
 def own_rows(folder: Path, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """int64 [rows, length] that the model writes itself: from BOS, at temperature 1 with nothing cut off, and past its
-    end-of-text ids, which to a model in training only part one text from the next.
+    """int64 [rows, length] of text that the model writes itself, beginning with BOS, at temperature 1 and without top-k
+    or top-p. It writes on after an end-of-text id, as its training texts went on with the next document.
     """
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     name = str(dtype).removeprefix("torch.")
-    engine = Engine.load(folder, device=device.type, dtype=name, chosen=plain, compile=False)
+    engine = Engine.load(folder, device=device.type, dtype=name, chosen=plain)
     begin = engine.tokenizer.encode("")[:1] or [min(engine.tokenizer.stop_ids, default=0)]
     c, done = engine.model.config, list[list[int]]()
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize * length  # bytes of a row
     together = math.ceil(rows / math.ceil(rows * cache / CACHE_BYTES))
+    if device.type == "cuda":
+        together = min(together, 16)  # the kernels take no more rows
     for at in tqdm(range(0, rows, together), desc="writing calibration rows", unit=f"{together} rows", disable=None):
         texts = [list(begin) for _ in range(min(together, rows - at))]
         for piece in engine.generate(texts, max_new_tokens=length - 1, ignore_eos=True, seed=at):
@@ -504,7 +524,7 @@ def read_texts(
     """Rows of calibration and of held-out text, as many as `quantize` was asked for, and what heads the table."""
     config, folder = loader.config, loader.weights.folder
     file, count, length = *calibration[:2], min(calibration[2], config.max_position_embeddings)
-    enough = max(512, config.hidden_size)  # with fewer tokens than inputs, most of a Hessian is guesswork
+    enough = max(512, config.hidden_size)  # with fewer tokens than inputs a Hessian is singular
     least = enough if settings.solve else 1
     rows = held = torch.empty(0, length, dtype=torch.int64)
     tokenizer = Tokenizer.from_folder(folder)
@@ -524,7 +544,7 @@ def read_texts(
 
 
 def advice(report: dict[str, Any]) -> str:
-    """What loses less, and how many bits a weight it takes."""
+    """The settings that lose less, with the bits that each takes for a weight."""
     size, scale_bits, mode = report["group_size"], report["scale_bits"], report["mode"]
     ways = [] if mode.endswith("-gptq") else [f"--mode {mode}-gptq (as many bits)"]
     if mode.startswith("int8"):
