@@ -246,7 +246,7 @@ def quantize_linear_(
     notes, tensors, errors = [], dict[str, Tensor](), []
     for e, weight in enumerate(linear.weight if linear.num_experts else linear.weight[None]):
         w, where = weight.float(), f"expert {e}: " if linear.num_experts else ""
-        if not bool(w.isfinite().all()):
+        if not all(x.isfinite() for x in w.aminmax()):  # NaN is passed on; unlike w.isfinite() this makes no copy
             raise ValueError(f"{target.parts[e][0][0]}.weight holds NaN or infinite values: the checkpoint is damaged")
         rounded = quantize_rtn(w, 8, -1, dtype) if scheme.bits == 8 else round_to_nearest(w, size, dtype, search=search)
         chosen = nearest = Quantized(*rounded, bits=scheme.bits)
