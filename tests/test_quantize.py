@@ -1,5 +1,6 @@
 """quantize.py as a command: folders that the ecosystem loads, a report that is true, and nothing half-written."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import output_folder
 import quantize
 from engine import Engine
 from formats import QuantConfig, suffixes, unpack
+from linear import Linear
 from model import KVCache
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -221,6 +223,21 @@ def test_streamed_perplexity_is_that_of_the_whole_model(mode, tiny, text, tmp_pa
     assert report["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
     assert report["kl_99"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-3)
     assert report["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()), abs=0.002)
+
+
+@pytest.mark.parametrize("inputs", [1, 3, 10, 64])
+def test_hessians(inputs):
+    linear, x = Linear(inputs, 3), torch.randn(2, 7, inputs)
+    linear.weight.data.zero_()
+
+    def run():
+        for row in x:
+            with contextlib.suppress(quantize.Enough):
+                linear(row)
+
+    (found,), counts = quantize.hessians(linear, run, [])
+    rows = x.flatten(0, 1)
+    assert counts == [14] and torch.allclose(found, rows.T @ rows / 14, atol=1e-5) and torch.equal(found, found.T)
 
 
 def test_the_last_linear_of_a_half_is_computed_from_what_it_saw(tiny, text, tmp_path, monkeypatch):
