@@ -558,8 +558,11 @@ def fingerprint(folder: Path) -> int:
 
 
 def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """float32 on a CPU, elsewhere what the checkpoint declares."""
-    return torch.float32 if device.type == "cpu" else checkpoint_dtype(read_config(folder))
+    """What the checkpoint declares; float32 instead on a CPU without bf16 instructions, where products in 16 bits may
+    be far slower. The processor's features decide, never a stopwatch, so that ids repeat.
+    """
+    declared = checkpoint_dtype(read_config(folder))
+    return torch.float32 if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() else declared
 
 
 def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[str, float] | None) -> Params:

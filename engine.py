@@ -45,8 +45,8 @@ class EngineOptions:
     """How a model is run."""
 
     device: str | None = None  # cpu, cuda or mps; None takes CUDA if there is one, else the CPU
-    dtype: str = "auto"  # float32, bfloat16, float16; auto is the checkpoint's own on a GPU and float32 on a CPU
-    kernels: str = "auto"  # triton, inductor (plain PyTorch), or auto: triton where it runs
+    dtype: str = "auto"  # float32, bfloat16, float16; auto: the checkpoint's own, float32 on a CPU that is slow with it
+    kernels: str = "auto"  # triton, inductor (plain PyTorch), or auto: triton where it runs, a CPU's fastest operators
     compile: bool | None = None  # the decode step; None compiles on a GPU
     compile_prefill: bool = False  # and the prefill, for any length
     prefill_chunk: int = 0  # tokens that a prefill takes at a time; 0: all, or what a sliding window calls for
@@ -423,7 +423,7 @@ class Engine:
         | GPU, plain   | inside                            | inside                 | torch.compile, "reduce-overhead" |
         | GPU, kernels | kernels; some layers compiled (*) | kernels, else compiled | one CUDA graph                   |
         | CPU          | one layer compiled, used for all  | compiled               | a plain loop                     |
-        | compile off  | eager                             | eager                  | a plain loop                     |
+        | compile off  | eager, a CPU's fastest operators  | eager                  | a plain loop                     |
 
         (*) Those of which some pieces are plain PyTorch: experts, norms behind a block.
 

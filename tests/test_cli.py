@@ -365,8 +365,12 @@ def test_compile_prefill_refuses_a_mixture_of_experts(fails, tiny):
     assert "--compile-prefill" in fails("--checkpoint", folder, "--compile-prefill")
 
 
-@pytest.mark.parametrize("name, dtype", [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
-def test_dtype_on_a_cpu(monkeypatch, records, tmp_path, name, dtype):
+@pytest.mark.parametrize("able", [False, True])
+@pytest.mark.parametrize("name", ["auto", "float32", "bfloat16", "float16"])
+def test_dtype_on_a_cpu(monkeypatch, records, tmp_path, name, able):
+    """auto takes the checkpoint's where the processor has instructions for it."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    dtype = ("bfloat16" if able else "float32") if name == "auto" else name
     engines, real = [], Engine.load.__func__
     monkeypatch.setattr(
         Engine, "load", classmethod(lambda cls, *a, **k: engines.append(real(cls, *a, **k)) or engines[-1])

@@ -29,15 +29,16 @@ def ids(e, prompt, n=24):
     return [i for piece in pieces for i in piece.ids]
 
 tales, draft, out = sys.argv[1:]
-plain = Engine.load(tales, device="cpu")
+FLOAT = {"device": "cpu", "dtype": "float32"}  # in 16 bits the fast paths round otherwise
+plain = Engine.load(tales, **FLOAT)
 said = {"plain": ids(plain, "The old king")}
 for bits in (8, 4):
     said[f"int{bits}"] = ids(Engine(checkpoint.quantized_copy(plain.model, bits), plain.tokenizer), "The old king")
 for name in (draft, "ngram", "self-int4"):
-    said[name] = ids(Engine.load(tales, device="cpu", draft=name, num_draft_tokens=3), "The old king")
+    said[name] = ids(Engine.load(tales, **FLOAT, draft=name, num_draft_tokens=3), "The old king")
 with contextlib.redirect_stdout(sys.stderr):
     quantize.main(["--checkpoint", tales, "--mode", "int8", "--heldout-tokens", "0", "--output", out])
-said["quantized"] = ids(Engine.load(out, device="cpu"), "The old king")
+said["quantized"] = ids(Engine.load(out, **FLOAT), "The old king")
 torch.manual_seed(0)
 model = checkpoint.random_model(architectures.shape_config("tiny"), dtype=torch.float32)
 random = [ids(Engine(model, Ids(512), compile=c), [1, 2, 3], 12) for c in (False, True)]
