@@ -557,11 +557,12 @@ def fingerprint(folder: Path) -> int:
     return value
 
 
-def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """What the checkpoint declares; float32 instead on a CPU without bf16 instructions, where products in 16 bits may
-    be far slower. The processor's features decide, never a stopwatch, so that ids repeat.
+def default_dtype(folder: Path | None, device: torch.device) -> torch.dtype:
+    """What the checkpoint declares (None, random weights: bfloat16); float32 instead on a CPU without bf16
+    instructions, where products in 16 bits may be far slower. The processor's features decide, never a stopwatch, so
+    that ids repeat.
     """
-    declared = checkpoint_dtype(read_config(folder))
+    declared = checkpoint_dtype(read_config(folder)) if folder else torch.bfloat16
     return torch.float32 if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() else declared
 
 

@@ -185,7 +185,7 @@ class Engine:
         device = pick_device(options.device)
         group = tensor_parallel.init(device)
         folder = None if shape else checkpoint.resolve(str(checkpoint_name))
-        dtype = DTYPES[options.dtype] or (checkpoint.default_dtype(folder, device) if folder else torch.bfloat16)
+        dtype = DTYPES[options.dtype] or checkpoint.default_dtype(folder, device)
         wants_kernels(options.kernels, device, dtype)  # refuses before anything is read
         if folder is None:
             config = architectures.shape_config(str(shape))

@@ -89,7 +89,7 @@ def add_running_(p: Parser) -> None:
     group = p.add_argument_group("how it runs")
     group.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(CUDA if there is one, else the CPU)")
     group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's; float32 on a CPU (auto)"
+        "--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's, or float32 on an older CPU (auto)"
     )
     group.add_argument(
         "--max-seq-len", type=at_least(1), metavar="N", help="cache slots (what is asked for; chat: at most 8192)"

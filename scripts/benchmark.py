@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--num-draft-tokens", type=draft_tokens, metavar="K", help="as generate.py's")
     p.add_argument("--simulated-acceptance", type=rates, default=[], metavar="P,P", help="of random weights")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"))
-    p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="auto: as generate.py's")
     p.add_argument("--csv", metavar="FILE", default=str(ROOT / "benchmarks" / "decode.csv"))
     p.add_argument("--no-csv", action="store_true", help="append no rows")
     p.add_argument("--commit", metavar="HASH", help="what to record where there is no git repository")
@@ -166,7 +166,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Engine:
     if size != -1 and (size < 1 or config.hidden_size % size):
         raise ValueError(f"--group-size {size} does not divide hidden_size {config.hidden_size}")
     group, bits = tp.init(device), BITS[args.mode or "bf16"]
-    dtype = DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = DTYPES[args.dtype] or checkpoint.default_dtype(None, device)
     model = checkpoint.random_model(config, bits=bits, group_size=size, tp=group, device=device, dtype=dtype)
     return Engine(model, Ids(config.vocab_size), options)
 

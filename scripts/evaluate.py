@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness (needs the extra [evaluate])")
     p.add_argument("--task-folder", metavar="DIR", help="where --tasks looks for more of them, as YAML files")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: CUDA if there is one")
-    p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="auto: the checkpoint's; float32 on a CPU")
+    p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="auto: as generate.py's")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     p.add_argument("--table", type=Path, metavar="CSV", help="compare ways to quantize the first checkpoint")
     p.add_argument("--environment", type=Path, default=Path("llm-compressor"), help="its virtual environment")

@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--heldout-tokens", type=at_least(0), default=8192, help="of data/heldout.txt, perplexity (8192)")
     p.add_argument("--rows", type=at_least(1), default=32, help="calibration rows of GPTQ (32)")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: CUDA if there is one")
-    p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="auto: the checkpoint's; float32 on a CPU")
+    p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="auto: as generate.py's")
     p.add_argument("--output", type=Path, default=Path("runs/ladder"), metavar="DIR", help="(runs/ladder)")
     args = p.parse_args(argv)
     if not args.shape and args.checkpoint is None:
@@ -203,13 +203,14 @@ class Ladder:
             raise ValueError("transformers is not installed") from error
         args = self.args
         logging.disable_progress_bar()
-        dtype = benchmark.DTYPES[args.dtype] or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        folder = None if args.shape else checkpoint.resolve(args.checkpoint)
+        dtype = benchmark.DTYPES[args.dtype] or checkpoint.default_dtype(folder, self.device)
         if args.shape:
             config = AutoConfig.for_model(**architectures.shape_json(args.shape))
             with self.device:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.resolve(args.checkpoint), dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         model = model.eval().to(self.device)
         how: dict[str, Any] = {"do_sample": True, "top_k": 200, "temperature": 0.8, "pad_token_id": 0}
 

@@ -382,6 +382,15 @@ def test_dtype_on_a_cpu(monkeypatch, records, tmp_path, name, able):
     assert engines[0].dtype == getattr(torch, dtype) == engines[0].model.lm_head.weight.dtype
 
 
+@pytest.mark.parametrize("able, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_default_dtype_of_random_weights(monkeypatch, able, dtype):
+    """A shape has no checkpoint that declares one; a GPU takes bfloat16 whatever the processor has."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    assert Engine.load(shape="tiny", device="cpu").dtype == dtype
+    assert checkpoint.default_dtype(None, torch.device("cpu")) == dtype
+    assert checkpoint.default_dtype(None, torch.device("cuda")) == torch.bfloat16
+
+
 def test_kernels_flag(records, fails, abc, monkeypatch):
     assert records("--checkpoint", abc, "--kernels", "inductor")[0]["text"] == "abcdefg"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
