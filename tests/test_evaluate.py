@@ -22,7 +22,7 @@ TALES = str(ROOT / "checkpoints" / "tales")
 DRAFT = f"{TALES}-draft"
 TEXT = "Once upon a time there was a king who had three sons, and the youngest was called Simpleton. " * 3
 GREEDY = SamplingParams(temperature=0.0)
-QUICK = ["--device", "cpu", "--row-length", "32"]
+QUICK = ["--device", "cpu", "--dtype", "float32", "--row-length", "32"]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_windows_score_every_id_once(bos, count, stride):
 
 def test_perplexity_is_that_of_the_engine(text, capsys):
     """Without overlap, the rows of quantize.py; bytes are those of the text."""
-    engine = Engine.load(device="cpu", compile=False)
+    engine = Engine.load(device="cpu", dtype="float32", compile=False)
     out, found = run(capsys, TALES, "--text", str(text), *QUICK)
     ids = engine.tokenizer.encode(text.read_text("utf-8"), bos=False)
     bos = engine.tokenizer.encode("")[:1]
@@ -70,7 +70,7 @@ def test_perplexity_is_that_of_the_engine(text, capsys):
 
 
 def test_a_stride_of_one_is_every_id_behind_all_that_fits(text, capsys):
-    engine = Engine.load(DRAFT, device="cpu", compile=False)
+    engine = Engine.load(DRAFT, device="cpu", dtype="float32", compile=False)
     _, found = run(capsys, DRAFT, "--text", str(text), "--tokens", "40", "--stride", "1", *QUICK)
     bos, ids = engine.tokenizer.encode("")[:1], engine.tokenizer.encode(TEXT, bos=False)[:40]
     room, losses = 32 - len(bos), []
@@ -85,7 +85,7 @@ def test_against_another(text, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "CHUNK", 24)  # several chunks, several rows at a time
     argv = [DRAFT, "--against", TALES, "--text", str(text), *QUICK, "--stride", "20"]
     out, found = run(capsys, *argv)
-    models = {name: Engine.load(name, device="cpu", compile=False) for name in (DRAFT, TALES)}
+    models = {name: Engine.load(name, device="cpu", dtype="float32", compile=False) for name in (DRAFT, TALES)}
     tokenizer = models[TALES].tokenizer
     ids = tokenizer.encode(text.read_text("utf-8"), bos=False)
     tokens, index = evaluate.windows(ids, tokenizer.encode("")[:1], 32, 20)
@@ -193,7 +193,7 @@ def harness(monkeypatch):
     monkeypatch.delitem(sys.modules, "harness", raising=False)
     import harness as module
 
-    yield module.Harness(evaluate.Scorer(DRAFT, Engine.load(DRAFT, device="cpu")))
+    yield module.Harness(evaluate.Scorer(DRAFT, Engine.load(DRAFT, device="cpu", dtype="float32")))
     sys.modules.pop("harness")
 
 
