@@ -239,7 +239,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [B, T, D] -> x + attention(norm(x)); keys and values of the new tokens go into the cache."""
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 Hkv) Dh]
-        y = None if self.fast is None else self.fast(self, qkv, cos, sin, positions, cache)
+        y = None if self.fast is None else self.fast(self, qkv, cos, sin, positions, cache, end)
         if y is None:
             y = self.attend(qkv, cos, sin, positions, cache, end)
         return add_to(x, self.o_proj, y, self.post_norm, self.tp)

@@ -155,10 +155,10 @@ DENSE, INT8, INT4 = Dense(), Quantized(8), Quantized(4)
 
 
 def attend(
-    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache
+    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, _: int
 ) -> Tensor | None:
     """`Attention.fast`: norms, rotation, cache write and attention of up to 16 new tokens, whose positions must be
-    consecutive in each row: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh].
+    consecutive in each row: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh]. The kernel reads the length on the device.
     """
     b, t, _ = qkv.shape
     if t > ROWS or attention.head_dim % 8 or attention.head_dim > 256 or not serves(qkv) or cache.k.dtype != qkv.dtype:

@@ -175,33 +175,51 @@ DENSE, INT8, INT4 = Dense(), Int8(), Int4()
 
 
 def attend(
-    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache
+    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
 ) -> Tensor | None:
     """`Attention.fast`: up to 16 new tokens of one sequence, whose positions must be consecutive; it reads the slots
     that are filled and no others: qkv [1, T, (H + 2 Hkv) Dh] -> [1, T, H Dh].
     """
     b, t, _ = qkv.shape
-    if b > 1 or t > DECODE_TOKENS or torch.compiler.is_compiling():
+    if b > 1 or t > (1 if torch.compiler.is_compiling() else DECODE_TOKENS):
         return None
-    h, hkv, dh, start = attention.num_heads, attention.num_kv_heads, attention.head_dim, int(positions[0, 0])
-    end, first = start + t, max(0, start + 1 - attention.window) if attention.window else 0
+    h, hkv, dh = attention.num_heads, attention.num_kv_heads, attention.head_dim
     heads = qkv.view(t, h + 2 * hkv, dh)
     if attention.q_norm is not None and attention.k_norm is not None:
         turned = torch.cat((attention.q_norm(heads[:, :h]), attention.k_norm(heads[:, h : h + hkv])), 1)
     else:
         turned = heads[:, : h + hkv]
     turned = rotate(turned, cos[0], sin[0])
-    cache.k[0, :, start:end] = turned[:, h:].transpose(0, 1)
-    cache.v[0, :, start:end] = heads[:, h + hkv :].transpose(0, 1)
+    if torch.compiler.is_compiling():
+        cache.write_(positions, turned[None, :, h:], heads[None, :, h + hkv :])
+        y = _sums(turned[0, :h], cache.k[0, :, :end], cache.v[0, :, :end], positions[0], attention.window)
+        return y.to(qkv.dtype)
+    start = int(positions[0, 0])
+    end, first = start + t, max(0, start + 1 - attention.window) if attention.window else 0
+    if t == 1:
+        cache.k[:, :, start], cache.v[:, :, start] = turned[:, h:], heads[:, h + hkv :]
+    else:
+        cache.k[0, :, start:end] = turned[:, h:].transpose(0, 1)
+        cache.v[0, :, start:end] = heads[:, h + hkv :].transpose(0, 1)
     k, v = cache.k[:, :, first:end], cache.v[:, :, first:end]
+    if t == 1:
+        return F.scaled_dot_product_attention(turned[:, :h].view(1, hkv, -1, dh), k, v).view(1, 1, -1)
     q = turned[:, :h].reshape(t, hkv, h // hkv, dh).permute(1, 2, 0, 3).reshape(1, hkv, h // hkv * t, dh)
-    mask = None
-    if t > 1:  # row m of q is token m % t
-        slots, at = torch.arange(first, end), positions[0, :, None]
-        mask = (slots <= at) & (slots > at - (attention.window or end))
-        mask = mask.repeat(h // hkv, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    slots, at = torch.arange(first, end), positions[0, :, None]
+    mask = (slots <= at) & (slots > at - (attention.window or end))  # row m of q is token m % t
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(h // hkv, 1))
     return y.view(hkv, h // hkv, t, dh).permute(2, 0, 1, 3).reshape(1, t, h * dh)
+
+
+def _sums(q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int) -> Tensor:
+    """Attention of one token, q [H, Dh] over slots k, v [Hkv, S, Dh], as sums that Inductor fuses with what surrounds
+    them; two products would be two calls of a library, 60 us a layer.
+    """
+    q, k, v = (x.float() for x in (q.unflatten(0, (len(k), -1, 1)), k[:, None], v[:, None]))
+    scores, slots = (q * k).sum(-1) * q.shape[-1] ** -0.5, torch.arange(k.shape[2])  # [Hkv, H / Hkv, S]
+    keep = (slots <= position) & (slots > position - (window or len(slots)))
+    probs = torch.softmax(scores.masked_fill(~keep, float("-inf")), -1)
+    return (probs[..., None] * v).sum(2).flatten()[None, None]
 
 
 # -- does this PyTorch have the operators, and do they what is said here? ----------------

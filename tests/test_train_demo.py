@@ -128,7 +128,7 @@ def test_committed_folder_gives_transformers_logits_and_ids(name):
     check_tokenizers(folder, (ROOT / "data" / "heldout.txt").read_text(encoding="utf-8").split("\n\n\n\n")[:5])
     tokens = AutoTokenizer.from_pretrained(folder)("Once upon a time there was a king.", return_tensors="pt").input_ids
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ours = checkpoint.load(str(folder))
+    ours = checkpoint.load(str(folder), dtype=torch.float32)
     length = tokens.shape[1]
     cache = KVCache(ours.config, 1, length, torch.device("cpu"), torch.float32)
     with torch.no_grad():

@@ -60,7 +60,7 @@ def attended(module, qkv, cos, sin, positions, k_cache, v_cache, fast):
     qkv, cos, sin = qkv.view(b, t, -1), cos.view(b, t, 1, -1), sin.view(b, t, 1, -1)
     if fast:
         decode_kernels.use_(module.to(DEVICE))
-        y = module.fast(module, qkv, cos, sin, positions, cache)
+        y = module.fast(module, qkv, cos, sin, positions, cache, k_cache.shape[2])
     else:
         y = module.attend(qkv, cos, sin, positions, cache, k_cache.shape[2])
     return y.reshape(b * t, -1)

@@ -125,7 +125,7 @@ def test_attention_against_the_plain_one(dtype, window, qk_norm, new):
         cache.k.copy_(filled)
         cache.v.copy_(filled)
     want = attention.attend(qkv, cos, sin, positions, caches[0], 128).float()
-    got = cpu.attend(attention, qkv, cos, sin, positions, caches[1])
+    got = cpu.attend(attention, qkv, cos, sin, positions, caches[1], 128)
     assert got is not None and torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
     assert (got.float() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1)
 
