@@ -155,7 +155,7 @@ DENSE, INT8, INT4 = Dense(), Quantized(8), Quantized(4)
 
 
 def attend(
-    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, _: int
+    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
 ) -> Tensor | None:
     """`Attention.fast`: norms, rotation, cache write and attention of up to 16 new tokens, whose positions must be
     consecutive in each row: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh]. The kernel reads the length on the device.
