@@ -146,7 +146,8 @@ class Engine:
         self.cuda = self.device.type == "cuda"
         self.compile = self.cuda if options.compile is None else options.compile
         self.use_kernels = wants_kernels(options.kernels, self.device, self.dtype)
-        self.switch_kernels_(self.use_kernels or (options.kernels == "auto" and self.device.type == "cpu"))
+        self.cpu_operators = bool(decode_kernels) and (options.kernels, self.device.type) == ("auto", "cpu")
+        self.switch_kernels_(self.use_kernels or self.cpu_operators)
         windows = [w for w in model.config.windows if w]  # bounds the mask of a long prompt
         self.prefill_chunk = options.prefill_chunk or (max(min(windows), 512) if windows else 0)
         self._prefill_layer: Function = DecoderLayer.__call__
@@ -457,6 +458,8 @@ class Engine:
         """Compile by running; then, to capture, record one CUDA graph: a step is one launch, without guards."""
         if not self.compile:
             return step
+        if not self.stats.compile_s:
+            checkpoint.tell("compiling the decode step; what it builds is kept on disk for the next time")
         began = time.perf_counter()
         for _ in range(2):  # a GPU's libraries allocate on the first run, which a capture may not
             park()

@@ -17,6 +17,8 @@ import csv
 import functools
 import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -112,7 +114,12 @@ KNOWN_READ = {"NVIDIA H200": 4.68e12, "NVIDIA H100 80GB HBM3": 3.17e12}
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """A GPU's name, or the processor's and how many threads compute."""
+    if device.type != "cpu":
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"(?m)^model name\s*: (.+)$", info.read_text()) if info.is_file() else []
+    return f"{names[0] if names else platform.machine()} ({torch.get_num_threads()} threads)"
 
 
 def seconds(run: Callable[[], object], device: torch.device, times: int) -> float:
@@ -415,6 +422,13 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
+def kernels_name(engine: Engine) -> str:
+    """What computes: Triton's kernels, PyTorch's fast operators for a CPU, what Inductor makes, or plain operators."""
+    if engine.use_kernels or engine.cpu_operators:
+        return "triton" if engine.use_kernels else "cpu"
+    return "inductor" if engine.compile else "eager"
+
+
 def describe(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     """The setting of a run: what every row of every CSV starts with."""
     local = args.checkpoint and os.path.isdir(args.checkpoint)  # a folder's path is nobody's business
@@ -428,7 +442,7 @@ def describe(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
         "mode": args.mode or ("bf16" if args.shape else "checkpoint"),
         "group_size": args.group_size if args.mode == "int4" else None,
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "kernels": "triton" if engine.use_kernels else "inductor" if engine.compile else "eager",
+        "kernels": kernels_name(engine),
         "compiled": engine.compile,
     }
 

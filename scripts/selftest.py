@@ -56,8 +56,8 @@ def versions(engine: Engine) -> str:
         triton = package.__version__
     return (
         f"     python {platform.python_version()}, torch {torch.__version__}, triton {triton}, {device}, "
-        f"{str(engine.dtype).removeprefix('torch.')}, kernels {'triton' if engine.use_kernels else 'plain PyTorch'}, "
-        f"{'compiled' if engine.compile else 'eager'}"
+        f"{str(engine.dtype).removeprefix('torch.')}, kernels {'triton' if engine.use_kernels else 'plain PyTorch'}"
+        f"{' and fast CPU operators' if engine.cpu_operators else ''}, {'compiled' if engine.compile else 'eager'}"
     )
 
 
@@ -89,7 +89,9 @@ def against_float32(engine: Engine, twin: Engine, prompt: list[int]) -> Iterator
 
 
 def against_twins(engine: Engine, prompt: list[int]) -> Iterator[Check]:
-    """Each kernel of the first layer and of the head, and a whole step, against plain PyTorch on the same weights."""
+    """Each kernel, or fast CPU operator, of the first layer and of the head, and a whole step, against plain PyTorch on
+    the same weights.
+    """
     limit = 1e-4 if engine.dtype == torch.float32 else 2e-2
     for name, module in engine.model.named_modules():
         if not isinstance(module, Linear) or not name.startswith(("lm_head", "layers.0.")):
@@ -101,7 +103,9 @@ def against_twins(engine: Engine, prompt: list[int]) -> Iterator[Check]:
             for on in (True, False):
                 engine.switch_kernels_(on)
                 y.append(module(x, experts=experts))
-            yield f"kernel of {name}, {rows} rows", relative(*y), limit
+            engine.switch_kernels_(True)
+            what = type(module.fast).__name__.lower() if module.fast else "plain"
+            yield f"kernel ({what}) of {name}, {rows} rows", relative(*y), limit
     for new in (1, 9):
         logits = []
         for on in (True, False):
@@ -140,7 +144,7 @@ def selftest(args: argparse.Namespace) -> bool:
     if speaks:
         print(versions(engine), flush=True)
     checks = [against_float32(engine, twin, prompt)]
-    checks += [against_twins(engine, prompt)] if engine.use_kernels else []
+    checks += [against_twins(engine, prompt)] if engine.use_kernels or engine.cpu_operators else []
     checks += [against_golden(twin, checkpoint.resolve(args.checkpoint))]
     for what, error, limit in itertools.chain.from_iterable(checks):
         ok &= error <= limit  # NaN fails

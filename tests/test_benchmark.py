@@ -17,7 +17,19 @@ import checkpoint
 from engine import DEFAULT_CHECKPOINT, Engine
 from tokenizer import Ids
 
-QUICK = ["--shape", "tiny", "--device", "cpu", "--no-compile", "--new-tokens", "9", "--repeats", "1"]
+QUICK = [
+    "--shape",
+    "tiny",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--no-compile",
+    "--new-tokens",
+    "9",
+    "--repeats",
+    "1",
+]
 FIELDS = (
     "shape mode batch prompt_len new_tokens cache_len decode_tok_s total_tok_s tpot_ms ttft_ms prefill_tok_s mfu "
     "bytes_per_token read_gb_s bandwidth_gb_s mbu compile_s_cold compile_s_warm first_token_s peak_memory_gb kernels "
@@ -42,7 +54,7 @@ def test_json_and_rows(tmp_path, capsys):
     assert benchmark.main(argv) == 0
     result = last_line(capsys)
     assert not [name for name in FIELDS.split() if name not in result]
-    assert (result["mode"], result["kernels"], result["commit"]) == ("int8", "eager", "abc")
+    assert (result["mode"], result["kernels"], result["commit"]) == ("int8", "cpu", "abc")
     assert result["versions"]["torch"] == torch.__version__
     assert result["decode_tok_s"] == pytest.approx(1e3 / result["tpot_ms"], rel=1e-3)
     assert result["read_gb_s"] == pytest.approx(result["bytes_per_token"] * result["decode_tok_s"] / 1e9, rel=1e-3)
@@ -176,7 +188,7 @@ def test_another_header_is_not_overwritten(tmp_path, capsys):
 
 
 def test_known_device_bounds_the_denominator(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "KNOWN_READ", {"cpu": 5e12})
+    monkeypatch.setattr(benchmark, "KNOWN_READ", {benchmark.device_name(torch.device("cpu")): 5e12})
     assert benchmark.main([*QUICK, "--no-csv"]) == 0
     assert last_line(capsys)["bandwidth_gb_s"] == 5000
 

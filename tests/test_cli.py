@@ -28,6 +28,7 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 SUMMARY = re.compile(
+    r"(?:compiling the decode step; [^\n]+\n)?"
     r"load [\d.]+ s \| (?:compile [\d.]+ s \| )?TTFT \d+ ms \((\d+) tokens\) \| "
     r"decode [\d.]+ tok/s(?: \(\d+ rows of [\d.]+\))? \| [\d.e+-]+ GB/token \| "
     r"[\d.]+ GB/s(?:, \d+% of the [\d,]+ of a sum)? \| memory [\d.]+ GB \| \w+\n"
@@ -354,9 +355,9 @@ def test_compile_flags(records, dice, eager_compile):
         assert records(*argv, "--device", "cpu")[0]["ids"] == eager
         assert eager_compile == []  # the default on a CPU
     assert records(*argv, "--compile", "--device", "cpu")[0]["ids"] == eager
-    assert eager_compile == ["layer_128", "write_128"]
+    assert eager_compile == ["layer_128"]
     assert records(*argv, "--no-compile", "--compile-prefill", "--device", "cpu")[0]["ids"] == eager
-    assert eager_compile == ["layer_128", "write_128", "prefill"]
+    assert eager_compile == ["layer_128", "prefill"]
 
 
 def test_compile_prefill_refuses_a_mixture_of_experts(fails, tiny):
@@ -846,7 +847,10 @@ def selftest(capsys, monkeypatch):
 def test_selftest_says_a_line_per_check(selftest, dice):
     status, lines = selftest("--checkpoint", dice, "--device", "cpu")
     assert status == 0 and f"torch {torch.__version__}" in lines[0] and "float32" in lines[0]
-    assert len(lines) == 7 and all(line.startswith("ok   ") for line in lines[1:])
+    assert len(lines) == 19 and all(line.startswith("ok   ") for line in lines[1:])
+    assert "fast CPU operators" in lines[0] and any("kernel (dense) of lm_head, 1 rows" in line for line in lines)
+    status, lines = selftest("--checkpoint", dice, "--device", "cpu", "--kernels", "inductor")
+    assert status == 0 and "CPU operators" not in lines[0] and len(lines) == 7
 
 
 def test_selftest_compares_a_recorded_answer(selftest, call, tmp_path):
