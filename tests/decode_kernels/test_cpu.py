@@ -85,6 +85,14 @@ def test_the_formats_are_served_where_the_processor_has_the_operators():
         assert cpu._knows_gemv() and cpu._knows_int8() and cpu._knows_int4()
 
 
+@pytest.mark.parametrize("n", [16, 48, 64, 80, 192, 208])
+def test_the_layout_of_int4_is_undone(n):
+    """Whole blocks, one that is smaller, and both."""
+    q = torch.randint(-8, 8, (n, 96), generator=torch.Generator().manual_seed(n), dtype=torch.int8)
+    if cpu._knows_int4():
+        assert torch.equal(cpu.INT4.unpack(cpu.INT4.pack(q), n, 96), q)
+
+
 def test_onednn_is_as_it_was_after_a_product_and_after_an_error():
     x, w = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(4, 9, dtype=torch.bfloat16)
     before = torch._C._get_mkldnn_enabled()
@@ -108,8 +116,10 @@ def test_new_scales_reach_a_model_that_uses_a_fast_path():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("new", [1, 4, 16])
-def test_attention_against_the_plain_one(dtype, window, qk_norm, new):
+@pytest.mark.parametrize("new, traced", [(1, False), (4, False), (16, False), (1, True)])
+def test_attention_against_the_plain_one(dtype, window, qk_norm, new, traced):
+    """traced: what Inductor is given, without a graph break."""
+    torch._dynamo.reset()
     config = shape_config("tiny")
     config = replace(config, windows=(window,) * config.num_hidden_layers, qk_norm=qk_norm)
     attention = random_model(config, dtype=dtype).layers[0].self_attn
@@ -125,7 +135,8 @@ def test_attention_against_the_plain_one(dtype, window, qk_norm, new):
         cache.k.copy_(filled)
         cache.v.copy_(filled)
     want = attention.attend(qkv, cos, sin, positions, caches[0], 128).float()
-    got = cpu.attend(attention, qkv, cos, sin, positions, caches[1], 128)
+    attend = torch.compile(cpu.attend, backend="eager", fullgraph=True, dynamic=False) if traced else cpu.attend
+    got = attend(attention, qkv, cos, sin, positions, caches[1], 128)
     assert got is not None and torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
     assert (got.float() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1)
 
