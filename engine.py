@@ -376,7 +376,7 @@ class Engine:
         """How many cache slots a program for rows at `position` at most looks at: all where a kernel reads the length
         on the device, else a power of two, so that a cache of S slots needs at most log2(S) programs.
         """
-        slots, least = self.state.out.shape[1], 512 if self.cuda else 128  # a GPU's program compiles the whole model
+        slots, least = self.state.out.shape[1], 512 if self.cuda else 256  # a smaller one is one more to compile
         return slots if self.use_kernels else min(slots, max(least, 1 << position.bit_length()))
 
     def switch_kernels_(self, on: bool) -> None:

@@ -424,8 +424,10 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def kernels_name(engine: Engine) -> str:
     """What computes: Triton's kernels, PyTorch's fast operators for a CPU, what Inductor makes, or plain operators."""
-    if engine.use_kernels or engine.cpu_operators:
-        return "triton" if engine.use_kernels else "cpu"
+    if engine.use_kernels:
+        return "triton"
+    if engine.cpu_operators:
+        return "cpu compiled" if engine.compile else "cpu"
     return "inductor" if engine.compile else "eager"
 
 
