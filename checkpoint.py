@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -286,7 +287,8 @@ def row_order(path: str, config: ModelConfig, tp: TensorParallel) -> Tensor | No
         return None
     half, middle = turned // 2, (turned + dim) // 2
     head = [*range(half), *range(turned, middle), *range(half, turned), *range(middle, dim)]
-    kv = config.num_key_value_heads // tp.size
+    first, last = tp.span(config.num_key_value_heads, "num_key_value_heads")
+    kv = last - first
     heads = [head] * (config.num_attention_heads // tp.size + kv) + [[*range(dim)]] * kv
     return (torch.tensor(heads) + dim * torch.arange(len(heads))[:, None]).flatten()
 
@@ -361,16 +363,19 @@ class Loader:
             else:
                 ((source,),) = sources(path, self.config)
                 n, *tail = module.weight.shape
-                whole = self.config.qk_norm_whole and path.endswith(("q_norm", "k_norm"))
-                split = isinstance(module, nn.Embedding) or whole
-                full = n * self.tp.size if split else n
-                first, last = self._share(0, full, split, source)
-                stored = self._plain(source, "weight", (full, *tail))[first:last]  # refuses before it is allocated
-                weight = torch.empty(module.weight.shape, device=self.device, dtype=self.dtype)
+                if isinstance(module, nn.Embedding):
+                    n = self.config.vocab_size
+                elif self.config.qk_norm_whole and path.endswith(("q_norm", "k_norm")):
+                    kv = self.config.num_key_value_heads * self.config.head_dim
+                    n = kv if path.endswith("k_norm") else n * self.tp.size
+                first, last = self._share(0, n, source)
+                stored = self._plain(source, "weight", (n, *tail))[first:last]  # refuses before it is allocated
+                weight = torch.zeros(module.weight.shape, device=self.device, dtype=self.dtype)
                 if isinstance(module, RMSNorm):  # Gemma stores w - 1; logits are divided by dividing the last norm
                     offset = self.config.model_type == "gemma3_text"
                     stored = (stored.float() + offset) / (self.config.logits_scaling if path == "norm" else 1.0)
-                module.weight = nn.Parameter(weight.copy_(stored), requires_grad=False)
+                weight[: len(stored)].copy_(stored)
+                module.weight = nn.Parameter(weight, requires_grad=False)
 
     def linear(self, path: str, module: Linear) -> Linear:
         """The Linear for `path`, filled: `module` itself, or a quantized one in its place when the checkpoint's config
@@ -385,7 +390,7 @@ class Loader:
             for part in (part for row in grid for part in row if self.schemes.get(part.name) is None):
                 self._plain(part.name, "weight", part.shape)  # refuses a wrong shape before it is allocated
             sizes = len(grid), module.out_features, module.in_features
-            weight = torch.empty(sizes, device=self.device, dtype=self.dtype)
+            weight = torch.zeros(sizes, device=self.device, dtype=self.dtype)
             for e, row in enumerate(grid):
                 at = 0
                 for part in row:
@@ -438,23 +443,37 @@ class Loader:
         dim = SHARD_DIM.get(names[0][0].rpartition(".")[2])
         n = module.out_features * (self.tp.size if dim == 0 else 1)
         k = module.in_features * (self.tp.size if dim == 1 else 1)
-        kv, grid = c.num_key_value_heads * c.head_dim, []
-        sizes = {"qkv_proj": (n - 2 * kv, kv, kv), "gate_up_proj": (n // 2, n // 2)}.get(kind, (n,))
-        columns = self._share(0, k, dim == 1, names[0][0])
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        split = {"qkv_proj": (q, kv, kv), "gate_up_proj": (n // 2, n // 2), "lm_head": (c.vocab_size,)}
+        sizes, grid = split.get(kind, (n,)), []
+        columns = self._share(0, k, names[0][0] if dim == 1 else "")
         for row in names:
             joined, parts, at = len(row) < len(sizes), list[Part](), 0
             for name, size in zip(row * len(sizes) if joined else row, sizes):
-                rows = self._share(at, size, dim == 0, name)
-                parts.append(Part(name, (n if joined else size, k), rows, columns))
+                part = name if not joined or kind != "qkv_proj" else ("q_proj", "k_proj", "v_proj")[len(parts)]
+                rows = self._share(at, size, part if dim == 0 else "")
+                parts.append(Part(name, (sum(sizes) if joined else size, k), rows, columns))
                 at += size if joined else 0
             grid.append(parts)
         return grid
 
-    def _share(self, start: int, size: int, split: bool, name: str) -> Span:
-        """This rank's part of `size` rows or columns that begin at `start`."""
-        local = self.tp.local(size, name) if split else size
-        first = start + (self.tp.rank * local if split else 0)
-        return first, first + local
+    def _share(self, start: int, size: int, name: str) -> Span:
+        """This rank's part of the `size` rows or columns, from `start` on, of what `name` is on disk; all of what
+        is not split.
+        """
+        kind, tp, dim = name.rpartition(".")[2], self.tp, self.config.head_dim
+        whole = self.config.qk_norm_whole
+        if kind in ("k_proj", "v_proj") or (kind == "k_norm" and whole):
+            first, last = (dim * i for i in tp.span(size // dim, "num_key_value_heads"))
+        elif kind in ("embed_tokens", "lm_head"):
+            local = tp.padded(size)
+            first, last = min(tp.rank * local, size), min((tp.rank + 1) * local, size)
+        elif kind in SHARD_DIM or (kind == "q_norm" and whole):
+            local = tp.local(size, name)
+            first, last = tp.rank * local, (tp.rank + 1) * local
+        else:
+            first, last = 0, size
+        return start + first, start + last
 
     def _plain(self, name: str, kind: str, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
         """An unquantized tensor, unread, of the right shape and dtype."""
@@ -500,7 +519,11 @@ class Loader:
         cls = Int4Linear if quantized.bits == 4 else Int8Linear
         new = cls(module.in_features, module.out_features, num_experts=module.num_experts, device=torch.device("meta"))
         new.bias = module.bias
-        new.set_(quantized.q, quantized.scale.to(self.dtype), quantized.zero, quantized.permutation)
+        q, scale, zero = quantized.q, quantized.scale.to(self.dtype), quantized.zero
+        if missing := module.out_features - q.shape[-2]:  # rows of no word, in the last share of a vocabulary
+            rows = (0, 0, 0, missing)
+            q, scale, zero = F.pad(q, rows), F.pad(scale, rows), None if zero is None else F.pad(zero, rows)
+        new.set_(q, scale, zero, quantized.permutation)
         return new
 
 

@@ -98,8 +98,8 @@ def check_cache_fits(model: Transformer, batch_size: int, slots: int, slack: int
 
 def bytes_per_slot(model: Transformer) -> int:
     """Of this rank's cache, for one row."""
-    c, heads = model.config, model.config.num_key_value_heads // model.tp.size
-    return 2 * c.num_hidden_layers * heads * c.head_dim * model.norm.weight.element_size()
+    c, (first, last) = model.config, model.tp.span(model.config.num_key_value_heads, "num_key_value_heads")
+    return 2 * c.num_hidden_layers * (last - first) * c.head_dim * model.norm.weight.element_size()
 
 
 def bytes_per_step(model: Transformer, batch_size: int, prefix: int) -> int:

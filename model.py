@@ -156,7 +156,8 @@ class KVCache(nn.Module):
         tp: TensorParallel = TensorParallel(),
     ) -> None:
         super().__init__()
-        shape = (batch_size, tp.local(config.num_key_value_heads, "num_key_value_heads"), max_seq_len, config.head_dim)
+        first, last = tp.span(config.num_key_value_heads, "num_key_value_heads")
+        shape = (batch_size, last - first, max_seq_len, config.head_dim)
         self.layers = nn.ModuleList(LayerCache(shape, device, dtype) for _ in range(config.num_hidden_layers))
         # keys that were turned for a short sequence are of no use to a long one
         self.batch_size, self.max_seq_len, self.long = batch_size, max_seq_len, config.long(max_seq_len)
@@ -224,7 +225,8 @@ class Attention(nn.Module):
         super().__init__()
         self.tp = tp
         self.num_heads = tp.local(config.num_attention_heads, "num_attention_heads")
-        self.num_kv_heads = tp.local(config.num_key_value_heads, "num_key_value_heads")
+        first, last = tp.span(config.num_key_value_heads, "num_key_value_heads")
+        self.num_kv_heads = last - first
         self.head_dim, self.window, self.qk_norm_whole = config.head_dim, config.windows[layer], config.qk_norm_whole
         out = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, out, config.qkv_bias)
@@ -355,7 +357,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel = TensorParallel()) -> None:
         super().__init__()
         self.config, self.tp = config, tp
-        self.vocab_local = tp.local(config.vocab_size, "vocab_size")
+        self.vocab_local = tp.padded(config.vocab_size)
         self.first_id = tp.rank * self.vocab_local  # this rank's share of the embedding begins with this token
         # from_pretrained: nn.Embedding's own initialisation on the meta device imports sympy, a second of every start
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(self.vocab_local, config.hidden_size))
@@ -421,4 +423,5 @@ class Transformer(nn.Module):
             x = run(layer, x, *ropes[cache.long or rope], positions, layer_cache, end)
         if select is not None:
             x = x[torch.arange(x.shape[0], device=x.device), select][:, None]
-        return self.tp.all_gather(self.lm_head(x, norm=self.norm))
+        logits = self.tp.all_gather(self.lm_head(x, norm=self.norm))
+        return logits[..., : self.config.vocab_size].contiguous()  # the shares of ranks may be padded

@@ -138,10 +138,19 @@ class TensorParallel:
     def local(self, n: int, what: str) -> int:
         """This rank's share of n. ValueError when n does not divide."""
         if n % self.size:
-            raise ValueError(
-                f"{what} = {n} cannot be split over {self.size} ranks; use a number of ranks that divides it"
-            )
+            able = ", ".join(str(size) for size in range(1, min(n, 64) + 1) if n % size == 0)
+            raise ValueError(f"{what} = {n} cannot be split over {self.size} ranks; it can over {able}")
         return n // self.size
+
+    def span(self, n: int, what: str) -> tuple[int, int]:
+        """This rank's part [first, last) of n key/value heads. Fewer heads than ranks: several ranks hold the same."""
+        if n < self.size and self.size % n == 0:
+            return self.rank * n // self.size, self.rank * n // self.size + 1
+        return self.rank * self.local(n, what), (self.rank + 1) * self.local(n, what)
+
+    def padded(self, n: int) -> int:
+        """A rank's share of n words. Where n does not divide, the last ranks' shares end with rows of no word."""
+        return n // self.size if n % self.size == 0 else -(-n // (8 * self.size)) * 8
 
 
 def init(device: torch.device) -> TensorParallel:

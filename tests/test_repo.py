@@ -23,7 +23,7 @@ LIMITS = {
     "speculative.py": 380,
     "tp.py": 180,
     "architectures.py": 340,  # DESIGN: 260; five more families, whose particulars are read here
-    "checkpoint.py": 500,  # DESIGN: 460; modules that are joined on disk, the text part of a larger model
+    "checkpoint.py": 520,  # DESIGN: 460; modules joined on disk, the text part of a larger model, shares of odd sizes
     "memory.py": 80,
     "formats.py": 330,
     "tokenizer.py": 360,  # DESIGN: 290; tokenizers and templates from outside run in a limited child
@@ -41,7 +41,7 @@ LIMITS = {
     "decode_kernels/cpu.py": 180,
 }
 SCRIPT_LIMIT = 400
-STORY_LIMIT = 1170  # DESIGN: 1,100; since then five more families, and collectives that may have a fast path
+STORY_LIMIT = 1180  # DESIGN: 1,100; since then five more families, and collectives that may have a fast path
 # What is over its limit, with its size: a ratchet, which only falls, and which is empty when the house is in order.
 OVER: dict[str, int] = {}
 FUNCTION, KERNEL, PARAMETERS = 50, 120, 8  # code lines of a function, of a Triton kernel; parameters of a function

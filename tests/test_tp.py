@@ -32,12 +32,14 @@ PLAIN = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "few-heads": ("llama", {"num_key_value_heads": 1, "vocab_size": 203}),  # shared by the ranks; padded
 }
 QUANTIZED = {
     "int8": Scheme("pack-quantized", 8, -1, symmetric=True),
     "int4": Scheme("pack-quantized", 4, 16, symmetric=True),
     "int4-wide-groups": Scheme("pack-quantized", 4, 64, symmetric=True),  # o_proj's slices cut its groups
     "gptq": Scheme("gptq", 4, 16, symmetric=True),
+    "few-heads-int8": Scheme("pack-quantized", 8, -1, symmetric=True),
 }
 
 
@@ -95,16 +97,17 @@ def launch(n: int, *command: str, input: str = "", **environment: str) -> subpro
 
 @pytest.fixture(scope="module")
 def folders(tiny) -> dict[str, Path]:
-    made = {name: tiny(kind, **HEADS, **changes)[0] for name, (kind, changes) in PLAIN.items()}
+    made = {name: tiny(kind, **HEADS | changes)[0] for name, (kind, changes) in PLAIN.items()}
     for name, scheme in QUANTIZED.items():
-        made[name] = tiny(**HEADS, attention_bias=True, intermediate_size=128)[0]
+        few = PLAIN["few-heads"][1] if name.startswith("few") else {}
+        made[name] = tiny(**HEADS | few, attention_bias=True, intermediate_size=128)[0]
         quantize(made[name], scheme)
     return made
 
 
 def runs(name: str, size: int) -> bool:
     """Processes take time: of 4 ranks, those folders whose slices differ most from those of 2."""
-    return size == 2 or name in ("biases", "mixtral", "int8", "int4", "int4-wide-groups")
+    return size == 2 or name in ("biases", "mixtral", "int8", "int4-wide-groups", "few-heads", "few-heads-int8")
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -145,7 +148,9 @@ def test_ranks_hold_the_slices_of_the_whole(folders, name, size):
     """No processes: the loader alone. A row-parallel bias belongs to rank 0; a rank holds its share of the weights."""
     whole = checkpoint.load(str(folders[name]))
     ranks = [checkpoint.load(str(folders[name]), tp=TensorParallel(r, size)) for r in range(size)]
-    expected = {"int8": Int8Linear, "gptq": Int4Linear}.get(name, Int4Linear if "int4" in name else Linear)
+    expected = {"int8": Int8Linear, "few-heads-int8": Int8Linear, "gptq": Int4Linear}.get(
+        name, Int4Linear if "int4" in name else Linear
+    )
     for path, dim in (("mlp.down_proj", -1), ("self_attn.o_proj", -1)):
         if name == "mixtral" and path.startswith("mlp"):
             path = "mlp.experts.down_proj"
@@ -158,16 +163,24 @@ def test_ranks_hold_the_slices_of_the_whole(folders, name, size):
     q = 8 * whole.config.head_dim // size  # rows of q in a rank's qkv_proj
     rows = torch.cat([r.layers[0].self_attn.qkv_proj.dequantize(torch.float32)[:q] for r in ranks])
     torch.testing.assert_close(rows, whole.layers[0].self_attn.qkv_proj.dequantize(torch.float32)[: q * size])
-    assert torch.equal(torch.cat([r.embed_tokens.weight for r in ranks]), whole.embed_tokens.weight)
-    assert torch.equal(torch.cat([r.lm_head.weight for r in ranks]), whole.lm_head.weight)
+    for table in ("embed_tokens", "lm_head"):
+        rows = torch.cat([r.get_submodule(table).weight for r in ranks])
+        wanted = whole.get_submodule(table).weight
+        assert torch.equal(rows[: len(wanted)], wanted) and not rows[len(wanted) :].any()
 
 
 @pytest.mark.parametrize(
     "changes, line",
     [
-        ({"vocab_size": 211}, "vocab_size = 211 cannot be split over 2 ranks"),
-        ({"num_key_value_heads": 1}, "num_key_value_heads = 1 cannot be split over 2 ranks"),
-        ({"intermediate_size": 111}, "intermediate_size = 111 cannot be split over 2 ranks"),
+        (
+            {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1},
+            "num_attention_heads = 3 cannot .* it can over 1, 3",
+        ),
+        (
+            {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3},
+            "num_attention_heads = 9 cannot be split over 2 ranks",
+        ),
+        ({"intermediate_size": 111}, "intermediate_size = 111 cannot be split over 2 ranks; it can over 1, 3, 37"),
     ],
 )
 def test_sizes_that_do_not_divide(tiny, changes, line):
