@@ -153,6 +153,21 @@ def test_the_cache_decides_between_short_and_long_factors():
     assert [cache.long for cache in caches] == [False, True] and not config_from_hf(PHI_4).long(1 << 20)
 
 
+def test_an_engine_keeps_a_cache_for_sequences_of_its_kind(tiny):
+    """What a long sequence leaves behind changes nothing for a short one, with the room for drafts or without."""
+    lists = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    rope = lists | {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128}
+    folder, _ = tiny("phi3", rope_parameters=rope, **SMALL["phi3"] | {"original_max_position_embeddings": 128})
+    engine, prompt = Engine(checkpoint.load(str(folder)), Ids(200)), list(range(3, 40))
+    short = greedy(engine, prompt, 91)  # 128 in all
+    assert engine.cache.long is False
+    greedy(engine, prompt, 92)
+    assert engine.cache.long is True
+    assert greedy(engine, prompt, 91) == short
+    engine.speculate(None, 3)
+    assert greedy(engine, prompt, 91) == short and engine.cache.max_seq_len > 128
+
+
 # -- config.json of real models ----------------
 
 PHI_3_MINI_4K = {

@@ -99,16 +99,21 @@ CASES = {
         {"pad_token_id": 0, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 66}
         | {"intermediate_size": 37, "vocab_size": 211},
     ),
-    "phi3-longrope-long": ("phi3", PARTIAL | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}}),
+    "phi3-longrope-long": (
+        "phi3",
+        PARTIAL
+        | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}, "original_max_position_embeddings": 32},
+    ),
     "phi3-longrope-short": (
         "phi3",
         PARTIAL
-        | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 80}},
+        | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}, "original_max_position_embeddings": 80},
     ),
     "phi3-longrope-factor": (
         "phi3",
         PARTIAL
-        | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75, "attention_factor": 1.3, "factor": 3.0}},
+        | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75, "attention_factor": 1.3, "factor": 3.0}}
+        | {"original_max_position_embeddings": 32},
     ),
     "gemma3": ("gemma3_text", GEMMA),
     "gemma3-odd": (
