@@ -11,8 +11,8 @@ from typing import Any
 
 from model import ModelConfig, Rope
 
-# model_type -> what its class in transformers takes for a key that config.json lacks; all else, an architecture's
-# particulars, is read further below
+# model_type -> what its class in transformers takes for a key that config.json lacks; the particulars of each
+# architecture are read further below
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"sliding_window": 4096, "use_sliding_window": True},
@@ -78,8 +78,8 @@ _NOT_SAMPLED = {
 def sampling_from_hf(config: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
     """generation_config.json -> (the `SAMPLING` parameters that it sets, the keys that it sets in vain).
 
-    What other programs take for "off" is off: top_k -1. What they round is rounded: a temperature below 0.001 is
-    greedy, and so is top_p 0, which leaves the most probable token. `do_sample: false` is greedy.
+    Values that other programs take for "off", such as top_k -1, are off. A temperature below 0.001 is greedy, as it is
+    there, and so is top_p 0, which leaves the most probable token. `do_sample: false` is greedy.
     """
     values: dict[str, float] = {}
     for name in (n for n in SAMPLING if config.get(n) is not None):
@@ -97,15 +97,15 @@ def sampling_from_hf(config: Mapping[str, Any]) -> tuple[dict[str, float], list[
 
 
 def rope_from_hf(config: Mapping[str, Any], factors: str = "short_factor") -> Rope:
-    """Old spelling (rope_theta, rope_scaling with type or rope_type) and new (rope_parameters). ValueError for what
-    is unknown. factors: which of LongRoPE's two lists the rotation takes.
+    """The rotation that a config describes in the old spelling (rope_theta, rope_scaling with type or rope_type) or in
+    the new one (rope_parameters). ValueError for what is unknown. factors: which of LongRoPE's two lists it takes.
     """
     raw = {k: v for k, v in (config.get("rope_scaling") or {}).items() if v is not None}
     raw |= {k: v for k, v in (config.get("rope_parameters") or {}).items() if v is not None}
     legacy_type = raw.pop("type", "default")
     raw.setdefault("rope_type", legacy_type)
     raw.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if raw["rope_type"] == "su" or "long_factor" in raw:  # what Phi-3's first folders call it: su, or yarn
+    if raw["rope_type"] == "su" or "long_factor" in raw:  # the first folders of Phi-3 call it su or yarn
         raw["rope_type"] = "longrope"
     if raw["rope_type"] not in tuple(_ROPES):
         raise ValueError(f"rope_type {raw['rope_type']!r} is not supported; {', '.join(_ROPES)} are")
@@ -213,7 +213,7 @@ def _gemma3(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
 
 def _phi3(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
     """Phi-3 (Abdin et al. 2024) to Phi-4-mini, which rotates three quarters of a head."""
-    for key in ("full_attn_mod", "interpolate_factor"):  # Phi-4-mini's, always 1
+    for key in ("full_attn_mod", "interpolate_factor"):  # Phi-4-mini has these keys, always 1
         if reader(key, 1) != 1:
             raise ValueError(f"config.json has {key} = {reader(key)}; only 1 is supported")
     told = _Reader(reader("rope_parameters", {}))("partial_rotary_factor", 1.0)
@@ -225,7 +225,7 @@ def _phi3(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
 
 
 def _smollm3(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
-    """SmolLM3's every fourth layer has no RoPE; those are the ones with a window, where there is one."""
+    """In SmolLM3 every fourth layer has no RoPE. Where the config has a window, it is that of these layers."""
     layers, every = config.num_hidden_layers, reader("no_rope_layer_interval", 4)
     rotated = reader("no_rope_layers", ()) or [int((i + 1) % every != 0) for i in range(layers)]
     if len(rotated) != layers or not {*map(repr, rotated)} <= {"0", "1"}:
@@ -237,13 +237,16 @@ def _smollm3(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
 
 
 def _olmo2(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
-    """OLMo 2 (OLMo Team 2024, section 3): norms behind the blocks alone, queries and keys normed over all heads."""
+    """OLMo 2 (OLMo Team 2024, section 3) has norms only behind attention and MLP, and norms queries and keys over all
+    heads at once.
+    """
     return {"pre_norms": False, "post_norms": True, "qk_norm_whole": True}
 
 
 def _granite(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
-    """Granite 3's four multipliers. With activations divided by the residual one, r, each block is added as it is: the
-    norms before the blocks do not see the division, if their epsilon is divided by its square.
+    """Granite 3's four multipliers. The activations here are those of transformers divided by the residual multiplier
+    r, so that each block's result is added as it is. The norms before the blocks give the same as there, because their
+    epsilon is divided by r squared.
     """
     r = reader.positive("residual_multiplier", 1.0)
     embedding, logits = (reader.positive(key, 1.0) for key in ("embedding_multiplier", "logits_scaling"))
@@ -256,7 +259,9 @@ _PARTICULARS = {"phi3": _phi3, "gemma3_text": _gemma3, "smollm3": _smollm3, "olm
 
 
 def _ropes_and_context(reader: "_Reader", kind: str) -> tuple[tuple[Rope, ...], int]:
-    """The context is what scaling gives, as vLLM computes it: config.json may hold the one of before, or of after."""
+    """The rotations, and the context that they are scaled to, as vLLM computes it: config.json may hold the context
+    before scaling, or the one after it.
+    """
     config = {k: reader(k, {}) for k in ("rope_scaling", "rope_parameters")}
     if kind == "gemma3_text":
         config["rope_parameters"] = reader.inner("rope_parameters", "full_attention")

@@ -42,13 +42,14 @@ Params = TypeVar("Params")
 Span = tuple[int, int]  # a half-open range
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 # Prefixes of torch.compile and of DistributedDataParallel; names of a model that was saved without its head.
-# Names of a multimodal model: of its text part, and of what is left out.
+# Names of tensors of a multimodal model: of its text part, and of the parts that are left out.
 TEXT = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?=(lm_head)?)")
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 WRAPPED, BARE = re.compile(r"^(?:module\.)+|_orig_mod\."), re.compile(r"(?:layers|embed_tokens|norm)\.")
-# Computed here anew; for a quantized KV cache, which is not kept here.
+# Tensors that are left out: the table of RoPE is computed anew, and the KV cache is not quantized here.
 LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([kv]_proj\.output_scale|[qkv]_(scale|zero_point)))")
-# Where a norm behind each block has taken the name of Llama's norm before the second.
+# Models with norms behind attention and MLP give one of them the name that Llama gives the norm before the MLP: the
+# end of our name, the name on disk.
 BEHIND = [("post_attention_layernorm", "pre_feedforward_layernorm")]
 BEHIND += [("self_attn.post_norm", "post_attention_layernorm"), ("mlp.post_norm", "post_feedforward_layernorm")]
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
@@ -116,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, of a multimodal model the text part. FileNotFoundError when the folder has none."""
+    """The contents of config.json; of a multimodal model, those of its text part. FileNotFoundError without it."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give a Hugging Face checkpoint folder")
     return text_part(read_json(folder / "config.json"))
@@ -225,9 +226,10 @@ class Weights:
 
 @contextlib.contextmanager
 def mapped(folder: Path) -> Iterator[None]:
-    """While the folder's files are read: where one has become shorter, the bus error ends the process with one line and
-    status 2, not without a word. The handler is C's: Python's own run after the instruction that failed, which would
-    fail again for ever.
+    """While the folder's files are read, end the process with one line and status 2 where a file has become shorter.
+
+    Reading behind the end of a mapped file is a bus error, which otherwise ends the process without a message. The
+    handler is one of C, because Python runs its own after the failed instruction, which would fail again for ever.
     """
 
     def end(_: int) -> None:
@@ -253,7 +255,7 @@ def _some(names: list[str]) -> str:
 
 def sources(name: str, config: ModelConfig) -> list[list[str]]:
     """The packing table: a module's path in `Transformer` -> modules on disk, [expert][part]; parts are joined along
-    the rows. Phi-3's are joined on disk already.
+    the rows. Those of Phi-3 are joined on disk already.
     """
     mixtral = config.model_type == "mixtral"
     path = name if name.startswith("lm_head") else f"model.{name}"
@@ -294,9 +296,10 @@ def row_order(path: str, config: ModelConfig, tp: TensorParallel) -> Tensor | No
 
 
 def as_stored(config: ModelConfig, weights: Weights) -> ModelConfig:
-    """The config, tied embeddings being what the files hold. ValueError where its sizes are not the files'.
+    """The config, with tie_word_embeddings as the files have it. ValueError where its sizes are not those of the files.
 
-    A tied pair may be stored under one name or both; two that differ are two, whatever config.json says.
+    Tied embeddings may be stored under one name or under both. Two matrices that differ are used as two, whatever
+    config.json says.
     """
     head, embed = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_word_embeddings and head in weights:
@@ -408,8 +411,8 @@ class Loader:
         return module
 
     def reorder_(self, path: str, module: Linear, back: bool = False) -> None:
-        """Put the rows of a Linear, in the plain layout of any format, into the order of `row_order`, or back into that
-        of the disk.
+        """Put the rows of a Linear into the order of `row_order`, or back into the order on disk. The Linear has the
+        plain layout of any weight format.
         """
         order = row_order(path, self.config, self.tp)
         if order is not None:
@@ -476,7 +479,7 @@ class Loader:
         return start + first, start + last
 
     def _plain(self, name: str, kind: str, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
-        """An unquantized tensor, unread, of the right shape and dtype."""
+        """The slice of an unquantized tensor, before anything is read. ValueError for a wrong shape or dtype."""
         source = self.weights.slice(f"{name}.{kind}")
         if (found := tuple(source.get_shape())) != shape:
             raise ValueError(f"tensor '{name}.{kind}' has shape {list(found)}; config.json calls for {list(shape)}")
@@ -535,7 +538,7 @@ def load(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Transformer:
-    """A folder or Hub id -> a filled Transformer. dtype None: the checkpoint's own on a GPU, float32 on a CPU.
+    """Load a folder or Hub id as a Transformer. With dtype None it is the checkpoint's own on a GPU, float32 on a CPU.
 
     ValueError or FileNotFoundError, one line, for everything that is missing, left over, mis-shaped, unreadable or
     unsupported.
@@ -567,8 +570,8 @@ def _finish_(model: Transformer, device: torch.device) -> Transformer:
 
 
 def fingerprint(folder: Path) -> int:
-    """Of config.json, and of the name, the size and sixteen pieces of every safetensors file: what two machines need to
-    compare before they share the work.
+    """A checksum of config.json and of the name, the size and sixteen pieces of every safetensors file. Ranks compare
+    it before they share the work.
     """
     value = zlib.crc32((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
@@ -607,7 +610,7 @@ def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[
 
 
 def tell(line: str) -> None:
-    """A line on standard error, of one rank alone."""
+    """Print a line on standard error, on rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
 

@@ -12,8 +12,8 @@ write into config.json and into safetensors. Refuses to know: files, models, dev
 `tensors` holds safetensors slices or plain tensors; the result lives on the device they are read to and is ready for a
 kernel: groups are contiguous and equal in the column order of `q`. With act-order, `permutation` says which input
 feeds which column: `y = x[..., permutation] @ ((q - zero) * scale).T`. Where a slice cuts groups, the group size falls
-to what still divides it, for a slice of an act-order matrix to 1: always right, but use `dequantize()` if no kernel
-takes that size.
+to what still divides it, and for a slice of an act-order matrix to 1. The result is right in every case; use
+`dequantize()` where no kernel takes that size.
 """
 
 from __future__ import annotations
@@ -241,7 +241,9 @@ def _compressed_tensors(config: dict[str, Any]) -> Rules:
 
 
 def _gptq(config: dict[str, Any]) -> Rules:
-    """`dynamic` overrides first, then what is plain unless said, then one scheme for the rest."""
+    """The overrides of `dynamic`, then the modules that are plain unless the config says otherwise, then one scheme for
+    the rest.
+    """
     form = config.get("checkpoint_format") or config.get("format") or "gptq"
     form = "marlin" if config.get("is_marlin_format") else form
     if form not in ("gptq", "gptq_v2") or config.get("pack_dtype", "int32") != "int32":
@@ -264,7 +266,7 @@ def _gptq(config: dict[str, Any]) -> Rules:
 
 
 def _awq(config: dict[str, Any]) -> Rules:
-    """One scheme, less every module whose path contains a name of `modules_to_not_convert`."""
+    """One scheme for every module but those whose path contains a name of `modules_to_not_convert`."""
     version, zero_point = config.get("version", "gemm"), config.get("zero_point", True)
     if version.lower() != "gemm":
         raise ValueError(f"awq version {version!r} is not supported: {READABLE}")
@@ -274,7 +276,9 @@ def _awq(config: dict[str, Any]) -> Rules:
 
 
 def _auto_round(config: dict[str, Any]) -> Rules:
-    """gptq's or awq's tensors; `extra_config` by module, a name or an expression, 16 bits or more being plain."""
+    """The tensors are those of GPTQ or AWQ. `extra_config` overrides the scheme of modules, by name or expression; 16
+    bits or more mean a plain weight.
+    """
     form = config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq"
     kind = re.search("gptq(?!model)|awq", form)
     if kind is None or config.get("data_type", "int") != "int":
@@ -312,7 +316,7 @@ def _words(fields: Tensor, bits: int) -> Tensor:
 
 
 def _checked(what: str, tensor: Any) -> list[int]:  # noqa: ANN401
-    """The shape of a tensor or slice that has the dtype of its suffix: others would be read as if they had it."""
+    """The shape of a tensor or slice. ValueError for a dtype that its suffix may not have and that would be misread."""
     found = NAMES.get(tensor.dtype, str(tensor.dtype)) if isinstance(tensor, Tensor) else tensor.get_dtype()
     if found not in (wanted := DTYPES.get(what.rpartition(".")[2], ("I32",))):
         raise ValueError(f"{what} has dtype {found}; it must be {' or '.join(wanted)}")

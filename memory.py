@@ -82,8 +82,8 @@ def check_weights_fit(
 
 
 def check_cache_fits(model: Transformer, batch_size: int, slots: int, slack: int) -> None:
-    """ValueError, with what would fit, when a cache of batch_size rows of `slots` slots does not fit beside the model;
-    `slack` of the slots are not for kept tokens.
+    """ValueError, which says what would fit, when a cache of batch_size rows of `slots` slots does not fit beside the
+    model. `slack` of the slots are not for kept tokens.
     """
     device, per_slot = model.norm.weight.device, bytes_per_slot(model)
     need, free = batch_size * slots * per_slot, free_bytes(device)
@@ -97,7 +97,7 @@ def check_cache_fits(model: Transformer, batch_size: int, slots: int, slack: int
 
 
 def bytes_per_slot(model: Transformer) -> int:
-    """Of this rank's cache, for one row."""
+    """Bytes that one slot of one row takes in this rank's cache."""
     c, (first, last) = model.config, model.tp.span(model.config.num_key_value_heads, "num_key_value_heads")
     return 2 * c.num_hidden_layers * (last - first) * c.head_dim * model.norm.weight.element_size()
 

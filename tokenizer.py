@@ -10,8 +10,8 @@ because a chat template speaks in control tokens. What tokenizer.json adds witho
 A chat template is a program that came with a download. Jinja's immutable sandbox keeps it from Python's objects but
 bounds neither its loops nor its memory, so it runs in a child process that has limits: this file, run as a program.
 A tokenizer is one too: its expressions may backtrack for ever, its replacements multiply, its parser panic. One from
-outside `checkpoints/` is first loaded and tried on a few texts in such a child (`TRIAL`). That finds what any text
-meets; what a certain text alone would trigger is found when that text comes.
+outside `checkpoints/` is first loaded and tried on a few texts in such a child (`TRIAL`). This finds a fault that any
+text meets. A fault that only a certain text triggers is found when that text comes.
 """
 
 import codecs
@@ -134,7 +134,9 @@ class Added:
 
 
 class JsonFile:
-    """tokenizer.json. `special`: the ids that are control tokens, which have no text; `size`: the largest id + 1."""
+    """The tokenizer of a tokenizer.json. `special`: the ids that are control tokens, which have no text; `size`: the
+    largest id + 1.
+    """
 
     def __init__(self, path: Path, added: Added) -> None:
         self.model = model = tokenizers.Tokenizer.from_file(str(path))
@@ -163,11 +165,11 @@ class JsonFile:
 
 
 class SentencePieceFile:
-    """tokenizer.model, with the attributes of `JsonFile`.
+    """The tokenizer of a tokenizer.model, with the attributes of `JsonFile`.
 
     `legacy`: a text after a control token starts with a space, as at the beginning. sentencepiece puts that space
-    before whatever it is given; where it must not be, `mark`, a character that is in no piece, is put in between and
-    cut off.
+    before every text that it is given. Where there must be none, `mark`, a character that is in no piece, is put before
+    the text, and its ids are cut off.
     """
 
     byte_level = False
@@ -331,7 +333,7 @@ class Ids:
         return [b % self.vocab_size for b in text.encode()] or [0]
 
     def encode_chat(self, messages: list[Json]) -> list[int]:
-        """ValueError: there is no template."""
+        """Raises ValueError, for there is no template."""
         raise ValueError("random weights have no chat template")
 
     def decoder(self, prompt: Sequence[int] = ()) -> "Ids":
