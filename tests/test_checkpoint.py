@@ -862,7 +862,8 @@ def test_dtypes(tiny):
     folder, _ = tiny(dtype=torch.bfloat16)
     disk = load_file(folder / "model.safetensors")["model.norm.weight"]
     assert disk.dtype == torch.bfloat16
-    for dtype, want in ((None, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)):
+    default = checkpoint.default_dtype(folder, torch.device("cpu"))
+    for dtype, want in ((None, default), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)):
         model = checkpoint.load(str(folder), dtype=dtype)
         assert {p.dtype for p in model.parameters()} == {want} and model.inv_freq.dtype == torch.float32
         assert torch.equal(model.norm.weight, disk.to(want))
