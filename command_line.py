@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line, of one rank, and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        if RANK == 0:
+        if first_to_fail():
             print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
