@@ -117,7 +117,8 @@ def refuse(program: str, error: Exception) -> int:
     A RuntimeError is ours, and raised again, unless it is of memory or of another rank that has ended.
     """
     line = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
-    if isinstance(error, RuntimeError) and not re.search("DefaultCPUAllocator|out of memory", str(error)):
+    memory = re.search("DefaultCPUAllocator|out of memory|Cannot allocate memory", str(error))
+    if isinstance(error, RuntimeError) and not memory:
         if "WORLD_SIZE" not in os.environ or not re.search(COLLECTIVE, line):
             raise error
         line = "another rank has ended or does not answer"

@@ -740,6 +740,7 @@ def test_full_disk(tiny, text, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("error", [
     MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 6 bytes"),
     torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("unable to mmap 6 bytes from file </x/model.safetensors>: Cannot allocate memory (12)"),
 ])  # fmt: skip
 def test_refused_memory(error, tiny, tmp_path, capsys, monkeypatch):
     def refuse(writer):
