@@ -149,7 +149,7 @@ def test_operators_survive_compilation_and_equals_twin():
     decode_kernels.use_(module)
 
     def step(x, qkv, cos, sin, cache):
-        return linear(x, norm=norm) * 2, module.fast(module, qkv, cos, sin, positions, cache) + 1
+        return linear(x, norm=norm) * 2, module.fast(module, qkv, cos, sin, positions, cache, 128) + 1
 
     wanted = step(x, *operands, caches[0])
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, *operands, caches[1])
