@@ -72,6 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--num-draft-tokens", type=draft_tokens, metavar="K", help="as generate.py's")
     p.add_argument("--simulated-acceptance", type=rates, default=[], metavar="P,P", help="of random weights")
+    p.add_argument("--tp-model", type=at_least(1, 1025), metavar="N", help="also estimate the step of N ranks")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"))
     p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="auto: as generate.py's")
     p.add_argument("--csv", metavar="FILE", default=str(ROOT / "benchmarks" / "decode.csv"))
@@ -109,6 +110,7 @@ from tokenizer import Ids
 
 # Bytes per second that the best read-only kernel reached; a slower measurement must not flatter MBU.
 KNOWN_READ = {"NVIDIA H200": 4.68e12, "NVIDIA H100 80GB HBM3": 3.17e12}
+SUM_MS = 0.0024  # a sum over two H200s of one row of Llama-2-7B's activations (benchmarks/NOTES.md)
 
 # -- the device ----------------
 
@@ -235,6 +237,20 @@ def measure_decode(engine: Engine, args: argparse.Namespace, bandwidth: float, s
         "first_token_s": first_token_s,
         "peak_memory_gb": memory.peak_bytes(engine.device) / 1e9,
     }
+
+
+def step_of_ranks(engine: Engine, ranks: int, decoded: dict[str, Any]) -> str:
+    """What a step would take on `ranks` devices: its bytes shared by them, two sums a layer and one of the embedding
+    more, everything else as in this run. The seconds of a sum are measured here, or those of two H200s.
+    """
+    tp, config, batch = engine.model.tp, engine.model.config, decoded["batch"]
+    n, sums = batch * config.hidden_size, 2 * config.num_hidden_layers + 1
+    each = 1e3 * tp.seconds(n, engine.dtype, engine.device) if tp.size > 1 else SUM_MS
+    reading = 1e3 * decoded["bytes_per_token"] * batch * tp.size / (decoded["bandwidth_gb_s"] * 1e9)
+    rest = decoded["tpot_ms"] - reading / tp.size - (sums * each if tp.size > 1 else 0)
+    ms = rest + reading / ranks + (sums * each if ranks > 1 else 0)
+    terms = f"{rest:.3f} + {reading:.3f} / {ranks} to read + {sums} sums of {1e3 * each:.1f} us"
+    return f"{ranks} ranks: {terms} = {ms:.3f} ms, {1e3 * batch / ms:.1f} tok/s ({decoded['tpot_ms'] / ms:.2f} times)"
 
 
 def drafter(engine: Engine, args: argparse.Namespace) -> Engine | None:
@@ -492,7 +508,9 @@ def measure(args: argparse.Namespace) -> None:
         again = Engine(engine.model, engine.tokenizer, kernels=args.kernels, compile=True)
         engine.cache = None
         decoded["compile_s_warm"] = decode(again, args, seed=1)[2]
+    estimate = step_of_ranks(engine, args.tp_model, decoded) if args.tp_model else ""
     if engine.model.tp.rank == 0:
+        print(estimate, end="\n" * bool(estimate))
         report(args, describe(engine, args), decoded, tables)
 
 
