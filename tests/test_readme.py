@@ -204,12 +204,13 @@ def speculation_table():
 def quantization_table():
     """What quantizing the embedded model costs in held-out perplexity, here and by llm-compressor."""
     rows = records("quantization.csv")
-    head = ["weights", "act-order", "clip search", "by", "perplexity", "loss"]
+    head = ["weights", "act-order", "clip search", "by", "perplexity", "loss", "KL", "KL 99%", "same first"]
     yes = {"True": "yes", "False": "no"}
     body = [
         [r["mode"] + (f" g{r['group_size']}" if r["group_size"] not in ("", "-1") else "")]
         + [yes.get(r[name], "") for name in ("act_order", "clip_search")]
-        + [{"none": ""}.get(r["tool"], r["tool"]), r["perplexity"], f"{float(r['loss_percent']):.2f} %"]
+        + [{"none": ""}.get(r["tool"], r["tool"]), r["perplexity"], f"{float(r['loss_percent']):.2f}%"]
+        + [r["kl_mean"], r["kl_p99"], f"{float(r['top1_agreement']):.1%}" if r["top1_agreement"] else ""]
         for r in rows
     ]
     return table(head, body, 4)
@@ -252,6 +253,20 @@ def test_generated_parts_are_up_to_date():
 
 def test_one_can_read_it():
     assert len(README.read_text("utf-8").splitlines()) <= 200
+
+
+def test_qualities_are_measured():
+    """Every KL, loss and agreement in the tables of quality.csv, by rounding one of its numbers."""
+    names = ("loss_percent", "kl_mean", "kl_99", "top1_agreement")
+    known = [float(row[name]) for row in records("quality.csv") for name in names if row[name]]
+    section = TABLES.read_text("utf-8").partition("## Quantization\n")[2].partition("### The embedded model")[0]
+    cells = re.findall(r"(?<=\| )([+-]?\d+\.\d+)(%?)(?= \|)", section)
+    assert len(cells) > 150
+    for number, percent in cells:
+        digits = len(number.partition(".")[2])
+        values = [v * 100 for v in known] if percent and digits == 1 else known
+        bits = number in ("8.5", "8.03", "4.5", "4.25", "4.125")
+        assert bits or any(f"{v:.{digits}f}" == f"{float(number):.{digits}f}" for v in values), number + percent
 
 
 def test_every_file_is_in_the_tree():
