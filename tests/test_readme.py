@@ -28,6 +28,7 @@ CPU_BUILD = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 INSTALLS = ["pip install -e .", 'pip install -e ".[test]"']  # what a fresh environment runs first; see .ci/run
 INTERPRETER = 'pip install -e ".[interpreter]"'  # beside PyTorch's CPU build
 THE_TESTS = "python -m pytest"  # this suite itself
+CPU = "AMD EPYC (2 threads)"
 MARKED = {  # command (its first words) -> what it needs
     "python generate.py --checkpoint Qwen/Qwen3-0.6B": "hub",
     "torchrun --nproc-per-node 2 generate.py": "torchrun",
@@ -94,11 +95,8 @@ def decode_table():
 
 def first_table():
     """The README's own: six rows, beside others."""
-    own = {
-        (r["device"], r["tp"], r["mode"]): r
-        for r in short_runs()
-        if r["shape"] == "llama-2-7b" and r["kernels"] == "triton"
-    }
+    shown = ("llama-2-7b", "triton"), ("SmolLM2-135M-Instruct", "cpu")
+    own = {(r["device"], r["tp"], r["mode"]): r for r in short_runs() if (r["shape"], r["kernels"]) in shown}
     others = {(r["system"], r["device"], r["technique"]): f"{float(r['tok_s']):,.0f}" for r in records("others.csv")}
 
     def rate(device, tp, mode):
@@ -119,6 +117,7 @@ def first_table():
         ["int4 (Q4_0)", rate("NVIDIA H200", "1", "int4"), *beside("int4")],
         ["bf16 drafted by its own int4 copy, 80% accepted", f"**{float(drafted['tok_s']):,.0f}**", "", ""],
         ["bf16 on two H200s", rate("NVIDIA H200", "2", "bf16"), *beside("compiled", "2 x NVIDIA H200")],
+        ["SmolLM2-135M, bf16, two CPU cores, not compiled", rate(CPU, "1", "checkpoint"), *beside("compiled", CPU)],
     ]
     return table(["tokens per second, Llama-2-7B's shape, one H200", "this project", "gpt-fast", "llama.cpp"], rows, 1)
 
