@@ -36,12 +36,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="quantize.py", description="Quantize a Hugging Face checkpoint.", allow_abbrev=False)
     flag, data = argparse.BooleanOptionalAction, Path(__file__).resolve().parent / "data"
     p.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision]")
-    p.add_argument("--mode", choices=MODES, required=True)
+    p.add_argument("--mode", choices=MODES, required=True, help="rounding, or GPTQ, to 8 or 4 bits")
     sizes = ("auto", *map(str, GROUP_SIZES), "-1")
     p.add_argument("--group-size", choices=sizes, default="128", help="of int4; -1: one group per row")
     p.add_argument("--output", type=Path, help="folder to write (default: NAME-MODE here)")
     p.add_argument("--force", action="store_true", help="replace an --output that this program wrote")
-    p.add_argument("--format", choices=("compressed-tensors", "gptq"), default="compressed-tensors")
+    p.add_argument(
+        "--format", choices=("compressed-tensors", "gptq"), default="compressed-tensors", help="of the tensors"
+    )
     p.add_argument("--calibration", default="self", metavar="FILE", help="any UTF-8 text; self: what the model writes")
     p.add_argument("--rows", type=at_least(1), help="of calibration; default: 32, with rounding none: measure nothing")
     p.add_argument("--row-length", type=at_least(16), default=512, help="tokens in a row, at most the model's context")
@@ -53,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--quantize-head", action=flag, default=False, help="lm_head too (a tied one becomes a tensor of its own)"
     )
     p.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="Linears to leave, such as '*.layers.0.*'")
-    p.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    p.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: CUDA if there is one")
     p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="of activations; auto: as in generate.py")
     return p.parse_args(argv)
 

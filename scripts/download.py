@@ -18,7 +18,7 @@ from command_line import Parser, begin
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="download.py", description="Download a checkpoint and print its folder.")
-    p.add_argument("checkpoint", metavar="ORG/NAME[@REVISION]")
+    p.add_argument("checkpoint", metavar="ORG/NAME[@REVISION]", help="of the Hub")
     return p.parse_args(argv)
 
 

@@ -47,7 +47,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("--checkpoint", help="folder or Hub id (default: the embedded model)")
     one.add_argument("--shape", help="a named shape with random weights")
     p.add_argument("--draft", help="as benchmark.py's (default: the embedded model's own; --shape: self-int4; ngram)")
-    p.add_argument("--num-draft-tokens", type=draft_tokens, metavar="K", help="1..15, or auto: what pays (default)")
+    p.add_argument(
+        "--num-draft-tokens", type=draft_tokens, metavar="K", help="1..15, or auto: what pays (default; --shape: 4)"
+    )
     p.add_argument("--simulated-acceptance", type=rate, default=0.8, metavar="P", help="with --shape (0.8)")
     p.add_argument("--new-tokens", type=at_least(2), default=200, help="(200)")
     p.add_argument("--repeats", type=at_least(1), default=3, help="timed runs, of which the median counts (3)")
@@ -60,6 +62,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.shape and args.checkpoint is None:
         args.checkpoint, args.draft = str(DEFAULT_CHECKPOINT), args.draft or f"{DEFAULT_CHECKPOINT}-draft"
     args.draft = args.draft or ("self-int4" if args.shape else "ngram")
+    if args.shape and args.num_draft_tokens is None:
+        args.num_draft_tokens = 4  # random weights accept by chance alone, from which nothing can be learned
     return args
 
 

@@ -35,7 +35,7 @@ SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # by
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="machine_code.py", description="Fingerprints of the kernels' machine code.", allow_abbrev=False)
-    p.add_argument("--sm", type=int, nargs="+", choices=tuple(SHARED_MEMORY), default=[90])
+    p.add_argument("--sm", type=int, nargs="+", choices=tuple(SHARED_MEMORY), default=[90], help="architectures (90)")
     p.add_argument("--processes", type=at_least(1), default=2, help="compile side by side in so many")
     p.add_argument("--quick", action="store_true", help="only one or two cases of every kernel")
     p.add_argument("--write", action="store_true", help="record instead of comparing")

@@ -26,10 +26,16 @@ from command_line import Parser, begin
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="quantize_shape.py", description="Measure quantize.py on a public shape.", allow_abbrev=False)
-    p.add_argument("--shape", default="llama-2-7b")
+    p.add_argument("--shape", default="llama-2-7b", help="(llama-2-7b)")
     p.add_argument("--work", type=Path, required=True, help="folder for the checkpoints; stays")
-    p.add_argument("--mode", action="append", choices=("int8", "int8-gptq", "int4", "int4-gptq"), required=True)
-    p.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "quantize_shape.csv")
+    p.add_argument(
+        "--mode",
+        action="append",
+        choices=("int8", "int8-gptq", "int4", "int4-gptq"),
+        required=True,
+        help="may be repeated",
+    )
+    p.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "quantize_shape.csv", help="rows go there")
     p.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags of quantize.py")
     return p.parse_args(argv)
 

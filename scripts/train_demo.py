@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text; three blank lines between documents")
     parser.add_argument("--valid", type=Path, help="held-out text (default: the last documents of the text)")
-    parser.add_argument("--size", choices=("tiny", "demo", "large"), default="demo")
+    parser.add_argument("--size", choices=("tiny", "demo", "large"), default="demo", help="(demo)")
     parser.add_argument("--out", type=Path, default=Path("runs/checkpoints"), help="receives tales/ and tales-draft/")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="logs, resume state, numbers")
     return parser.parse_args()

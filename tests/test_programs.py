@@ -1,5 +1,6 @@
 """Every program: what it answers before PyTorch is imported, and what Ctrl-C does until then."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -97,6 +98,14 @@ def test_the_constants_of_the_command_are_those_of_the_engine():
     assert command_line.DEFAULT_CHECKPOINT == engine.DEFAULT_CHECKPOINT
     assert tuple(engine.DTYPES) == command_line.DTYPES
     assert model.DECODE_TOKENS == command_line.MAX_ROWS
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_flag_is_explained(program):
+    calls = [n for n in ast.walk(ast.parse((ROOT / program).read_text("utf-8"))) if isinstance(n, ast.Call)]
+    flags = [n for n in calls if ast.unparse(n.func).endswith(".add_argument")]
+    silent = [ast.unparse(n.args[0]) for n in flags if not any(k.arg == "help" for k in n.keywords)]
+    assert not silent
 
 
 @pytest.mark.parametrize("name", generate.SAMPLING)

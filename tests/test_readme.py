@@ -6,7 +6,6 @@ A command that needs a GPU, the Hub, other packages or torchrun says so in the R
 those. The others run here, in a copy of the project.
 """
 
-import argparse
 import csv
 import json
 import re
@@ -20,7 +19,6 @@ from test_repo import FILES, ROOT, STORY, code_lines
 sys.path.insert(0, str(ROOT))  # also when run as a program
 
 import architectures  # noqa: E402
-import generate  # noqa: E402
 
 README, TABLES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 SOURCE_LINE = re.compile(r"(?m)^([a-z_]+(?:/[a-z_]+)?\.py)( +\d+)(?=  )")
@@ -286,20 +284,6 @@ def test_the_first_picture_shows_what_was_measured():
         for technique, rate in rates.items():
             assert plots.TECHNIQUES[technique] in words
             assert (f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}") in words
-
-
-def test_every_flag_is_explained(monkeypatch):
-    """--help says what each flag means."""
-    parsers = []
-
-    def parse_args(self, argv=None):
-        parsers.append(self)
-        raise SystemExit
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    with pytest.raises(SystemExit):
-        generate.parse([])
-    assert not [action.option_strings for action in parsers[0]._actions if not action.help]
 
 
 # -- the commands ----------------
