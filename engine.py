@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import architectures
@@ -117,6 +117,26 @@ def compiled(fn: Function, name: str, **options: Any) -> Function:  # noqa: ANN4
     code = fn.__code__.replace(co_name=name)
     own = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
     return torch.compile(own, fullgraph=True, **options)
+
+
+def unguarded(guards: Sequence[object]) -> list[bool]:
+    """For torch.compile: ask nothing before a call. Dynamo's questions take a quarter of a small model's step on a CPU
+    (SmolLM2-135M in bf16, two cores: 54 tok/s with them, 72 without).
+    """
+    return [False] * len(guards)
+
+
+def kind(layer: nn.Module) -> tuple[object, ...]:
+    """What layers have in common that one compiled function may serve without asking: classes, plain attributes, fast
+    paths, and the shapes of tensors.
+    """
+    found: list[object] = []
+    for name, module in layer.named_modules():
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        found += [name, type(module), id(vars(module).get("fast"))]
+        found += [(key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str))]
+        found += [(key, t.shape, t.stride(), t.dtype) for key, t in tensors]
+    return tuple(found)
 
 
 class Engine:
@@ -434,7 +454,7 @@ class Engine:
         whole, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.post_norms
         if self.compile and not whole:
             if mixed or not self.use_kernels:
-                layer = compiled(DecoderLayer.forward, f"layer_{end}", dynamic=False)
+                layer = self._compiled_layers(f"layer_{end}")
             if self.cuda and not fused:  # a CPU draws as fast without, and compiles for seconds less
                 write = compiled(write, f"write_{end}")
 
@@ -447,6 +467,17 @@ class Engine:
         if self.compile and whole:
             return self._tried(compiled(step, f"step_{end}", mode="reduce-overhead"), park, capture=False)
         return self._tried(step, park, capture=self.cuda)
+
+    def _compiled_layers(self, name: str) -> Function:
+        """A layer's forward, compiled once for each kind of layer; on a CPU without guards."""
+        made: dict[object, Function] = {}
+        chosen: dict[int, Function] = {}
+        for layer in self.model.layers:
+            if (alike := kind(layer)) not in made:
+                options = {} if self.cuda else {"options": {"guard_filter_fn": unguarded}}
+                made[alike] = compiled(DecoderLayer.forward, name, dynamic=False, **options)
+            chosen[id(layer)] = made[alike]
+        return lambda layer, *rest: chosen[id(layer)](layer, *rest)
 
     def small_program(self, fn: Program, park: Program) -> Program:
         """The same for a step that does not run the model: compiled as a whole where this engine compiles."""

@@ -17,7 +17,7 @@ import golden
 
 import architectures
 import checkpoint
-from engine import DEFAULT_CHECKPOINT, Engine, Increment
+from engine import DEFAULT_CHECKPOINT, Engine, Increment, kind
 from model import Transformer
 from sampling import SamplingParams
 from speculative import KINDS
@@ -73,7 +73,7 @@ def eager_backend(monkeypatch):
     real = torch.compile
 
     def patched(function, *, fullgraph, dynamic=None, options=None):
-        return real(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
+        return real(function, fullgraph=fullgraph, dynamic=dynamic, options=options, backend="eager")
 
     monkeypatch.setattr(torch, "compile", patched)
     torch._dynamo.reset()
@@ -160,6 +160,26 @@ def test_one_layer_is_compiled_and_used_for_all(tiny, kind):
         outs.append(ids_of(engine, [5, 6, 7], SamplingParams(0.0), max_new_tokens=20))
     assert outs[0] == outs[1]
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        (
+            "qwen3_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
+        ),
+    ],
+)
+def test_layers_of_two_kinds_are_compiled_apart(tiny, eager_backend, family, changes):
+    """A CPU's compiled layers have no guards: what differs in one plain attribute must not share a function."""
+    model, outs = checkpoint.load(str(tiny(family, num_hidden_layers=3, **changes)[0]), dtype=torch.float32), []
+    for compile in (False, True):
+        engine = Engine(model, Ids(model.config.vocab_size), compile=compile)
+        outs.append(ids_of(engine, [5, 6, 7], SamplingParams(0.0), max_new_tokens=40))
+    assert outs[0] == outs[1] and len(set(outs[0])) > 3
+    assert len({kind(layer) for layer in model.layers}) == 2
 
 
 @pytest.mark.parametrize("chunk", [0, 7, 64])
