@@ -180,7 +180,7 @@ class Text:
 
 
 def read_text(scorer: Scorer, args: argparse.Namespace) -> Text:
-    """ValueError for a file or a stride that does not do."""
+    """The text as this model reads it. ValueError for a file that cannot be used, and for such a stride."""
     file, tokenizer, context = args.text or HELDOUT, scorer.tokenizer, scorer.engine.context
     text = text_of(file)
     bos, all_ids = tokenizer.encode("")[:1], tokenizer.encode(text, bos=False)
@@ -280,14 +280,14 @@ def report(records: list[dict[str, Any]]) -> None:
 
 
 def run_tasks(scorer: Scorer, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Numbers by task and metric, from lm-evaluation-harness."""
+    """What lm-evaluation-harness finds: numbers by task and metric."""
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [path for path in sys.path if path != here] + [here]  # the harness imports a package `evaluate` too
     return importlib.import_module("harness").run(scorer, args.tasks.split(","), args.task_folder)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Everything that was asked for, of one checkpoint after the other."""
+    """Measure everything that was asked for, one checkpoint after the other."""
     if args.tasks and importlib.util.find_spec("lm_eval") is None:
         raise ValueError('--tasks needs lm-evaluation-harness: pip install -e ".[evaluate]"')
     records, rank = [], 0

@@ -37,7 +37,7 @@ Check = tuple[str, float, float]  # what, its error, the largest error that pass
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|a - b| / |b|; NaN where anything is."""
+    """|a - b| / |b|, which is NaN where a or b holds one."""
     return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
 
 

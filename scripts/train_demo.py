@@ -52,7 +52,7 @@ EVAL_ROWS, PATIENCE = 32, 4  # rows per evaluation batch; epochs without a bette
 
 @dataclass(frozen=True)
 class Recipe:
-    """Shape and schedule of one model. `batch`: rows of a context per step; `minutes`: limit, shortens the schedule."""
+    """Shape and schedule of one model: `batch` rows of one context a step; `minutes` may shorten the schedule."""
 
     config: LlamaConfig
     epochs: int
@@ -77,7 +77,7 @@ class Progress:
 
 
 def llama(*shape: int, vocab: int = 4096, context: int = 1024) -> LlamaConfig:
-    """A Llama with a tied head; `shape`: hidden and MLP size, layers, query heads, KV heads."""
+    """A Llama with a tied head. `shape` gives hidden and MLP size, layers, query heads and key/value heads."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     rest = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": BOS, "eos_token_id": EOS}
     return LlamaConfig(**dict(zip(names, shape)), vocab_size=vocab, max_position_embeddings=context, **rest)
@@ -106,7 +106,7 @@ def replacing(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def train_tokenizer(text: str, vocab_size: int) -> SentencePieceProcessor:
-    """Llama 2's recipe: BPE, byte fallback, identity normalization, single digits. Newlines are byte pieces."""
+    """A tokenizer by Llama 2's recipe: BPE, byte fallback, text as it is, single digits; newlines are byte pieces."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter([line for line in text.split("\n") if line]),
@@ -145,7 +145,7 @@ def fast_tokenizer(pieces: SentencePieceProcessor) -> Tokenizer:
 
 
 def training_rows(documents: list[Tensor], context: int, seed: int) -> tuple[Tensor, Tensor]:
-    """One epoch: documents shuffled and joined, cut from a random offset into rows [N, context], int64; their labels.
+    """The rows [N, context] of one epoch, int64, and their labels: documents shuffled, joined, cut at a random place.
 
     Every row begins with BOS, as every prompt will: slot 0 is overwritten, and the token after it not scored unless a
     document really begins there. A tenth of the documents also begin a row of their own. Rows overlap by two.
@@ -232,7 +232,7 @@ def epochs(
     done: Progress,
     teacher: LlamaForCausalLM | None,
 ) -> Iterator[None]:
-    """Train, yielding after each epoch. Cosine schedule over the epochs or the minutes, whichever end first."""
+    """Train, yielding after each epoch. The rate is a cosine over the epochs or the minutes, whichever end first."""
     # a run that used up its time goes no further
     began, progress = time.perf_counter() - done.seconds, done.seconds / 60 / recipe.minutes
     while done.epoch < recipe.epochs and progress < 1 and done.stale < PATIENCE:
@@ -354,7 +354,7 @@ def plot_losses(folders: list[Path], image: Path) -> None:
 
 
 def main() -> None:
-    """Tokenizer, target, draft; then the folders, the plot and the numbers."""
+    """Train the tokenizer, the target and the draft; then write the folders, the plot and the numbers."""
     args = parse()
     # TinyStories came with opening quotes decoded wrongly, as '"oe': 61 places in the demo's text
     texts = [text for text in args.text.read_text(encoding="utf-8").replace('"oe', '"').split("\n\n\n\n") if text]
