@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -102,8 +103,11 @@ def first_to_fail() -> bool:
 
     try:  # torchrun's own store, which outlives the ranks
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(where, 5).close()  # where nobody answers PyTorch would say so in forty lines
         store = dist.TCPStore(*where, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
         return store.add(f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except OSError:  # this rank is alone
+        return True
     except (KeyError, ValueError, RuntimeError):
         return RANK == 0
 

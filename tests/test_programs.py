@@ -3,6 +3,7 @@
 import ast
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,16 @@ def test_the_constants_of_the_command_are_those_of_the_engine():
     assert command_line.DEFAULT_CHECKPOINT == engine.DEFAULT_CHECKPOINT
     assert tuple(engine.DTYPES) == command_line.DTYPES
     assert model.DECODE_TOKENS == command_line.MAX_ROWS
+
+
+def test_a_rank_that_nobody_answers_tells_of_its_end(monkeypatch, capfd):
+    """In its own line, and without those in which PyTorch's store says that it found nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    assert command_line.first_to_fail()
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
