@@ -11,6 +11,7 @@ matrices are split by rows.
 
 import atexit
 import os
+import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -153,6 +154,18 @@ class TensorParallel:
         return n // self.size if n % self.size == 0 else -(-n // (8 * self.size)) * 8
 
 
+def reach(address: str, port: int, seconds: float = 120) -> None:
+    """Wait until rank 0 listens; OSError when it does not. PyTorch's own attempts take longer and write forty lines."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((address, port), 5).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
 def init(device: torch.device) -> TensorParallel:
     """The group torchrun started (RANK, WORLD_SIZE), or a group of one. NCCL on a GPU, gloo elsewhere.
 
@@ -163,10 +176,12 @@ def init(device: torch.device) -> TensorParallel:
         return TensorParallel()
     if not dist.is_initialized():
         try:
+            if os.environ.get("RANK", "0") != "0" and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+                reach(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
             kind = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
-        except (ValueError, RuntimeError) as error:  # a variable is missing, nobody answers
+        except (ValueError, RuntimeError, OSError) as error:  # a variable is missing, nobody answers
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"WORLD_SIZE is {size}, but the ranks do not meet: {reason}; start with torchrun"

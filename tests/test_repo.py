@@ -41,7 +41,7 @@ LIMITS = {
     "decode_kernels/cpu.py": 180,
 }
 SCRIPT_LIMIT = 400
-STORY_LIMIT = 1200  # DESIGN: 1,100; since then five more families, and collectives that may have a fast path
+STORY_LIMIT = 1210  # DESIGN: 1,100; since then five more families, and collectives that may have a fast path
 # What is over its limit, with its size: a ratchet, which only falls, and which is empty when the house is in order.
 OVER: dict[str, int] = {}
 FUNCTION, KERNEL, PARAMETERS = 50, 120, 8  # code lines of a function, of a Triton kernel; parameters of a function

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,18 @@ def test_a_rank_needs_memory_for_its_share(tiny, monkeypatch, shape):
     for device, group in (("cuda", TensorParallel()), ("cpu", TensorParallel(0, 2))):
         with pytest.raises(ValueError, match=f"on {device} and"):
             memory.check_weights_fit(weights, torch.float32, torch.device(device), group)
+
+
+def test_a_rank_waits_for_rank_0_only_so_long(monkeypatch, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        tp.reach(*server.getsockname(), seconds=0)
+        port = server.getsockname()[1]
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tp, "reach", partial(tp.reach, seconds=0))
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but the ranks do not meet: .*refused; start with torchrun"):
+        tp.init(CPU)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_one_process_needs_no_group(monkeypatch):
