@@ -65,7 +65,10 @@ def use_(model: nn.Module, on: bool = True) -> None:
             module.fast = attend if on and not module.qk_norm_whole else None
         elif isinstance(module, Transformer):
             module.fast = begin if on else None
-            module.tp.fast = connect(module) if on else None
+            if (
+                on and module.tp.fast is None
+            ):  # once: a captured program writes into these mailboxes as long as it lives
+                module.tp.fast = connect(module)
 
 
 def serves(x: Tensor) -> bool:

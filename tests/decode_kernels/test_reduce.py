@@ -4,6 +4,11 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, HAS_TRITON, compiled, needs_compiler, needs_kernels
 
+import architectures
+import decode_kernels
+from model import Transformer
+from tp import TensorParallel
+
 if HAS_TRITON:
     import triton.language as tl
 
@@ -64,6 +69,20 @@ def test_what_does_not_fit_is_left_to_others():
     assert box.all_reduce(torch.ones(3, dtype=torch.float16, device=DEVICE)) is None  # a word and a half
     assert box.gather(torch.ones(reduce.CAPACITY + 1, dtype=torch.int32, device=DEVICE)) is None
     assert box.gather(torch.ones(0, dtype=torch.int32, device=DEVICE)) is None
+
+
+@needs_kernels
+def test_ranks_are_connected_once(monkeypatch):
+    """A second engine of the same ranks, or kernels switched off and on, must not free what captured programs use."""
+    made = []
+    monkeypatch.setattr(decode_kernels, "connect", lambda model: made.append(model) or object())
+    model = Transformer(architectures.shape_config("tiny"), TensorParallel(0, 2)).half().to(DEVICE)
+    decode_kernels.use_(model)
+    first = model.tp.fast
+    for on in (True, False, True):
+        decode_kernels.use_(model, on)
+        assert model.tp.fast is first is not None
+    assert len(made) == 1
 
 
 @needs_compiler
