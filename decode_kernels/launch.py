@@ -33,6 +33,7 @@ The measurements are of one H200 (`benchmarks/NOTES.md`).
 # ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def"
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -158,5 +159,10 @@ def options(warps: int, stages: int = 1) -> dict[str, bool | int | None]:
 
 def shared_memory() -> int:
     """Bytes of shared memory that one program may have on the current device."""
-    driver = triton.runtime.driver.active
-    return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
+    return _shared_memory(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Asked once: the answer takes a millisecond, and a pass over a model asks a hundred times."""
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
