@@ -9,7 +9,6 @@ import contextlib
 import os
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import index
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import architectures
 import checkpoint
 import memory
 import tp as tensor_parallel
+from compilation import compiled, compiled_layers
 from linear import Linear
 from model import DecoderLayer, KVCache, Transformer
 from sampling import SamplingParams, Structure, sample
@@ -108,35 +108,6 @@ def advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out:
     token.copy_(tokens.clamp(min=0)[:, None])
     position.add_(1)
     step.add_(1)
-
-
-def compiled(fn: Function, name: str, **options: Any) -> Function:  # noqa: ANN401
-    """fn through torch.compile, whole, with a code object of its own: Dynamo counts recompilations per code object, so
-    two engines must not share one.
-    """
-    code = fn.__code__.replace(co_name=name)
-    own = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
-    return torch.compile(own, fullgraph=True, **options)
-
-
-def unguarded(guards: Sequence[object]) -> list[bool]:
-    """For torch.compile: ask nothing before a call. Dynamo's questions take a quarter of a small model's step on a CPU
-    (SmolLM2-135M in bf16, two cores: 54 tok/s with them, 72 without).
-    """
-    return [False] * len(guards)
-
-
-def kind(layer: nn.Module) -> tuple[object, ...]:
-    """What layers have in common that one compiled function may serve without asking: classes, plain attributes, fast
-    paths, and the shapes of tensors.
-    """
-    found: list[object] = []
-    for name, module in layer.named_modules():
-        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        found += [name, type(module), id(vars(module).get("fast"))]
-        found += [(key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str))]
-        found += [(key, t.shape, t.stride(), t.dtype) for key, t in tensors]
-    return tuple(found)
 
 
 class Engine:
@@ -454,7 +425,7 @@ class Engine:
         whole, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.post_norms
         if self.compile and not whole:
             if mixed or not self.use_kernels:
-                layer = self._compiled_layers(f"layer_{end}")
+                layer = compiled_layers(model.layers, f"layer_{end}", guards=self.cuda)
             if self.cuda and not fused:  # a CPU draws as fast without, and compiles for seconds less
                 write = compiled(write, f"write_{end}")
 
@@ -467,17 +438,6 @@ class Engine:
         if self.compile and whole:
             return self._tried(compiled(step, f"step_{end}", mode="reduce-overhead"), park, capture=False)
         return self._tried(step, park, capture=self.cuda)
-
-    def _compiled_layers(self, name: str) -> Function:
-        """A layer's forward, compiled once for each kind of layer; on a CPU without guards."""
-        made: dict[object, Function] = {}
-        chosen: dict[int, Function] = {}
-        for layer in self.model.layers:
-            if (alike := kind(layer)) not in made:
-                options = {} if self.cuda else {"options": {"guard_filter_fn": unguarded}}
-                made[alike] = compiled(DecoderLayer.forward, name, dynamic=False, **options)
-            chosen[id(layer)] = made[alike]
-        return lambda layer, *rest: chosen[id(layer)](layer, *rest)
 
     def small_program(self, fn: Program, park: Program) -> Program:
         """The same for a step that does not run the model: compiled as a whole where this engine compiles."""

@@ -17,7 +17,8 @@ import golden
 
 import architectures
 import checkpoint
-from engine import DEFAULT_CHECKPOINT, Engine, Increment, kind
+from compilation import kind
+from engine import DEFAULT_CHECKPOINT, Engine, Increment
 from model import Transformer
 from sampling import SamplingParams
 from speculative import KINDS

@@ -18,6 +18,7 @@ LIMITS = {
     "linear.py": 250,
     "sampling.py": 110,
     "engine.py": 460,  # DESIGN: 440; compiled layers without guards, each kind of layer by itself
+    "compilation.py": 40,
     "generate.py": 300,
     "command_line.py": 100,
     "speculative.py": 380,
@@ -62,7 +63,11 @@ MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
     "speculative": {"sampling"},
     "checkpoint": {"architectures", "model", "linear", "formats", "sampling", "tp"},
     "memory": {"checkpoint", "linear", "model", "tp"},
-    "engine": {*"model linear sampling speculative tokenizer tp checkpoint memory architectures".split(), *KERNELS},
+    "compilation": {"model"},
+    "engine": {
+        *"model linear sampling speculative tokenizer tp checkpoint memory architectures compilation".split(),
+        *KERNELS,
+    },
     "command_line": set(),
     "generate": {"engine", "sampling", "command_line"},
     "output_folder": {"checkpoint"},
