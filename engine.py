@@ -351,13 +351,14 @@ class Engine:
         self._cached = []
         lengths = torch.tensor([len(p) for p in prompts])
         longest, last = int(lengths.max()), (lengths - 1).to(self.device)
+        rows = torch.arange(len(prompts), device=self.device)
         tokens = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(self.device)
         chunk, layer = self.prefill_chunk or longest, self._prefill_layer
         logits: Tensor | None = None
         for a in range(start, longest, chunk):
             b = min(a + chunk, longest)
             positions = torch.arange(a, b, device=self.device).repeat(len(prompts), 1)
-            select = (last - a).clamp(0, b - a - 1)
+            select = (last - a).clamp(0, b - a - 1) + rows * (b - a)
             new = self.model(tokens[:, a:b].clone(), positions, self.cache, layer, end=b, select=select)[:, 0]
             logits = new if logits is None else torch.where((last >= a)[:, None], new, logits)
         assert logits is not None

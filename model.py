@@ -410,8 +410,8 @@ class Transformer(nn.Module):
         end: int,
         select: Tensor | None = None,
     ) -> Tensor:
-        """tokens, positions int64 [B, T] -> logits in the activations' dtype, [B, T, V], or [B, 1, V] at index
-        select[b] of each row.
+        """tokens, positions int64 [B, T] -> logits in the activations' dtype: [B, T, V], or with select, int64 [B],
+        those of so many of the B * T tokens alone, [B, 1, V].
 
         Keys and values of the new tokens are written to `cache` at `positions`. end: how many cache slots attention may
         look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
@@ -422,6 +422,6 @@ class Transformer(nn.Module):
         for layer, layer_cache, rope in zip(self.layers, cache.layers, self.config.layer_ropes):
             x = run(layer, x, *ropes[cache.long or rope], positions, layer_cache, end)
         if select is not None:
-            x = x[torch.arange(x.shape[0], device=x.device), select][:, None]
+            x = x.flatten(0, 1).index_select(0, select)[:, None]
         logits = self.tp.all_gather(self.lm_head(x, norm=self.norm))
         return logits[..., : self.config.vocab_size].contiguous()  # the shares of ranks may be padded

@@ -212,7 +212,7 @@ def test_rows_of_a_batch_may_be_at_different_positions(tiny):
     whole, cache = in_parts(model, tokens, []), cache_of(model)
     lengths = torch.tensor([31, 9])
     select = lengths - 1  # a padded prefill: the shorter row's padding is overwritten as it goes on
-    logits = model(tokens[:, :31], torch.arange(31).expand(2, -1), cache, end=31, select=select)
+    logits = model(tokens[:, :31], torch.arange(31).expand(2, -1), cache, end=31, select=select + 31 * torch.arange(2))
     assert logits.shape == (2, 1, 200)
     torch.testing.assert_close(logits[:, 0], whole[torch.arange(2), select], atol=1e-5, rtol=0)
     for _ in range(9):
