@@ -409,7 +409,8 @@ class Engine:
         """One step as a function without arguments, on static tensors.
 
         read() gives tokens and positions [B, T], the model looks at `end` cache slots, write(logits [B, T, V]) samples
-        and moves on. fused: write is kernels alone. What is compiled, and what is captured:
+        and moves on. fused: write is kernels alone, or `shared`, and not to be compiled. What is compiled, and what
+        is captured:
 
         |              | layers                            | write                  | the step                         |
         |--------------|-----------------------------------|------------------------|----------------------------------|
@@ -439,6 +440,10 @@ class Engine:
         if self.compile and whole:
             return self._tried(compiled(step, f"step_{end}", mode="reduce-overhead"), park, capture=False)
         return self._tried(step, park, capture=self.cuda)
+
+    def shared(self, ending: Function) -> Function:
+        """What several programs end with: compiled once for all of them, where what comes before it is kernels."""
+        return compiled(ending, "ending") if self.compile and self.cuda and self.use_kernels else ending
 
     def small_program(self, fn: Program, park: Program) -> Program:
         """The same for a step that does not run the model: compiled as a whole where this engine compiles."""

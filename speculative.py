@@ -25,12 +25,15 @@ from sampling import Structure, distribution, draw, penalise, sample, uniform
 Program = Callable[[], None]  # one step on static tensors
 Built = TypeVar("Built")
 Read = Callable[[], tuple[Tensor, Tensor]]  # -> the tokens and positions int64 [B, T] of a step
+Ending = Callable[..., None]  # what follows the model in a step
 Write = Callable[[Tensor], None]  # logits [B, T, V] -> where they are wanted
 ACCEPT, RESAMPLE, DRAFT = 1, 2, 3  # streams of randomness; 0 is plain decoding's
 EARNED = 0.005  # of a plain step, by every token, to be spent on drafts that may not pay
 REST = 512  # plain steps at most before another choice
 KINDS = 4  # of sampling, for which programs are kept
+RESUMED = 129  # ids that a draft reads, to measure what resuming costs
 CHOICES = (0, 1, 2, 3, 4, 6, 8, 12)  # what `auto` chooses from: one captured verification each
+LOOKED_UP = (0, 3, 7, 12)  # and where drafts cost nothing, and 2 to 4 rows as much as each other, as 5 to 8 and 9 to 16
 
 
 def spread(probs: Tensor, ids: Tensor | None, V: int) -> Tensor:
@@ -141,6 +144,7 @@ class Stepper(Protocol):
     """What speculation needs of an engine."""
 
     device: torch.device
+    dtype: torch.dtype  # of its logits
     vocab_size: int
     context: int  # positions that the model can tell apart
 
@@ -159,6 +163,9 @@ class Stepper(Protocol):
 
     def program(self, read: Read, write: Write, end: int, park: Program, fused: bool = False) -> Program:
         """One step that reads, runs the model over `end` slots, and writes. park: see `park`, called before trials."""
+
+    def shared(self, ending: Ending) -> Ending:
+        """What several programs end with, as fast as it can be."""
 
     def small_program(self, fn: Program, park: Program) -> Program:
         """A step that does not run the model."""
@@ -203,11 +210,15 @@ class Speculation:
     def __init__(self, target: Stepper, draft: Stepper | None, num_draft_tokens: int | None) -> None:
         self.target, self.draft, self.vocab = target, draft, target.vocab_size
         self.simulated: Tensor | None = None  # float32 scalar on the device
-        self.choices = CHOICES if num_draft_tokens is None else (num_draft_tokens,)
+        self.choices: tuple[int, ...] = CHOICES if draft is not None or target.device.type != "cuda" else LOOKED_UP
+        if num_draft_tokens is not None:
+            self.choices = (num_draft_tokens,)
         self.rests = 0 in self.choices  # by running the target's own plain programs
+        self.tokens = [K + 1 for K in self.choices]  # of a row, in the target's steps
         self.margin = max(self.choices) + 2  # slots behind the last token kept that rounds may write to
         self.owner: tuple[Rows | Tensor | None, ...] = ()  # what the programs were built for
         self.programs: dict[Structure, dict[int, Programs]] = {}
+        self.endings: dict[tuple[Stepper, Structure], Ending] = {}
         self.costs: dict[Structure, dict[int, tuple[float, float]]] = {}  # K -> milliseconds of draft and of verify
         self.resume_ms = 0.0  # of reading what plain steps have emitted
         self.ids: list[list[int]] = []  # per row: prompt and everything emitted
@@ -218,28 +229,62 @@ class Speculation:
 
     def prepare(self, longest: int, limit: int, structure: Structure) -> None:
         """Before a prefill, for `limit` new tokens behind prompts of at most `longest`: buffers, programs, costs."""
-        target, draft = self.target, self.draft
-        slots = context = target.state.out.shape[1]
-        if draft is not None:  # beyond its context a draft guesses badly, and that is all
-            context = min(slots, draft.context)
-            draft.reserve(len(target.state.out), context, slots - context)
-        owner = (target.state, draft and draft.state, self.simulated)
-        if owner != self.owner:
-            self._allocate()
-            self.owner, self.programs, self.costs, self.draft_knows = owner, {}, {}, 0
+        self.reserve()
         self.last = longest + limit - 1
         for position in range(longest, longest + limit):
             self._programs(position, structure)
             if self.rests:
-                target.decode(position, structure)
+                self.target.decode(position, structure)
         if structure not in self.costs:
-            self._measure(longest, min(129, context - 1), structure)
+            self._measure(longest, min(RESUMED, self._draft_context() - 1), structure)
+
+    def reserve(self) -> None:
+        """Buffers for as many rows and slots as the target has."""
+        target, draft = self.target, self.draft
+        if draft is not None:
+            draft.reserve(
+                len(target.state.out), self._draft_context(), target.state.out.shape[1] - self._draft_context()
+            )
+        owner = (target.state, draft and draft.state, self.simulated)
+        if owner != self.owner:
+            self._allocate()
+            self.owner, self.programs, self.endings, self.costs, self.draft_knows = owner, {}, {}, {}, 0
+
+    def _draft_context(self) -> int:
+        """How many tokens the draft reads at most: beyond its context it guesses badly, and that is all."""
+        slots = self.target.state.out.shape[1]
+        return slots if self.draft is None else min(slots, self.draft.context)
+
+    def compile(self, structure: Structure) -> None:
+        """What torch.compile makes of the programs, run on zeros: it needs nothing that a model computes."""
+        self.reserve()
+        rows, settle = len(self.log), self._ending(self.target, structure, self._end_of_round)
+        K = next(K for K in self.choices if self._shares(K))
+        logits = self.q.new_zeros(rows, K + 1, self.vocab, dtype=self.target.dtype)
+        offsets = self.offsets[1 : K + 2].clone()
+        if self.rests:  # for any K
+            torch._dynamo.maybe_mark_dynamic(logits, 1)
+            torch._dynamo.maybe_mark_dynamic(offsets, 0)
+        self._park()
+        settle(logits, offsets)
+        if self.draft is not None:
+            guess = self._ending(self.draft, structure, self._end_of_draft)
+            guess(self.q.new_zeros(rows, self.draft.vocab_size, dtype=self.draft.dtype))
+        self._park()
+
+    def _shares(self, K: int) -> bool:
+        """Whether K's end is compiled with those of others. 1 would be a special case, which takes 5 s to compile for
+        the 60 us of a round that it saves, and 0 serves rows alone that have fallen behind at the end.
+        """
+        return K > 1 or not self.rests
 
     def _allocate(self) -> None:
         (B, S), device, most = self.target.state.out.shape, self.target.device, max(self.choices)
         self.history = torch.zeros((B, S), dtype=torch.int64, device=device)  # of every row: what it holds, and drafts
-        self.log = torch.zeros((B, most + 2), dtype=torch.int64, device=device)  # of a round: how many tokens, which
-        self.q = torch.zeros((B, most if self.draft else 0, self.vocab), device=device)  # what drafts were drawn from
+        # of a round: how many tokens, which; and what drafts were drawn from. Both have a column more than the longest
+        # round uses, for a slice that takes all is a special case to torch.compile.
+        self.log = torch.zeros((B, most + 3), dtype=torch.int64, device=device)
+        self.q = torch.zeros((B, most + 1 if self.draft else 0, self.vocab), device=device)
         self.drafted = torch.zeros(1, dtype=torch.int64, device=device)  # how many tokens this round has drafted
         self.offsets = torch.arange(-1, most + 1, device=device)
         self.target.static(self.history, self.log, self.q, self.drafted)
@@ -308,36 +353,58 @@ class Speculation:
 
     def _propose(self, draft: Stepper, shift: Tensor, end: int, structure: Structure) -> Program:
         """The tokens at `shift` [1 or 2] from the newest one -> the next into history, its distribution into q."""
-        state, history, proposed, drafted = self.target.state, self.history, self.q, self.drafted
-        V, most = self.vocab, draft.vocab_size - 1
+        state, history, drafted = self.target.state, self.history, self.drafted
+        most, guess = draft.vocab_size - 1, self._ending(draft, structure, self._end_of_draft)
 
         def read() -> tuple[Tensor, Tensor]:
             positions = state.position + drafted + shift
             return history.gather(1, positions).clamp(max=most), positions
 
-        def write(logits: Tensor) -> None:
-            probs, ids = distribution(logits[:, -1, :V], structure, state.knobs)
+        return draft.program(read, lambda logits: guess(logits[:, -1].contiguous()), end, self._park, fused=True)
+
+    def _end_of_draft(self, structure: Structure) -> Callable[[Tensor], None]:
+        """What follows the draft model, for logits [B, V] of its last token."""
+        state, history, proposed, drafted, V = self.target.state, self.history, self.q, self.drafted, self.vocab
+
+        def guess(logits: Tensor) -> None:
+            probs, ids = distribution(logits[:, :V], structure, state.knobs)
             position = state.position + drafted + 1
             token = draw(probs, state.seeds, position[:, 0], DRAFT, ids)[:, None]
             history.scatter_(1, position, token if ids is None else ids.gather(1, token))
             proposed.index_copy_(1, drafted, spread(probs, ids, V)[:, None])
             drafted.add_(1)
 
-        return draft.program(read, write, end, self._park)
+        return guess
+
+    def _ending(self, engine: Stepper, structure: Structure, make: Callable[[Structure], Ending]) -> Ending:
+        """What `make` makes, shared by all programs of that engine."""
+        key = engine, structure
+        if key not in self.endings:
+            self.endings[key] = engine.shared(make(structure))
+        return self.endings[key]
 
     def _verify(self, offsets: Tensor, end: int, structure: Structure) -> Program:
         """offsets 0..K: one step of K + 1 rows; what comes out of it goes into the log, and the state moves on."""
-        target, state, history, log = self.target, self.target.state, self.history, self.log
-        V, K, last = self.vocab, len(offsets) - 1, self.history.shape[1] - self.margin
-        q, rate, done = self.q if self.draft else None, self.simulated, self.drafted
+        target, state, history = self.target, self.target.state, self.history
+        settle = self._end_of_round(structure)
+        if self._shares(len(offsets) - 1):
+            settle = self._ending(target, structure, self._end_of_round)
 
         def read() -> tuple[Tensor, Tensor]:
             positions = state.position + offsets
             drafted = target.broadcast(history.gather(1, positions[:, 1:]))
             return torch.cat((state.token, drafted), 1), positions
 
-        def write(logits: Tensor) -> None:
-            positions = state.position + offsets + 1  # of the tokens that come out
+        return target.program(read, lambda logits: settle(logits, offsets), end, self._park, fused=True)
+
+    def _end_of_round(self, structure: Structure) -> Callable[[Tensor, Tensor], None]:
+        """What follows the model in a verification of any number of drafts: a function of its logits and offsets."""
+        target, state, history, log = self.target, self.target.state, self.history, self.log
+        V, last, q = self.vocab, self.history.shape[1] - self.margin, self.q if self.draft else None
+        rate, done = self.simulated, self.drafted
+
+        def settle(logits: Tensor, offsets: Tensor) -> None:
+            K, positions = len(offsets) - 1, state.position + offsets + 1  # of the tokens that come out
             if K:
                 drafted = history.gather(1, positions[:, :-1])
                 if structure.penalty:  # at every position, what is drafted before it counts as seen
@@ -361,7 +428,7 @@ class Speculation:
             state.position.copy_((state.position + count).clamp(max=last))  # rows that have ended stay there
             done.zero_()
 
-        return target.program(read, write, end, self._park)
+        return settle
 
     # -- a generation ----------------
 

@@ -288,9 +288,32 @@ def test_compiled_is_eager_and_choosing_another_k_compiles_nothing(monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
+def test_what_follows_the_model_is_compiled_once_for_all_numbers_of_drafts(monkeypatch):
+    """As it is where the model is kernels; here it is only traced."""
+    monkeypatch.setattr(Engine, "shared", lambda self, end: torch.compile(end, backend="eager", fullgraph=True))
+    engine = engine_of(peaked(2, 40), "model", None)
+    engine.reserve(2, 60, engine.speculation.margin)
+    speculation, structure, gen = engine.speculation, OPTIONS["all"].structure, torch.Generator().manual_seed(0)
+    torch._dynamo.utils.counters.clear()
+    speculation.compile(structure)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of the target and of the draft
+    plain, (traced, _) = speculation._end_of_round(structure), speculation.endings.values()
+    for K in (K for K in CHOICES if K > 1):
+        logits, found = torch.randn(2, K + 1, 40, generator=gen), []
+        speculation.q.copy_(torch.rand(speculation.q.shape, generator=gen))
+        drafts = torch.randint(40, speculation.history.shape, generator=gen)
+        for end in (plain, traced):
+            engine.state.position.fill_(20)
+            speculation.history.copy_(drafts)
+            end(logits, speculation.offsets[1 : K + 2])
+            found.append([t.clone() for t in (speculation.log, speculation.history, engine.state.position)])
+        assert all(map(torch.equal, *found)), K
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_programs_are_built_before_the_prefill_and_never_again(monkeypatch):
     model, built, real = peaked(2, 40), [], Engine.program
-    monkeypatch.setattr(Engine, "program", lambda self, *args: built.append(1) or real(self, *args))
+    monkeypatch.setattr(Engine, "program", lambda self, *args, **rest: built.append(1) or real(self, *args, **rest))
     engine = engine_of(model, "model", None)
     ks = itertools.cycle(CHOICES)
     monkeypatch.setattr(Chooser, "choose", lambda self: next(ks))
