@@ -27,7 +27,7 @@ from compilation import compiled, compiled_layers
 from linear import Linear
 from model import DecoderLayer, KVCache, Transformer
 from sampling import SamplingParams, Structure, sample
-from speculative import Program, Read, Speculation, Write, recent
+from speculative import RESUMED, Program, Read, Speculation, Write, recent
 from tokenizer import Answer, Ids, Tokenizer, draft_mismatch
 
 try:  # with the folder deleted everything works, only slower
@@ -151,8 +151,10 @@ class Engine:
         self.cache: KVCache | None = None
         self.state = State(0, 0, self.vocab_size, self.device)
         self.speculation: Speculation | None = None
+        self.draft: Engine | None = None
         self.broadcast = model.tp.broadcast  # rank 0's tensor on every rank
         self._programs: dict[Structure, dict[int, Program]] = {}
+        self._kernels: set[tuple[object, ...]] = set()  # for which runs they were compiled ahead
         self._cached: list[int] = []  # the ids that the cache's first row holds
         self._busy = threading.Lock()
 
@@ -213,7 +215,7 @@ class Engine:
             if reason:
                 remedy = "use a draft with the same tokenizer, or --draft ngram"
                 raise ValueError(f"the draft's vocabulary is not the target's: {reason}; {remedy}")
-        self.speculation = Speculation(self, draft, num_draft_tokens)
+        self.draft, self.speculation = draft, Speculation(self, draft, num_draft_tokens)
 
     # -- generation ----------------
 
@@ -286,11 +288,29 @@ class Engine:
         speculation = self.speculation
         self.reserve(batch_size, longest + limit, speculation.margin if speculation else 0)
         self.stats = Stats(load_s=self.stats.load_s, batch_size=batch_size)
+        if self.use_kernels:
+            self._compile_kernels(longest, structure)
         if speculation:
             speculation.prepare(longest, limit, structure)
         else:
             for position in range(longest, longest + limit - 1):
                 self.decode(position, structure)
+
+    def _compile_kernels(self, longest: int, structure: Structure) -> None:
+        """Those of every step, side by side, once for each kind of run; what torch.compile makes, meanwhile."""
+        began, (rows, slots), speculation = time.perf_counter(), self.state.out.shape, self.speculation
+        if (kind_of_run := (rows, slots, structure, speculation)) in self._kernels:
+            return
+        self._kernels.add(kind_of_run)
+        prefill, tokens = min(self.prefill_chunk or longest, longest), speculation.tokens if speculation else (1,)
+        sampling = structure if self.fused(structure) else None
+        runs = [decode_kernels.Run(self.model, rows, slots, tokens, (prefill,), sampling)]
+        if speculation and (draft := self.draft) and draft.use_kernels:
+            runs.append(decode_kernels.Run(draft.model, rows, slots, (1, 2), (longest, RESUMED), None))
+        with decode_kernels.compiling_ahead(runs, self.device, checkpoint.tell):
+            if speculation and self.compile:
+                speculation.compile(structure)
+        self.stats.compile_s += time.perf_counter() - began
 
     def _first_tokens(self, rows: list[list[int]], structure: Structure) -> Tensor:
         """Prefill, and sample the first token of every row, int64 [B]; the state is ready for the first step."""

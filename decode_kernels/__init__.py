@@ -24,9 +24,12 @@ How they come near the memory's speed (measurements in benchmarks/NOTES.md):
   weights above all, and then waits. A forward pass begins with PyTorch's own kernels, which end before the next starts.
 """
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +75,10 @@ def use_(model: nn.Module, on: bool = True) -> None:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether kernels take such activations. It asks no device, so that a compiled graph may contain it."""
-    return x.dtype in (torch.bfloat16, torch.float16) and (INTERPRETED or x.is_cuda)
+    """Whether kernels take such activations, or those of a rehearsal (`ahead.py`). It asks no device, so that a
+    compiled graph may contain it.
+    """
+    return x.dtype in (torch.bfloat16, torch.float16) and (INTERPRETED or x.is_cuda or x.is_meta)
 
 
 def _of_norm(norm: RMSNorm | None) -> tuple[Tensor | None, float]:
@@ -146,7 +151,7 @@ class Quantized(Dense):
         from decode_kernels import quantized
 
         weight, scale, zero = linear.operands(experts)
-        if weight.dim() > 3 or not (INTERPRETED or weight.is_cuda):
+        if weight.dim() > 3 or not (INTERPRETED or weight.is_cuda or weight.is_meta):
             return None
         size = linear.out_features, linear.in_features
         if self.bits == 8:
@@ -184,6 +189,30 @@ def begin(model: Transformer, tokens: Tensor, positions: Tensor) -> tuple[Tensor
     from decode_kernels import step
 
     return step.embed(tokens, positions, table, model.inv_freq[0], model.rope_factors[0], model.first_id)
+
+
+class Run(NamedTuple):
+    """What will be run: the model over `slots` cache slots of every row, with so many new tokens of a row in a step,
+    and prefills of so many; structure: of the sampling, where that is a kernel.
+    """
+
+    model: Transformer
+    batch_size: int
+    slots: int
+    tokens: Iterable[int]
+    prefills: Iterable[int]
+    structure: Structure | None
+
+
+def compiling_ahead(
+    runs: Sequence[Run], device: torch.device, tell: Callable[[str], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Compiles what these runs need and the disk does not hold, side by side, while the body runs; see `ahead.py`."""
+    if INTERPRETED or sys.platform != "linux":
+        return contextlib.nullcontext()
+    from decode_kernels import ahead
+
+    return ahead.compiling_ahead(ahead.stand_in(device), runs, ahead.processors(), tell)
 
 
 def connect(model: Transformer) -> FastCollectives | None:

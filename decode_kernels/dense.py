@@ -303,7 +303,7 @@ def store_result(y, bias, residual, start, rows, out_ptr, N: tl.constexpr, SILU:
 
 
 def _launch_rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-    (rows, k), out = x.shape, torch.empty_like(x)
+    (rows, k), out = x.shape, x.new_empty(x.shape)
     _rms_norm_kernel[(rows,)](x, norm_weight, out, eps, K=k, WIDTH=triton.next_power_of_2(k), **launch.options(8))
     return out
 

@@ -133,7 +133,7 @@ def _exchange_kernel(
 
 
 def _exchange_shape(x: Tensor, boxes: Tensor, counter: Tensor, rank: int, add: bool) -> Tensor:
-    return torch.empty_like(x) if add else x.new_empty(len(boxes), *x.shape)
+    return x.new_empty(x.shape) if add else x.new_empty(len(boxes), *x.shape)
 
 
 @launch.operator("exchange", _exchange_shape, mutates=("counter",))

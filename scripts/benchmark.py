@@ -96,7 +96,6 @@ if __name__ == "__main__":
     begin(parse)  # before PyTorch is imported
 
 import torch
-from torch._dynamo.utils import counters
 
 import architectures
 import checkpoint
@@ -210,6 +209,8 @@ def decode(engine: Engine, args: argparse.Namespace, seed: int) -> tuple[float, 
 
 def measure_decode(engine: Engine, args: argparse.Namespace, bandwidth: float, spent: float) -> dict[str, Any]:
     """A warm-up, which compiles, then the median of the timed runs. spent: seconds so far that were not start-up."""
+    from torch._dynamo.utils import counters  # here: a plain start does without it, and a GPU's bandwidth has used it
+
     if args.cache_len:
         engine.reserve(args.batch, args.cache_len)
     counters.clear()

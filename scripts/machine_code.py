@@ -53,12 +53,12 @@ if __name__ == "__main__":
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas_version
 
 from decode_kernels import attention as attending
 from decode_kernels import dense, quantized, reduce
 from decode_kernels import step as ends
+from decode_kernels.ahead import StandIn
 
 RECORD = ROOT / "tests" / "decode_kernels" / "machine_code.csv"
 Launch = tuple[str, str]  # a kernel's name, the SHA-1 of its code
@@ -77,23 +77,15 @@ def code_of(cubin: bytes) -> str:
     return digest.hexdigest()
 
 
-class Driver:
-    """What Triton asks of its driver, answered for a GPU that is not there. `launches` grows with every launch."""
+class Driver(StandIn):
+    """The stand-in with launches that only note which code they would run: `launches` grows with every one."""
 
     def __init__(self, sm: int) -> None:
-        self.sm, self.utils, self.launches = sm, self, list[Launch]()
+        super().__init__(sm, SHARED_MEMORY[sm])
+        self.launches = list[Launch]()
 
     def get_current_device(self) -> int:
         return self.sm  # Triton keeps what it has compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.sm, 32)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY[self.sm]}
 
     def load_binary(self, name: str, cubin: bytes, *_: object) -> tuple[None, Launch, int, int, int]:
         """(module, function, registers, spills, most threads of a program); the function is passed to `launch`."""

@@ -1,0 +1,243 @@
+"""Compiles the kernels of a run side by side in processes, before the first of them is wanted.
+
+Knows how to find out which kernels a run will launch, and how to compile them on every processor at once. Refuses to
+know what a kernel does, and when a run begins.
+
+Triton compiles a kernel when it is first launched, one after the other: 45 s of the 53 that a first start of
+Llama-2-7B in int4 took on an H200, and 6 s side by side on 16 processors, which the longest of them takes alone. It
+keeps what it has compiled on disk, under a name made of the source, the types of the arguments, the constants and the
+options. So whoever compiles a kernel of that name beforehand makes the launch quick.
+
+**Which kernels.** A list beside the code would go stale. Instead the model itself runs, on tensors without contents
+(PyTorch's device "meta") and without a GPU: `StandIn` answers what Triton asks of its driver, and `Recorder` takes what
+Triton would compile. So the names are those of the real run, which a test checks.
+
+**Processes.** This one forks another, which rehearses, and that one forks one for each processor, which compiles:
+
+    this process   forks, traces what torch.compile makes, if anything, waits ........... runs, finds all on disk
+    rehearsal            rehearses, forks for what is not on disk ...... waits, ends
+    compilers                                                      take kernel after kernel, end
+
+A child never calls CUDA, which does not survive a fork: it has no driver but the stand-in, frees no tensor, and ends
+without any cleaning up. The operating system ends the children with their parent. Whatever goes wrong in one of them, a
+kernel that is not on disk is compiled when it is launched, as ever.
+"""
+
+import contextlib
+import copy
+import ctypes
+import gc
+import hashlib
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.compiler import make_backend
+from triton.runtime.cache import get_cache_manager, triton_key
+
+import decode_kernels
+from decode_kernels import ROWS, Run, launch
+from linear import QuantizedLinear
+from model import KVCache, Transformer
+
+META = torch.device("meta")
+PATIENCE = 120  # seconds without any kernel's becoming ready, after which the children are given up
+
+
+# -- which kernels ----------------
+
+
+class StandIn:
+    """What Triton asks of its driver, answered for a GPU of this architecture that need not be there, whose programs
+    may have so many bytes of shared memory.
+    """
+
+    def __init__(self, sm: int, shared: int) -> None:
+        self.sm, self.shared, self.utils = sm, shared, self
+
+    def get_current_device(self) -> int:
+        return -self.sm  # Triton keeps what it has compiled by device, and no device has this number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.sm, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self.shared}
+
+
+class Recorder(triton.AsyncCompileMode):
+    """While it is entered, a launch compiles nothing and launches nothing: `jobs` has what would have compiled it."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.jobs: dict[str, Callable[[], Any]] = {}
+
+    def submit(self, key: str, compile_fn: Callable[[], Any], *_: object) -> None:
+        self.jobs[key] = compile_fn
+
+
+class Rehearsal(TorchDispatchMode):
+    """While it is entered, our operators launch their kernels though their tensors are without contents."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import Dynamo, which takes two seconds
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if func.namespace == "decode":  # not what traces them, but what a device would run
+            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def without_contents(model: Transformer) -> Transformer:
+    """A copy with one layer of each kind, whose tensors have shapes and nothing else."""
+    known: dict[int, Any] = {id(model.tp): model.tp}
+    kinds: dict[object, nn.Module] = {}
+    for layer in model.layers:
+        shapes = [(t.shape, t.dtype) for t in (*layer.parameters(), *layer.buffers())]
+        kinds.setdefault((layer.self_attn.window, *shapes), layer)
+    known[id(model.layers)] = layers = nn.ModuleList()
+    for t in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META)
+        known[id(t)] = nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+    layers.extend(copy.deepcopy(layer, known) for layer in kinds.values())
+    return copy.deepcopy(model, known)
+
+
+def rehearse(run: Run) -> None:
+    """Every step of a run, with all that is a kernel in it."""
+    model, b = without_contents(run.model), run.batch_size
+    cache = KVCache(model.config, b, run.slots, META, model.norm.weight.dtype, model.tp)
+
+    def ids(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=META)
+
+    def step(tokens: int, end: int, select: Tensor | None = None) -> Tensor:
+        return model(ids(b, tokens), ids(b, tokens), cache, end=end, select=select)[:, -1]
+
+    for tokens in run.prefills:  # first, as what takes longest to compile is begun first
+        if tokens <= ROWS:
+            step(tokens, tokens, ids(b))
+    for tokens in sorted(run.tokens, reverse=True):
+        logits = step(tokens, run.slots)
+    token = model.tp.broadcast(ids(b))
+    if run.structure is not None:
+        token = decode_kernels.sample(logits, run.structure, torch.empty(4, device=META), ids(b), ids(b))
+        decode_kernels.advance_(token, ids(b, 1), ids(b, 1), ids(1), ids(b, run.slots))
+    if max(run.prefills) * b > ROWS:  # what multiplies then is PyTorch's, and a matrix of floats is made before
+        for m in model.modules():
+            if isinstance(m, QuantizedLinear):
+                m.matrix(0 if m.num_experts else None, cache.layers[0].k.dtype)
+
+
+def record(driver: StandIn, runs: Sequence[Run]) -> list[Callable[[], Any]]:
+    """What compiles each kernel of these runs that is not on disk. Triton's driver is the stand-in from here on."""
+    triton.runtime.driver.set_active(driver)
+    recorder = Recorder()
+    for run in runs:
+        with contextlib.suppress(Exception), recorder, Rehearsal(), torch.inference_mode():
+            rehearse(run)  # what it has come to, if not to its end, is worth having
+
+    def missing(key: str) -> bool:
+        folder = Path(get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).cache_dir)
+        return not any(folder.glob("__grp__*"))  # which is written last
+
+    return [job for key, job in recorder.jobs.items() if missing(key)]
+
+
+# -- processes ----------------
+
+
+def fork(body: Callable[[], object]) -> int:
+    """The id of a process that runs `body`, and ends with it, or with its parent."""
+    parent, child = os.getpid(), os.fork()
+    if child:
+        return child
+    with contextlib.suppress(BaseException):
+        gc.disable()  # what is freed may be a tensor of the GPU
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a signal when the parent ends
+        if os.getppid() == parent:
+            body()
+    os._exit(0)
+
+
+def compile_all(jobs: Sequence[Callable[[], Any]], processes: int, report: int) -> None:
+    """Do all jobs in so many processes; a byte into the file `report` after each."""
+    source, sink = os.pipe()
+    os.write(sink, b"".join(i.to_bytes(2, "little") for i in range(len(jobs))))
+    os.close(sink)
+
+    def work() -> None:
+        os.nice(10)  # the parent may be tracing meanwhile, which takes longer
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        while number := os.read(source, 2):  # every process takes the next one
+            with contextlib.suppress(Exception):
+                kernel = jobs[int.from_bytes(number, "little")]()
+                CudaLauncher(kernel.src, kernel.metadata)  # a piece of C for the types of its arguments
+            os.write(report, b".")
+
+    children = [fork(work) for _ in range(min(processes, len(jobs)))]
+    for child in children:
+        os.waitpid(child, 0)
+
+
+@contextlib.contextmanager
+def compiling_ahead(
+    driver: StandIn, runs: Sequence[Run], processes: int, tell: Callable[[str], None]
+) -> Iterator[None]:
+    """Have every kernel of these runs on disk at the end of the body, which runs meanwhile."""
+    # else torch.compile sets them, when it is first used, and the names on disk are others from there on
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
+    os.environ.setdefault("TRITON_PTXAS_PATH", triton.knobs.nvidia.ptxas.path)
+    report, end = os.pipe()
+
+    def rehearsal() -> None:
+        if jobs := record(driver, runs):
+            tell(f"compiling {len(jobs)} kernels, {min(processes, len(jobs))} at a time; they are kept on disk")
+            compile_all(jobs, processes, end)
+
+    child = 0
+    with contextlib.suppress(OSError):  # no more processes
+        child = fork(rehearsal)
+    os.close(end)
+    try:
+        # meanwhile what this process needs for every kernel: Triton's own driver, and what the names on disk begin with
+        launch.options(1)
+        triton_key()
+        make_backend(driver.get_current_target()).hash()
+        yield
+        while select.select([report], [], [], PATIENCE)[0] and os.read(report, 4096):
+            pass  # until all children have ended
+    finally:
+        os.close(report)
+        if child:
+            with contextlib.suppress(OSError):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def processors() -> int:
+    """How many the children may use: this process takes one, and the other ranks of this machine their share."""
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1)
+
+
+def stand_in(device: torch.device) -> StandIn:
+    """For this GPU."""
+    found = torch.cuda.get_device_properties(device)
+    # a KB of every program's is CUDA's own
+    return StandIn(10 * found.major + found.minor, found.shared_memory_per_multiprocessor - 1024)
