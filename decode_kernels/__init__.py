@@ -20,6 +20,8 @@ How they come near the memory's speed (measurements in benchmarks/NOTES.md):
   Only the order of its numbers counts, for the last axis, which a lane loads in one piece, is contiguous or one long.
 - The compiler must not move a load down to its use, nor a product up before a load. Nothing says so to it, but a second
   `gdc_wait`, which returns at once, stops the one, and a branch that is always taken the other.
+- A prefill has PyTorch's products and attention; the rotation, the cache write and the gate around them are kernels
+  (`prefill.py`), each of which reads and writes the activations once.
 - A kernel is launched while the one before it runs (programmatic dependent launch), asks for what no kernel writes, its
   weights above all, and then waits. A forward pass begins with PyTorch's own kernels, which end before the next starts.
 """
@@ -68,9 +70,8 @@ def use_(model: nn.Module, on: bool = True) -> None:
             module.fast = attend if on and not module.qk_norm_whole else None
         elif isinstance(module, Transformer):
             module.fast = begin if on else None
-            if (
-                on and module.tp.fast is None
-            ):  # once: a captured program writes into these mailboxes as long as it lives
+            # once: a captured program writes into these mailboxes as long as it lives
+            if on and module.tp.fast is None:
                 module.tp.fast = connect(module)
 
 
@@ -79,6 +80,11 @@ def serves(x: Tensor) -> bool:
     compiled graph may contain it.
     """
     return x.dtype in (torch.bfloat16, torch.float16) and (INTERPRETED or x.is_cuda or x.is_meta)
+
+
+def prefills(x: Tensor, rows: int) -> bool:
+    """Whether `prefill.py` serves so many rows. A compiler does better: it fuses what these kernels do with others."""
+    return rows > ROWS and serves(x) and not torch.compiler.is_compiling()
 
 
 def _of_norm(norm: RMSNorm | None) -> tuple[Tensor | None, float]:
@@ -95,6 +101,10 @@ class Dense:
         self, linear: Linear, x: Tensor, norm: RMSNorm | None, residual: Tensor | None, silu_mul: bool, experts: Experts
     ) -> Tensor | None:
         one, many = (experts, None) if isinstance(experts, int) else (None, experts)
+        if many is None and prefills(x, len(x)):
+            from decode_kernels import prefill
+
+            return prefill.linear(linear, x, norm, residual, silu_mul, one)
         product, gain = self.product(linear, one, silu_mul), _of_norm(norm)
         if product is None or not (serves(x) and self.covers(linear)) or (len(x) > ROWS and many is None):
             return None
@@ -165,20 +175,19 @@ DENSE, INT8, INT4 = Dense(), Quantized(8), Quantized(4)
 def attend(
     attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
 ) -> Tensor | None:
-    """`Attention.fast`: norms, rotation, cache write and attention of up to 16 new tokens, whose positions must be
-    consecutive in each row: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh]. The kernel reads the length on the device.
+    """`Attention.fast`: norms, rotation, cache write and attention. Up to 16 new tokens, whose positions must be
+    consecutive in each row, take one kernel, which reads the length on the device.
     """
     b, t, _ = qkv.shape
+    if cache.k.dtype == qkv.dtype and prefills(qkv, t):
+        from decode_kernels import prefill
+
+        return prefill.attend(attention, qkv, cos, sin, positions, cache, end)
     if t > ROWS or attention.head_dim % 8 or attention.head_dim > 256 or not serves(qkv) or cache.k.dtype != qkv.dtype:
         return None
     from decode_kernels import attention as kernels
 
-    (q_norm, eps), (k_norm, _) = _of_norm(attention.q_norm), _of_norm(attention.k_norm)
-    qkv, cos, sin = (x.reshape(b * t, -1).contiguous() for x in (qkv, cos, sin))
-    y = kernels.attention(
-        qkv, cos, sin, positions.contiguous(), cache.k, cache.v, q_norm, k_norm, eps, attention.window
-    )
-    return y.view(b, t, -1)
+    return kernels.attend(attention, qkv, cos, sin, positions, cache)
 
 
 def begin(model: Transformer, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

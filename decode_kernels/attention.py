@@ -47,6 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from decode_kernels import INTERPRETED, launch, tiles
+from model import Attention, LayerCache
 
 
 @triton.jit
@@ -479,3 +480,13 @@ def attention(
     if splits > 1:
         _combine_kernel[(b * t, heads)](part, positions, out, STEP=16 * warps, **sizes, **launch.options(warps))
     return out
+
+
+def attend(module: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
+    """The same for a module: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh]."""
+    b, t, _ = qkv.shape
+    q_norm, k_norm = (None if norm is None else norm.weight for norm in (module.q_norm, module.k_norm))
+    eps = 0.0 if module.q_norm is None else module.q_norm.eps
+    qkv, cos, sin = (x.reshape(b * t, -1).contiguous() for x in (qkv, cos, sin))
+    y = attention(qkv, cos, sin, positions.contiguous(), cache.k, cache.v, q_norm, k_norm, eps, module.window)
+    return y.view(b, t, -1)

@@ -19,6 +19,7 @@ import os
 import re
 import struct
 import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -56,7 +57,7 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas_version
 
 from decode_kernels import attention as attending
-from decode_kernels import dense, quantized, reduce
+from decode_kernels import dense, prefill, quantized, reduce
 from decode_kernels import step as ends
 from decode_kernels.ahead import StandIn
 
@@ -159,6 +160,21 @@ def attention(
     return run
 
 
+def many_tokens(heads: int, kv_heads: int, dim: int, width: int, *, norm: bool = False) -> Callable[[], object]:
+    """What a prefill has besides products and attention: rotation, and the gate of `width` pairs."""
+
+    def run() -> None:
+        make = functools.partial(torch.empty, dtype=torch.bfloat16)
+        gain = types.SimpleNamespace(weight=make(dim), eps=1e-6) if norm else None
+        module: Any = types.SimpleNamespace(num_heads=heads, q_norm=gain, k_norm=gain, window=0)
+        cache: Any = types.SimpleNamespace(k=make(1, kv_heads, 17, dim), v=make(1, kv_heads, 17, dim))
+        angle, positions = torch.empty(1, 17, 1, dim // 2), torch.zeros(1, 17, dtype=torch.int64)
+        prefill.attend(module, make(1, 17, (heads + 2 * kv_heads) * dim), angle, angle, positions, cache, 17)
+        prefill.gate(make(17, 2 * width))
+
+    return run
+
+
 def dequantize(k: int, n: int, bits: int) -> Callable[[], object]:
     """A whole matrix for a prefill."""
 
@@ -226,6 +242,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "llama-3.2-1b attention 1 of 256": attention(1, 1, 32, 8, 64, 256),
         "qwen3-8b attention 1 of 512": attention(1, 1, 32, 8, 128, 512, norm=True),
         "mistral-7b attention 2 x 9 of 8192": attention(2, 9, 32, 8, 128, 8192, window=4096),
+        "llama-3.1-8b prefill": many_tokens(32, 8, 128, 14336),
+        "qwen3-8b prefill": many_tokens(32, 8, 128, 12288, norm=True),
         "llama-2-7b step": step(32000, 4096, 64, 200),
         "llama-3.1-8b step, greedy": step(128256, 4096, 64, 1),
         "llama-2-7b sum over 2 ranks": exchange(4096, 2, True),
@@ -246,6 +264,7 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "llama-2-7b dequantize int4-g128",
     "llama-3.1-8b attention 1 of 2048",
     "mistral-7b attention 2 x 9 of 8192",
+    "llama-3.1-8b prefill",
     "llama-2-7b step",
     "llama-2-7b sum over 2 ranks",
 )

@@ -38,6 +38,7 @@ LIMITS = {
     "decode_kernels/dense.py": 350,
     "decode_kernels/quantized.py": 420,
     "decode_kernels/attention.py": 420,
+    "decode_kernels/prefill.py": 130,
     "decode_kernels/step.py": 230,
     "decode_kernels/reduce.py": 160,
     "decode_kernels/cpu.py": 180,
