@@ -10,7 +10,7 @@ Knows heads, caches, RoPE and the norms of q and k. Refuses to know layers and p
 its part of the cache once, for all query heads of a KV head and all new tokens: these are its rows. The prefix is split
 over programs (flash-decoding, Dao et al. 2023) and in a program over warps, in steps of 16 slots a warp. Each warp
 keeps the online softmax (Milakov and Gimelshein 2018) of its own slots: the largest score m, the sum of 2^(s - m), and
-the sum of 2^(s - m) v. At the end warps are joined in registers, and splits by `_combine_kernel`.
+the sum of 2^(s - m) v. At the end warps are joined in registers, and splits by the one that ends last.
 
 Worked example of joining. One warp has seen the scores 1 and 3 (in units of log 2, as everywhere here), another one 2:
 
@@ -31,15 +31,27 @@ Worked example. 8 warps walk 128 slots a step, so slot 141 of the prefix is slot
 13 = 8 + 5, so g = 5, and lanes 20 to 23 hold it: lane 21 has dimensions 8 to 15 of both halves. For V, 13 = 9 + 2 * 2,
 so t = 2, and lanes 2, 6, ..., 30 hold it: lane 6 has dimensions 8 to 15.
 
-One new token (T = 1) is put among the old slots of the last step, which comes first; with a step of its own a pass of
-Llama-2-7B took 20 to 30 us longer. Several tokens have a step of their own.
+One new token (T = 1) is put among the old slots of the last step, which comes first, and which is a whole one where
+there are as many slots; with a step of its own a pass of Llama-2-7B took 20 to 30 us longer. Several tokens have a step
+of their own. Queries and new keys are rotated once a program and pass to its warps through shared memory.
 
 Before the wait for the kernel that computes q, k and v, everything else is loaded: the position, the first step of the
-cache, angles and norms. The loop carries 16-bit numbers in pairs, as 32-bit words, which costs no conversions.
+cache, angles and norms. The loop carries 16-bit numbers in pairs, as 32-bit words, which costs no conversions, and asks
+for a step before it multiplies the one before: that takes 240 registers, and reads 4.3 TB/s at 32,000 slots of
+Llama-2-7B on an H200, where asking the second-level cache instead read 2.9.
+
+**Splits.** How many take part depends on the position, which is read on the device: one graph serves every position.
+Each leaves its mean and the logarithm of its sum in memory and counts itself. The last one adds all of them up, in
+their order, so that no bit depends on which is last:
+
+    two splits with means y1, y2 and sums of 6 and 2: lse = log2 6 = 2.585 and log2 2 = 1, weights 2^(lse - 2.585)
+    y = (y1 * 1 + y2 * 1/3) / (1 + 1/3) = (6 y1 + 2 y2) / 8
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def"
+
+import functools
 
 import torch
 import triton
@@ -62,6 +74,7 @@ def _attention_kernel(
     k_norm_ptr,
     out_ptr,
     part_ptr,
+    count_ptr,
     eps,
     scale,
     slots,
@@ -76,6 +89,7 @@ def _attention_kernel(
     BLOCK: tl.constexpr,
     WARPS: tl.constexpr,
     AHEAD: tl.constexpr,
+    ALONE: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -87,68 +101,61 @@ def _attention_kernel(
     STEP: tl.constexpr = 16 * WARPS  # slots a step
     HALF: tl.constexpr = DIM // 2
     EARLY: tl.constexpr = WIDTH <= 128  # the next step is loaded while one is multiplied; longer heads lack registers
+    DEEP: tl.constexpr = EARLY and BLOCK == 8  # even before: all loads of two steps are under way
     bh, split = tl.program_id(0), tl.program_id(1) if SPLITS > 1 else 0
     b, head = bh // KV_HEADS, bh % KV_HEADS
     launch.launch_next(PDL)
     first = tl.load(pos_ptr + b * T).to(tl.int32)  # written before this pass began: no need to wait
-    end = first + (T == 1)  # a single new token is put among the old ones
-    begin, share = _split_of_prefix(first, end, WINDOW, SPLITS, STEP)
-    begin += split * share
-    end = tl.minimum(begin + share, end)
+    begin, end, used = _split_of_prefix(first, split, T, WINDOW, SPLITS, STEP, ALONE)
     if (split > 0) & (begin >= end):
         return
 
-    k_slot, k_word, k_real, v_slot, v_word, v_real = _cache_places(DIM, WIDTH, WARPS)
     k_ptr += bh.to(tl.int64) * slots * DIM
     v_ptr += bh.to(tl.int64) * slots * DIM
-    k_lane = launch.deal_to_lanes(k_ptr.to(tl.pointer_type(tl.int32), bitcast=True), k_slot * HALF + k_word)
-    v_lane = launch.deal_to_lanes(v_ptr.to(tl.pointer_type(tl.int32), bitcast=True), v_slot * HALF + v_word)
+    k_lane, k_slot, k_real, v_lane, v_slot, v_real, v_word = _cache_lanes(k_ptr, v_ptr, DIM, WIDTH, WARPS)
     cache = (k_lane, k_slot, k_real, v_lane, v_slot, v_real)
-    late = begin + (end - begin - 1) // STEP * STEP if T == 1 else begin
+    late = tl.maximum(begin, end - STEP) if T == 1 else begin
     if EARLY or T == 1:
         k, v = _load_step(cache, late, end, HALF)
-    for i in tl.static_range(T > 1, AHEAD):
+    for i in tl.static_range(T > 1, 2 if DEEP else AHEAD):
         _prefetch(k_ptr, v_ptr, begin + i * STEP, late if T == 1 else end, DIM, STEP * WIDTH // 64, ASM)
 
-    # Rows of q (r) and new keys (n) are [4 t, 8 g, warp, c, h, 8 e], twice, for both halves of a head. Every warp loads
-    # all of them, and a single new token is loaded for every row.
-    t, g = tl.arange(0, 4)[:, None, None, None, None, None], tl.arange(0, 8)[:, None, None, None, None]
+    # queries of the rows r and keys of the new tokens n: halves of heads, their numbers in the order of the operands
     top_row = 0 if ROWS == BLOCK else tl.program_id(2) * BLOCK
-    r = top_row + tl.arange(0, BLOCK // 8)[:, None] * 8 + g
-    n = 0 if T == 1 else tl.arange(0, (T + 7) // 8)[:, None] * 8 + g
-    column = tl.arange(0, WIDTH // 64)[:, None, None] * 32 + t * 8 + tl.arange(0, 8)
+    r = top_row + tl.arange(0, BLOCK)[:, None]
+    n = tl.arange(0, 1 if T == 1 else 16)[:, None]
+    column = _order_of_operand(WIDTH)
     real = column < HALF
-    token = 0 if T == 1 else r // GROUP
-    valid = real & (r < T * GROUP)
     angle = b * T * HALF + column
-    cos, sin = _load_angles(cos_ptr, sin_ptr, angle + token * HALF, real if T == 1 else valid, WARPS)
-    q_norm = _load_norm(q_norm_ptr, column, real, WARPS, HALF)
-    k_norm = _load_norm(k_norm_ptr, column, real, WARPS, HALF)
-    writes = end > first if T == 1 else split == 0
+    valid = real & (r < T * GROUP)
+    new = real & (n < T) & (T == 1 or split == 0)
+    k_angles = _load_pair(cos_ptr + angle + n * HALF, sin_ptr + angle + n * HALF, new)
+    angle += r // GROUP * HALF
+    q_angles = _load_pair(cos_ptr + angle, sin_ptr + angle, valid)
+    q_norm = _load_norm(q_norm_ptr, column, real, HALF)
+    k_norm = _load_norm(k_norm_ptr, column, real, HALF)
+    writes = (end > first if T == 1 else split == 0) & (top_row == 0)
     launch.wait_for_previous(PDL)
     qkv_ptr += b * T * STRIDE
     value = _load_new_values(qkv_ptr + (HEADS + KV_HEADS + head) * DIM, v_slot, v_word, v_real, split, T, STRIDE, WARPS)
     launch.keep_loads_here(PDL)
     at = qkv_ptr + n * STRIDE + (HEADS + head) * DIM + column
-    new = real & (n < T) & (T == 1 or split == 0)
-    k_halves = _load_halves(at, new, WARPS, HALF)
-    at = qkv_ptr + token * STRIDE + (head * GROUP + (r % GROUP if GROUP > 1 else 0)) * DIM + column
-    q_halves = _load_halves(at, valid, WARPS, HALF)
-    q = tl.zeros([WARPS, BLOCK, WIDTH], qkv_ptr.dtype.element_ty)
-    key = tl.zeros([4, 8, WARPS, 2, WIDTH // 64, (T + 7) // 8, 4], tl.int32)
+    k_halves = _load_pair(at, at + HALF, new)
+    at = qkv_ptr + r // GROUP * STRIDE + (head * GROUP + r % GROUP) * DIM + column
+    q_halves = _load_pair(at, at + HALF, valid)
+    q = tl.zeros([1, BLOCK, WIDTH // 2], tl.int32)
+    key = tl.zeros([4, 1 if T == 1 else 8, 1, 2, WIDTH // 64, 1 if T == 1 else 2, 4], tl.int32)
     if launch.always_true(eps, 0):
-        q = _query_operand(q_halves, q_norm, cos, sin, eps, DIM, BLOCK)
-        k_cos, k_sin = cos, sin
-        if T > 1 and (GROUP > 1 or ROWS > BLOCK):  # keys have other rows than q
-            k_cos, k_sin = _load_angles(cos_ptr, sin_ptr, angle + n * HALF, new, WARPS)
-        key = _key_words(k_halves, k_norm, k_cos, k_sin, eps, DIM, ASM)
+        q = _to_words(_norm_and_rotate(q_halves, q_norm, q_angles, eps, DIM))[None]
+        key = _key_words(_norm_and_rotate(k_halves, k_norm, k_angles, eps, DIM))
+    q = _from_words(tl.broadcast_to(q, [WARPS, BLOCK, WIDTH // 2]), qkv_ptr.dtype.element_ty)
+    q = q.reshape(WARPS, BLOCK, WIDTH)
 
     slot = tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)
     row_token = ((top_row + tl.arange(0, BLOCK)) // GROUP)[:, None]
     m, total = tl.full([WARPS, BLOCK], -1e30, tl.float32), tl.zeros([WARPS, BLOCK], tl.float32)
     acc = tl.zeros([WARPS, WIDTH, BLOCK], tl.float32)
-    wanted = k_real & (k_slot < T) & writes & (ROWS == BLOCK or tl.program_id(2) == 0)
-    tl.store(launch.deal_to_lanes(k_lane, first * HALF), key, wanted)
+    tl.store(launch.deal_to_lanes(k_lane, first * HALF), key, k_real & (k_slot < T) & writes)
     tl.store(launch.deal_to_lanes(v_lane, first * HALF), value, v_real & (v_slot < T) & writes)
     if T == 1:  # the new token is put among the last old slots
         old_k, old_v = tl.where(k_slot == first - late, key, k), tl.where(v_slot == first - late, value, v)
@@ -164,36 +171,48 @@ def _attention_kernel(
         if not EARLY:
             k, v = _load_step(cache, begin, end, HALF)
         old_k, old_v = k, v
-        s = begin + slot
-        seen = (s < end) & ((WINDOW == 0) | (s > first + row_token - WINDOW))
+        seen = (begin + slot < end) & ((WINDOW == 0) | (begin + slot > first + row_token - WINDOW))
         begin += STEP
         if EARLY:
             k, v = _load_step(cache, begin, end, HALF)
-        _prefetch(k_ptr, v_ptr, begin + (AHEAD - 1) * STEP, end, DIM, STEP * WIDTH // 64, ASM)
-        m, total, acc = _attend(q, old_k, old_v, scale, seen, m, total, acc, ASM)
-    m, total, acc = _join_warps(m, total, acc)
-    d = _order_of_dimensions(WIDTH)
-    r = top_row + tl.arange(0, BLOCK)
-    valid = r < T * GROUP
-    where = (b * T + r // GROUP) * (HEADS * DIM) + (head * GROUP + r % GROUP) * DIM
-    if SPLITS > 1:
-        where = ((bh * SPLITS + split) * ROWS + r) * (WIDTH + 2)
-    _store_rows(out_ptr, part_ptr, where, d, valid, m, total, acc, DIM)
+        if not DEEP:
+            _prefetch(k_ptr, v_ptr, begin + (AHEAD - 1) * STEP, end, DIM, STEP * WIDTH // 64, ASM)
+        if not DEEP or launch.always_true(eps, 1):
+            m, total, acc = _attend(q, old_k, old_v, scale, seen, m, total, acc, ASM)
+    y, lse = _join_warps(m, total, acc)
+    if SPLITS == 1 or used == 1:
+        _store_rows(out_ptr, y, bh, top_row, T, HEADS, KV_HEADS, DIM)
+    else:
+        group = bh * (ROWS // BLOCK) + tl.program_id(2)
+        COLUMNS: tl.constexpr = BLOCK if T * GROUP >= BLOCK else triton.next_power_of_2(T * GROUP)
+        part_ptr += group * (SPLITS * (WIDTH + 1) * COLUMNS)
+        if _store_part(part_ptr, count_ptr + group, y, lse, split, used, COLUMNS):
+            joined = _join_splits(part_ptr, used, SPLITS, WIDTH, COLUMNS, WARPS)
+            _store_rows(out_ptr, joined, bh, top_row, T, HEADS, KV_HEADS, DIM)
 
 
 @triton.jit
-def _split_of_prefix(first, end, WINDOW: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr):
-    """(the first slot that new tokens from position `first` on attend to, how many of the slots before `end` are in one
-    split: whole steps).
+def _split_of_prefix(
+    first, split, T: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, ALONE: tl.constexpr
+):
+    """(the first slot of this split, the first behind it, how many splits have any) of the slots to which T new tokens
+    from position `first` on attend: the old ones, and a single new token, which is put among them. Up to ALONE slots
+    are one split; more of them are shared by as many as there are, with a step each at least.
     """
     begin = 0 if WINDOW == 0 else tl.maximum(first - WINDOW + 1, 0)
-    return begin, tl.cdiv(tl.cdiv(end - begin, SPLITS), STEP) * STEP
+    end = first + (T == 1)
+    share = tl.maximum(tl.cdiv(end - begin, SPLITS), STEP)
+    share = tl.where(end - begin <= ALONE, ALONE, share)
+    used = tl.maximum(tl.cdiv(end - begin, share), 1)
+    begin += split * share
+    return begin, tl.minimum(begin + share, end), used
 
 
 @triton.jit
-def _cache_places(DIM: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr):
-    """Which slot of a step, which 32-bit word of a head, and whether it exists, for what every lane holds: of K as
-    [4 t, 8 g, WARPS, 2 halves, c, 2 h, 4 words] and of V as [4 t, 8 g, WARPS, 2 h, 2 i, c, 4 words].
+def _cache_lanes(k_ptr, v_ptr, DIM: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr):
+    """What every lane holds of a step: where it lies in the first one, its slot, whether it exists, and of V which
+    32-bit words of a head it is; of K as [4 t, 8 g, WARPS, 2 halves, c, 2 h, 4 words] and of V as [4 t, 8 g, WARPS,
+    2 h, 2 i, c, 4 words].
     """
     t = tl.arange(0, 4)[:, None, None, None, None, None, None]
     g = tl.arange(0, 8)[:, None, None, None, None, None]
@@ -207,7 +226,11 @@ def _cache_places(DIM: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr):
     k_word += two * (DIM // 4)
     v_slot = w * 16 + t * 2 + two * 8 + tl.arange(0, 2)[:, None, None]
     v_word = tl.arange(0, WIDTH // 64)[:, None] * 32 + g * 4 + words
-    return k_slot, k_word, k_real, v_slot, v_word, v_word < DIM // 2
+    k_ptr = k_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    v_ptr = v_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    k_lane = launch.deal_to_lanes(k_ptr, k_slot * (DIM // 2) + k_word)
+    v_lane = launch.deal_to_lanes(v_ptr, v_slot * (DIM // 2) + v_word)
+    return k_lane, k_slot, k_real, v_lane, v_slot, v_word < DIM // 2, v_word
 
 
 @triton.jit
@@ -229,30 +252,26 @@ def _prefetch(k_ptr, v_ptr, s, end, DIM: tl.constexpr, LINES: tl.constexpr, ASM:
 
 
 @triton.jit
-def _load_half(ptr, mask, WARPS: tl.constexpr):
-    """One half of heads for all lanes and warps: [4 t, 8 g, WARPS, c, h, 8 e]."""
-    ptr = launch.spread_over_lanes(ptr, [4, 8, WARPS, ptr.shape[3], ptr.shape[4], 8])
-    return tl.load(ptr, mask, 0)
+def _order_of_operand(WIDTH: tl.constexpr):
+    """Which dimension of half a head each number of the operands of q K^T is: they come as [c, 2 a, 4 t, 4 b] out of
+    dimensions 32 c + 8 t + 4 a + b.
+    """
+    j = tl.arange(0, WIDTH // 2)
+    return j // 32 * 32 + j // 4 % 4 * 8 + j // 16 % 2 * 4 + j % 4
 
 
 @triton.jit
-def _load_halves(ptr, mask, WARPS: tl.constexpr, HALF: tl.constexpr):
-    """Both halves of heads, ptr being that of the first."""
-    return _load_half(ptr, mask, WARPS), _load_half(ptr + HALF, mask, WARPS)
+def _load_pair(x_ptr, y_ptr, mask):
+    """Both halves of heads, or cosines and sines."""
+    return tl.load(x_ptr, mask, 0), tl.load(y_ptr, mask, 0)
 
 
 @triton.jit
-def _load_angles(cos_ptr, sin_ptr, at, mask, WARPS: tl.constexpr):
-    """Cosines and sines, the same for both halves."""
-    return _load_half(cos_ptr + at, mask, WARPS), _load_half(sin_ptr + at, mask, WARPS)
-
-
-@triton.jit
-def _load_norm(norm_ptr, column, real, WARPS: tl.constexpr, HALF: tl.constexpr):
+def _load_norm(norm_ptr, column, real, HALF: tl.constexpr):
     """Both halves of a norm's gain, or None."""
     norm = norm_ptr
     if norm_ptr is not None:
-        norm = _load_halves(norm_ptr + column, real, WARPS, HALF)
+        norm = _load_pair(norm_ptr + column, norm_ptr + HALF + column, real)
     return norm
 
 
@@ -270,45 +289,32 @@ def _load_new_values(ptr, slot, word, real, split, T: tl.constexpr, STRIDE: tl.c
 
 
 @triton.jit
-def _norm_and_rotate(halves, norm, cos, sin, eps, DIM: tl.constexpr):
-    """Both halves of heads [4 t, 8 g, WARPS, c, h, 8 e], normed and rotated, in float32."""
-    x, y = halves
-    x, y = x.to(tl.float32), y.to(tl.float32)
+def _norm_and_rotate(halves, norm, angles, eps, DIM: tl.constexpr):
+    """Both halves [rows, WIDTH / 2] of heads, normed and rotated, as [rows, WIDTH]."""
+    x, y = halves[0].to(tl.float32), halves[1].to(tl.float32)
     if norm is not None:
-        square = tl.sum(tl.sum(tl.sum(x * x + y * y, 5), 3), 0)
-        rms = tl.rsqrt(square / DIM + eps)[None, :, :, None, :, None]
+        rms = tl.rsqrt(tl.sum(x * x + y * y, 1) / DIM + eps)[:, None]
         x, y = x * rms * norm[0].to(tl.float32), y * rms * norm[1].to(tl.float32)
-    return x * cos - y * sin, y * cos + x * sin
+    cos, sin = angles
+    x, y = x * cos - y * sin, y * cos + x * sin
+    return tl.join(x, y).to(halves[0].dtype).permute(0, 2, 1).reshape(x.shape[0], 2 * x.shape[1])
 
 
 @triton.jit
-def _query_operand(halves, norm, cos, sin, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """[WARPS, BLOCK rows, WIDTH]: the first operand of q K^T."""
-    x, y = _norm_and_rotate(halves, norm, cos, sin, eps, DIM)
-    WARPS: tl.constexpr = x.shape[2]
-    C: tl.constexpr = x.shape[3]
-    q = tl.join(x, y).to(halves[0].dtype).reshape(4, 8, WARPS, C, BLOCK // 8, 2, 4, 2)
-    return q.permute(2, 4, 1, 7, 3, 5, 0, 6).reshape(WARPS, BLOCK, C * 64)
+def _key_words(key):
+    """New keys [1 or 16, WIDTH] as they lie in the cache: [4 t, g, 1 (for all warps), 2 halves, c, h, 4 words]."""
+    N: tl.constexpr = key.shape[0]
+    C: tl.constexpr = key.shape[1] // 64
+    G: tl.constexpr = 1 if N == 1 else 8
+    return (
+        _to_words(key).reshape(N // G, G, 2, C, 2, 4, 2).permute(5, 1, 2, 3, 0, 4, 6).reshape(4, G, 1, 2, C, N // G, 4)
+    )
 
 
 @triton.jit
-def _key_words(halves, norm, cos, sin, eps, DIM: tl.constexpr, ASM: tl.constexpr):
-    """The words of new keys, as they lie in the cache: [4 t, 8 g, WARPS, 2 halves, c, h, 4 words]."""
-    x, y = _norm_and_rotate(halves, norm, cos, sin, eps, DIM)
-    x, y = _to_words(x, halves[0].dtype, ASM), _to_words(y, halves[0].dtype, ASM)
-    return tl.join(x, y).permute(0, 1, 2, 6, 3, 4, 5)
-
-
-@triton.jit
-def _to_words(x, dtype: tl.constexpr, ASM: tl.constexpr):
-    """float32 [..., 8] -> int32 words [..., 4] of two numbers in the 16-bit dtype."""
-    low, high = tl.split(x.reshape(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x.shape[4], 4, 2))
-    if ASM:
-        KIND: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
-        return tl.inline_asm_elementwise(
-            f"cvt.rn.{KIND}.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
-        )
-    low, high = low.to(dtype).to(tl.int16, bitcast=True), high.to(dtype).to(tl.int16, bitcast=True)
+def _to_words(x):
+    """Rows of numbers in a 16-bit dtype -> int32 words of two of them."""
+    low, high = tl.split(x.to(tl.int16, bitcast=True).reshape(x.shape[0], x.shape[1] // 2, 2))
     return low.to(tl.int32) & 0xFFFF | high.to(tl.int32) << 16
 
 
@@ -345,7 +351,9 @@ def _attend(q, k, v, scale, seen, m, total, acc, ASM: tl.constexpr):
 
 @triton.jit
 def _join_warps(m, total, acc):
-    """The sums of all warps as one, each [WIDTH, BLOCK]: two by two, in registers, after one change of layout."""
+    """(the mean that the sums of all warps give, the logarithm of their weights' sum), each [WIDTH, BLOCK]: two by two,
+    in registers, after one change of layout. Of no slots the mean is 0 and the logarithm -inf.
+    """
     WIDTH: tl.constexpr = acc.shape[1]
     BLOCK: tl.constexpr = acc.shape[2]
     m, total = tl.broadcast_to(m[:, None, :], acc.shape), tl.broadcast_to(total[:, None, :], acc.shape)
@@ -357,7 +365,8 @@ def _join_warps(m, total, acc):
             top = tl.maximum(m, m1)
             m, m1 = tl.exp2(m - top), tl.exp2(m1 - top)
             total, acc, m = total * m + total1 * m1, acc * m + acc1 * m1, top
-    return m.reshape(WIDTH, BLOCK), total.reshape(WIDTH, BLOCK), acc.reshape(WIDTH, BLOCK)
+    mean, lse = tl.where(total > 0, acc / total, 0.0), m + tl.log2(total)
+    return mean.reshape(WIDTH, BLOCK), lse.reshape(WIDTH, BLOCK)
 
 
 @triton.jit
@@ -368,59 +377,69 @@ def _order_of_dimensions(WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(out_ptr, part_ptr, where, d, valid, m, total, acc, DIM: tl.constexpr):
-    """The result of every row; with splits m, the sum and acc, WIDTH + 2 numbers, for `_combine_kernel`."""
-    if part_ptr is None:
-        tl.store(out_ptr + where + d, (acc / total).to(out_ptr.dtype.element_ty), valid & (d < DIM))
-    else:
-        tl.store(part_ptr + where + 2 + d, acc, valid)
-        tl.store(part_ptr + where + d, tl.where(d == 0, m, total), valid & (d < 2))
+def _store_rows(
+    out_ptr, y, bh, top_row, T: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr
+):
+    """The results y [WIDTH, rows] of one KV head, from row `top_row` on."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    out_ptr += (bh // KV_HEADS * T * HEADS + bh % KV_HEADS * GROUP) * DIM
+    d = _order_of_dimensions(y.shape[0])
+    r = top_row + tl.arange(0, y.shape[1])
+    where = (r // GROUP * HEADS + r % GROUP) * DIM
+    tl.store(out_ptr + where + d, y.to(out_ptr.dtype.element_ty), (r < T * GROUP) & (d < DIM))
 
 
 @triton.jit
-def _combine_kernel(
-    part_ptr,
-    pos_ptr,
-    out_ptr,
-    T: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Joins the splits of one token and head."""
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    token = tl.program_id(0)
-    head = tl.program_id(1)
-    row = token % T * GROUP + head % GROUP
-    split = tl.arange(0, triton.next_power_of_2(SPLITS))
-    where = (((token // T) * KV_HEADS + head // GROUP) * SPLITS + split) * ROWS + row
-    d = tl.arange(0, WIDTH)
-    first = tl.load(pos_ptr + token // T * T).to(tl.int32)
-    end = first + (T == 1)
-    begin, share = _split_of_prefix(first, end, WINDOW, SPLITS, STEP)
-    used = (split == 0) | (begin + split * share < end)
-    launch.wait_for_previous(PDL)
-    launch.launch_next(PDL)
-    part_ptr += where * (WIDTH + 2)
-    top, total = tl.load(part_ptr, used, -1e30), tl.load(part_ptr + 1, used, 0)
-    x = tl.load(part_ptr[:, None] + 2 + d, used[:, None], 0)
-    launch.keep_loads_here(PDL)
-    weight = tl.exp2(top - tl.max(top, 0))
-    total = tl.sum(total * weight, 0)
-    out = tl.sum(x * weight[:, None], 0) / total
-    tl.store(out_ptr + (token * HEADS + head) * DIM + d, out.to(out_ptr.dtype.element_ty), d < DIM)
+def _store_part(part_ptr, count_ptr, y, lse, split, used, COLUMNS: tl.constexpr):
+    """Leaves what this split has found for `_join_splits`: y [WIDTH, COLUMNS], then the logarithm of the sum for every
+    row. Says whether it is the last of `used` splits; then it can read what all have left.
+    """
+    WIDTH: tl.constexpr = y.shape[0]
+    j, r = tl.arange(0, WIDTH)[:, None], tl.arange(0, y.shape[1])
+    part_ptr += split * ((WIDTH + 1) * COLUMNS)
+    tl.store(part_ptr + j * COLUMNS + r, y, r < COLUMNS)
+    tl.store(part_ptr + WIDTH * COLUMNS + j + r, lse, (j == 0) & (r < COLUMNS))
+    tl.debug_barrier()  # every warp has stored
+    last = tl.atomic_add(count_ptr, 1) == used - 1
+    tl.store(count_ptr, 0, last)
+    return last
+
+
+@triton.jit
+def _join_splits(part_ptr, used, SPLITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """The mean [WIDTH, COLUMNS] of what `used` splits have found, weighted by their sums. They are added in their
+    order, whichever has ended last.
+    """
+    SIZE: tl.constexpr = (WIDTH + 1) * COLUMNS
+    ALL: tl.constexpr = triton.next_power_of_2(SPLITS)
+    MOST: tl.constexpr = 2048 * WARPS  # numbers at a time, for want of registers
+    CHUNK: tl.constexpr = ALL if ALL * WIDTH * COLUMNS < MOST else MOST // (WIDTH * COLUMNS)
+    y, total = tl.zeros([WIDTH, COLUMNS], tl.float32), tl.zeros([WIDTH, COLUMNS], tl.float32)
+    top, i = tl.full([WIDTH, COLUMNS], -1e30, tl.float32), 0
+    while i < used:
+        s = i + tl.arange(0, CHUNK)[:, None, None]
+        at = part_ptr + s * SIZE + tl.arange(0, COLUMNS)
+        lse = tl.max_contiguous(tl.broadcast_to(at + WIDTH * COLUMNS, [CHUNK, WIDTH, COLUMNS]), [1, 8, 128])
+        lse = tl.load(lse, s < used, -1e30)
+        part = tl.max_contiguous(at + tl.arange(0, WIDTH)[:, None] * COLUMNS, [1, 8, 128])
+        part = tl.load(part, s < used, 0)
+        higher = tl.maximum(top, tl.max(lse, 0))
+        fade, weight = tl.exp2(top - higher), tl.exp2(lse - higher)
+        y, total = y * fade + tl.sum(part * weight, 0), total * fade + tl.sum(weight, 0)
+        top, i = higher, i + CHUNK
+    return y / total
 
 
 def _attention_shape(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, *others: object
 ) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[1] * k_cache.shape[3])
+
+
+@functools.cache
+def _counts(device: torch.device) -> Tensor:
+    """For every KV head how many of its splits have ended: all zero between two launches, so all share it."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
 @launch.operator("attention", _attention_shape, ("k_cache", "v_cache"))
@@ -447,13 +466,13 @@ def attention(
     qkv = qkv.contiguous()
     heads = qkv.shape[1] // dim - 2 * kv_heads
     width = max(64, triton.next_power_of_2(dim))
-    rows, splits = t * heads // kv_heads, tiles.splits(b * kv_heads, slots)
-    block, warps = tiles.attention_tile(rows, splits, width)
+    rows = t * heads // kv_heads
+    block, warps, splits = tiles.attention_tile(rows, b * kv_heads, slots, width)
     rows = triton.cdiv(rows, block) * block
     out = torch.empty(b * t, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    part = None
-    if splits > 1:
-        part = torch.empty(b * kv_heads * splits * rows * (width + 2), dtype=torch.float32, device=qkv.device)
+    groups, size = b * kv_heads * (rows // block), splits * block * (width + 1)
+    count = None if splits == 1 else _counts(qkv.device).narrow(0, 0, groups)
+    part = None if splits == 1 else torch.empty(groups * size, dtype=torch.float32, device=qkv.device)
     sizes = {"T": t, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WIDTH": width, "WINDOW": window}
     sizes |= {"SPLITS": splits, "ROWS": rows}
     _attention_kernel[(b * kv_heads, splits, rows // block)](
@@ -467,18 +486,18 @@ def attention(
         k_norm,
         out,
         part,
+        count,
         eps,
         dim**-0.5 * 1.4426950408889634,  # exp(x) = exp2(x log2(e))
         slots,
         BLOCK=block,
         WARPS=warps,
         AHEAD=tiles.ATTENTION_AHEAD,
+        ALONE=tiles.ATTENTION_ALONE,
         ASM=not INTERPRETED,
         **sizes,
         **launch.options(warps),
     )
-    if splits > 1:
-        _combine_kernel[(b * t, heads)](part, positions, out, STEP=16 * warps, **sizes, **launch.options(warps))
     return out
 
 

@@ -16,6 +16,7 @@ the loads of 4 steps of 128 columns under way. So 256 programs of 8 warps take 8
 from dataclasses import dataclass
 
 ANY = 1 << 62
+ATTENTION_ALONE = 256  # slots that one program attends to, however many programs there may be
 ATTENTION_AHEAD = 4  # steps of the loop over the prefix that the L2 cache is asked for in advance, this one included
 
 
@@ -158,20 +159,24 @@ def choose(table: str, k: int, n: int, rows: int, gated: bool, shared: int = 0) 
     return next(choice.tile for choice in TABLES[table] if choice.fits(k, n, rows, gated, shared))
 
 
-def splits(heads: int, slots: int) -> int:
-    """Into how many programs the prefix of every KV head is split: two programs for each of an H200's 132
-    multiprocessors, but none for less than 512 slots. Llama-3.1-8B, one token at position 32,000: 40.8 us in 33 splits,
-    3217 GB/s (0c0f710).
+def attention_tile(rows: int, heads: int, slots: int, width: int) -> tuple[int, int, int]:
+    """(rows of one program, warps, most splits of a prefix) of `attention._attention_kernel`, for that many KV heads in
+    the batch and slots in the cache.
+
+    Rows times warps decide how much shared memory the sum over warps needs, 33 KB for heads of 128; from 48 KB on the
+    kernels around it lose their L1 cache. One program of 8 warps fills a multiprocessor of an H200, and so do two of 4.
     """
-    return max(1, min(-(-264 // heads), slots // 512))
+    if slots <= ATTENTION_ALONE and width <= 128:
+        return 8, 8, 1
+    if width <= 128 and (rows <= 8 or slots < 1024):
+        return 8, 8, _splits(heads * -(-rows // 8), 132, slots // 128)
+    block = 8 if rows <= 8 or width > 128 else 16
+    return block, 4, _splits(heads * -(-rows // block), 264, slots // 64)
 
 
-def attention_tile(rows: int, splits: int, width: int) -> tuple[int, int]:
-    """(rows of one program, warps) of `attention._attention_kernel`. Their product decides how much shared memory the
-    sum over warps needs, 33 KB for heads of 128; from 48 KB on the kernels around it lose their L1 cache.
-
-    8 warps where the prefix is not split: 1 to 2% of a step against 4 (0c0f710). Programs of 8 rows there, also for 9
-    to 16 rows: a step of 9 rows took 2.24 ms instead of 2.70 (int8, e9286a6).
+def _splits(programs: int, places: int, most: int) -> int:
+    """Into how many parts to cut every program so that they take few rounds in so many places: the first number, `most`
+    at most, that is within 5% of the best.
     """
-    warps = 8 if splits == 1 and width <= 128 else 4
-    return (8 if rows <= 8 or warps == 8 else 16), warps
+    rounds = [-(-programs * s // places) / s for s in range(1, max(1, min(most, places)) + 1)]
+    return next(s for s, r in enumerate(rounds, 1) if r <= 1.05 * min(rounds))
