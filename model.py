@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from linear import Linear, RMSNorm
 from tp import TensorParallel
 
+FastSum = Callable[[Linear, Tensor, Tensor | None], Tensor | None] | None  # of proj(y) + residual over ranks
 DECODE_TOKENS = 16  # up to so many new tokens (of a row) or rows (of a layer) are a decode step, more are a prefill
 
 
@@ -208,18 +209,20 @@ def widen(cos: Tensor, sin: Tensor, half: int) -> tuple[Tensor, Tensor]:
     return (F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))) if rest else (cos, sin)
 
 
-def add_to(x: Tensor, proj: Linear, y: Tensor, post_norm: RMSNorm | None, tp: TensorParallel) -> Tensor:
+def add_to(x: Tensor, proj: Linear, y: Tensor, post_norm: RMSNorm | None, tp: TensorParallel, fast: FastSum) -> Tensor:
     """x + proj(y), summed over ranks; with a norm behind the block x + post_norm(proj(y)), which no kernel fuses."""
-    if post_norm is not None:
-        return x + post_norm(tp.all_reduce(proj(y)))
-    # the residual enters the sum over ranks once, through rank 0
-    return tp.all_reduce(proj(y, residual=x if tp.rank == 0 else None))
+    # without that norm the residual enters the sum over ranks, once, through rank 0
+    added = x if tp.rank == 0 and post_norm is None else None
+    total = None if fast is None else fast(proj, y, added)
+    total = tp.all_reduce(proj(y, residual=added)) if total is None else total
+    return total if post_norm is None else x + post_norm(total)
 
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with its projections, cache write and residual add."""
 
     fast: Callable[..., Tensor | None] | None = None  # set by `decode_kernels.use_`; None: plain PyTorch
+    fast_sum: FastSum = None  # for `add_to`
 
     def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel) -> None:
         super().__init__()
@@ -244,7 +247,7 @@ class Attention(nn.Module):
         y = None if self.fast is None else self.fast(self, qkv, cos, sin, positions, cache, end)
         if y is None:
             y = self.attend(qkv, cos, sin, positions, cache, end)
-        return add_to(x, self.o_proj, y, self.post_norm, self.tp)
+        return add_to(x, self.o_proj, y, self.post_norm, self.tp, self.fast_sum)
 
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int) -> Tensor:
         """Heads, their norms and rotation, the cache, and attention over its first `end` slots: [B, T, H Dh]."""
@@ -267,6 +270,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020), norm before and residual after fused in; or gelu instead of silu."""
 
+    fast_sum: FastSum = None  # for `add_to`
+
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
@@ -281,7 +286,7 @@ class MLP(nn.Module):
         if not self.silu:
             gate, up = h.chunk(2, dim=-1)
             h = F.gelu(gate, approximate="tanh") * up
-        return add_to(x, self.down_proj, h, self.post_norm, self.tp)
+        return add_to(x, self.down_proj, h, self.post_norm, self.tp, self.fast_sum)
 
 
 class Experts(nn.Module):

@@ -31,7 +31,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from model import Attention, LayerCache, Transformer
 from sampling import Structure
 from tp import FastCollectives
 
+Letters = tuple[Tensor | int, ...] | None  # where a product whose result is summed over ranks sends it: `dense.run`
 ROWS = 16  # of activations in one launch, at most
 # Triton runs its kernels in its CPU interpreter (for tests); it reads the variable when it is imported, as this does
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,7 +65,8 @@ def use_(model: nn.Module, on: bool = True) -> None:
         return
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.use_({8: INT8, 4: INT4}[module.bits] if on else None)
+            if not (on and isinstance(module.fast, Quantized)):
+                module.use_({8: INT8, 4: INT4}[module.bits] if on else None)
         elif isinstance(module, Linear):
             module.fast = DENSE if on else None
         elif isinstance(module, Attention):
@@ -73,6 +76,11 @@ def use_(model: nn.Module, on: bool = True) -> None:
             # once: a captured program writes into these mailboxes as long as it lives
             if on and module.tp.fast is None:
                 module.tp.fast = connect(module)
+    for module in model.modules():
+        if isinstance(module, Transformer) and module.tp.fast is not None:
+            from decode_kernels import sums
+
+            sums.use_(module, on)
 
 
 def serves(x: Tensor) -> bool:
@@ -114,31 +122,39 @@ class Dense:
         parts = zip(x.split(ROWS), many.split(ROWS))  # their rows may be more: one launch after another
         return torch.cat([product(rows, linear.bias, *gain, None, silu_mul, chosen) for rows, chosen in parts])
 
-    def product(self, linear: Linear, one: int | None, silu_mul: bool) -> Callable[..., Tensor] | None:
+    def product(
+        self, linear: Linear, one: int | None, silu_mul: bool, letters: Letters = None
+    ) -> Callable[..., Tensor] | None:
         """The kernel with the weights of `linear`, or of one of its experts; None for a shape without one."""
         from decode_kernels import dense
 
         weight = linear.weight if one is None else linear.weight[one]
-        return lambda x, *others: dense.linear(x, weight, *others)
+        product = dense.linear if letters is None else partial(dense.run, letters=letters)
+        return lambda x, *others: product(x, weight, *others)
 
 
 class Quantized(Dense):
     """`Linear.fast` for int8 and int4 weights: see `linear.FastQuantized`."""
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
+    def __init__(self, bits: int, left: Callable[[Tensor], Any] | None = None) -> None:
+        self.bits, self.left = bits, left  # left(x): the digits of x, if the sum over ranks before has left some
 
     def covers(self, linear: QuantizedLinear) -> bool:
         """A scale is one of a row, or of a group whose size is a power of two from 32 on."""
         group = linear.in_features // (linear.weight_scale.shape[-1] if self.bits == 4 else 1)
         return group == linear.in_features or (group >= 32 and group & (group - 1) == 0)
 
-    def product(self, linear: QuantizedLinear, one: int | None, silu_mul: bool) -> Callable[..., Tensor] | None:
+    def product(
+        self, linear: QuantizedLinear, one: int | None, silu_mul: bool, letters: Letters = None
+    ) -> Callable[..., Tensor] | None:
         from decode_kernels import quantized
 
         if silu_mul and linear.out_features % 32:  # gates and ups would share a tile
             return None
         weight, scale, zero = linear.operands(one)
+        if letters is not None or (self.left is not None and not torch.compiler.is_compiling()):
+            run, left = partial(quantized.run, bits=self.bits, letters=letters), self.left or (lambda x: None)
+            return lambda x, *others: run(x, weight, scale, zero, *others, digits=left(x))
         if self.bits == 8:
             return lambda x, *others: quantized.int8_linear(x, weight, scale, *others)
         return lambda x, *others: quantized.int4_linear(x, weight, scale, zero, *others)

@@ -51,7 +51,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels import INTERPRETED, launch, tiles
+from decode_kernels import INTERPRETED, Letters, launch, tiles
+from decode_kernels.letters import SLICE, send_results
 
 
 @triton.jit
@@ -62,6 +63,7 @@ def _gemv_kernel(
     norm_ptr,
     residual_ptr,
     experts_ptr,
+    letters,
     out_ptr,
     rows,
     eps,
@@ -117,6 +119,7 @@ def _gemv_kernel(
     result_exists = (n < OUT) & (column < rows)
     result = (first_row + column) * OUT + n
     residual = tl.zeros([BLOCK_N, M], dtype)
+    number = tl.zeros([BLOCK_N, M], tl.int32)
     acc = tl.zeros([WARPS, PAIRS * 16, 8], tl.float32)
     squares = tl.zeros([4, PIECES, M, WARPS], tl.float32)
     weights, gains, xs = tl.tuple([]), tl.tuple([]), tl.tuple([])
@@ -135,6 +138,8 @@ def _gemv_kernel(
             launch.wait_for_previous(PDL)
             if residual_ptr is not None:
                 residual = tl.load(residual_ptr + result, result_exists, 0)
+            if letters is not None:
+                number = tl.load(letters[0] + result // SLICE, result_exists, 0)
         # After the wait the activations of X_AHEAD steps are loaded, and those of one more step in each step.
         for j in tl.static_range(
             0 if i < W_AHEAD else i - W_AHEAD + X_AHEAD, 0 if i < W_AHEAD - 1 else i - W_AHEAD + X_AHEAD + 1
@@ -169,7 +174,10 @@ def _gemv_kernel(
             up += tl.load(bias_ptr + OUT + n, n < OUT, 0).to(tl.float32)
         y = y / (1 + tl.exp(-y)) * up
     y += residual.to(tl.float32)
-    tl.store(out_ptr + result, y.to(dtype), result_exists)
+    if letters is not None:
+        send_results(y, result, result_exists, number, letters)
+    else:
+        tl.store(out_ptr + result, y.to(dtype), result_exists)
 
 
 @triton.jit
@@ -203,6 +211,7 @@ def _gemm_kernel(
     w_ptr,
     bias_ptr,
     residual_ptr,
+    letters,
     out_ptr,
     rows,
     N: tl.constexpr,
@@ -236,7 +245,7 @@ def _gemm_kernel(
     launch.wait_for_previous(PDL)
     for i in tl.static_range(EARLY):
         xs = xs + (tl.load(x_ptr + i * BLOCK_K + (m * K + k), (m < rows) & (i * BLOCK_K + k < K), 0),)
-    bias, residual = load_bias_and_residual(start, rows, bias_ptr, residual_ptr, out_ptr, N, BLOCK_N, M, SILU)
+    added = load_for_result(start, rows, bias_ptr, residual_ptr, letters, out_ptr, N, BLOCK_N, M, SILU)
     acc = tl.zeros([BLOCK_N, M], tl.float32)
     for first in tl.range(EARLY * BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         if K % BLOCK_K == 0 and N % BLOCK_N == 0:
@@ -247,7 +256,7 @@ def _gemm_kernel(
         acc = launch.dot(w, x.T, acc, ASM)
     for i in tl.static_range(EARLY):
         acc = launch.dot(weights[i], xs[i].T, acc, ASM)
-    store_result(acc, bias, residual, start, rows, out_ptr, N, SILU)
+    store_result(acc, added, start, rows, letters, out_ptr, N, SILU)
 
 
 @triton.jit
@@ -259,35 +268,42 @@ def interleave_gates(i, OUT: tl.constexpr, SILU: tl.constexpr):
 
 
 @triton.jit
-def load_bias_and_residual(
+def load_for_result(
     start,
     rows,
     bias_ptr,
     residual_ptr,
+    letters,
     out_ptr,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     M: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """(bias [BLOCK_N], residual [results, M]) or zeros, loaded long before `store_result` adds them."""
+    """(bias [BLOCK_N], residual [results, M], numbers of the message [results, M]), or zeros, loaded long before
+    `store_result` needs them.
+    """
     OUT: tl.constexpr = N // 2 if SILU else N
     RESULTS: tl.constexpr = BLOCK_N // 2 if SILU else BLOCK_N
     bias = tl.zeros([BLOCK_N], out_ptr.dtype.element_ty)
     residual = tl.zeros([RESULTS, M], out_ptr.dtype.element_ty)
+    number = tl.zeros([RESULTS, M], tl.int32)
     if bias_ptr is not None:
         n = start + interleave_gates(tl.arange(0, BLOCK_N), OUT, SILU)
         bias = tl.load(bias_ptr + n, n < N, 0)
+    n = start + tl.arange(0, RESULTS)[:, None]
+    m = tl.arange(0, M)
     if residual_ptr is not None:
-        n = start + tl.arange(0, RESULTS)[:, None]
-        m = tl.arange(0, M)
         residual = tl.load(residual_ptr + m * OUT + n, (n < OUT) & (m < rows), 0)
-    return bias, residual
+    if letters is not None:
+        number = tl.load(letters[0] + (m * OUT + n) // SLICE, (n < OUT) & (m < rows), 0)
+    return bias, residual, number
 
 
 @triton.jit
-def store_result(y, bias, residual, start, rows, out_ptr, N: tl.constexpr, SILU: tl.constexpr):
+def store_result(y, added, start, rows, letters, out_ptr, N: tl.constexpr, SILU: tl.constexpr):
     """Bias, silu(gate) * up, residual and store of y [rows of the matrix as `interleave_gates` says, activations]."""
+    bias, residual, number = added
     BLOCK_N: tl.constexpr = y.shape[0]
     M: tl.constexpr = y.shape[1]
     OUT: tl.constexpr = N // 2 if SILU else N
@@ -299,7 +315,10 @@ def store_result(y, bias, residual, start, rows, out_ptr, N: tl.constexpr, SILU:
     y += residual.to(tl.float32)
     n = start + tl.arange(0, RESULTS)[:, None]
     m = tl.arange(0, M)
-    tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), (n < OUT) & (m < rows))
+    if letters is not None:
+        send_results(y, m * OUT + n, (n < OUT) & (m < rows), number, letters)
+    else:
+        tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), (n < OUT) & (m < rows))
 
 
 def _launch_rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
@@ -315,6 +334,7 @@ def _launch_gemv(
     norm_weight: Tensor | None,
     residual: Tensor | None,
     experts: Tensor | None,
+    letters: Letters,
     out: Tensor,
     eps: float,
     silu_mul: bool,
@@ -330,6 +350,7 @@ def _launch_gemv(
         norm_weight,
         residual,
         experts,
+        letters,
         out,
         rows,
         eps,
@@ -348,7 +369,13 @@ def _launch_gemv(
 
 
 def _launch_gemm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, silu_mul: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    letters: Letters,
+    out: Tensor,
+    silu_mul: bool,
 ) -> None:
     (rows, k), n = x.shape, weight.shape[-2]
     shared = 0 if INTERPRETED else launch.shared_memory()
@@ -358,6 +385,7 @@ def _launch_gemm(
         weight,
         bias,
         residual,
+        letters,
         out,
         rows,
         N=n,
@@ -394,14 +422,28 @@ def linear(
     weight [N, K] in x's dtype, K a multiple of 8; with experts (int64 [M]) weight is [E, N, K] and row m of x uses
     matrix experts[m]. bias is [N], norm_weight [K], residual of the result's shape.
     """
-    rows = x.shape[0]
+    return run(x, weight, bias, norm_weight, eps, residual, silu_mul, experts)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    silu_mul: bool,
+    experts: Tensor | None,
+    letters: Letters = None,
+) -> Tensor:
+    """`linear`; with letters its result is sent to all ranks, and what is returned waits for their sum."""
+    rows, out = x.shape[0], empty_result(x, weight.shape[-2], silu_mul)
     x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
     together = rows if experts is None else 1  # rows of activations that share a matrix
     if norm_weight is not None and (together > 1 or x.dtype == torch.float16):
         x, norm_weight = _launch_rms_norm(x, norm_weight, eps), None
-    out = empty_result(x, weight.shape[-2], silu_mul)
     if together <= 4:
-        _launch_gemv(x, weight, bias, norm_weight, residual, experts, out, eps, silu_mul)
+        _launch_gemv(x, weight, bias, norm_weight, residual, experts, letters, out, eps, silu_mul)
     else:
-        _launch_gemm(x, weight, bias, residual, out, silu_mul)
+        _launch_gemm(x, weight, bias, residual, letters, out, silu_mul)
     return out

@@ -57,8 +57,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels import INTERPRETED, launch, tiles
-from decode_kernels.dense import empty_result, interleave_gates, load_bias_and_residual, store_result
+from decode_kernels import INTERPRETED, Letters, launch, tiles
+from decode_kernels.dense import empty_result, interleave_gates, load_for_result, store_result
+from decode_kernels.letters import LETTERS, receive_sum
 
 # -- the layout ----------------
 
@@ -89,10 +90,22 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 # -- the product ----------------
 
+Digits = tuple[Tensor, Tensor, Tensor | None, int]  # digits, units, sums of squares if there is a norm, columns
+Incoming = tuple[Tensor, Tensor, int] | None  # the letters of a sum over ranks: `letters.receive_sum`
+
 
 @triton.jit
 def _digits_kernel(
-    x_ptr, norm_ptr, digits_ptr, unit_ptr, squares_ptr, K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
+    x_ptr,
+    norm_ptr,
+    digits_ptr,
+    unit_ptr,
+    squares_ptr,
+    incoming,  # not None: x is a sum over ranks, which is received and stored, too
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The digits of 128 activations of a row, times the norm's gain if there is a norm, and the sum of their squares.
 
@@ -108,8 +121,13 @@ def _digits_kernel(
     launch.launch_next(PDL)
     if norm_ptr is not None:
         gain = tl.load(norm_ptr + k, k < K, 0).to(tl.float32)
-    launch.wait_for_previous(PDL)
-    x = tl.load(x_ptr + row * K + k, k < K, 0).to(tl.float32)
+    if incoming is not None:
+        x = receive_sum(incoming, row * CHUNKS + chunk, True, SIZE).reshape(16, 8).to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + row * K + k, x)
+        x = x.to(tl.float32)
+    else:
+        launch.wait_for_previous(PDL)
+        x = tl.load(x_ptr + row * K + k, k < K, 0).to(tl.float32)
     if norm_ptr is not None:
         tl.store(squares_ptr + row * CHUNKS + chunk, tl.sum(x * x))
         x *= gain
@@ -124,6 +142,8 @@ def _digits_kernel(
     tl.store(at, high.to(tl.int8))
     tl.store(at + 64, (x - (high << 8)).to(tl.int8))
     tl.store(unit_ptr + block * 8 + column % 8, unit)
+    if incoming is not None:
+        launch.wait_for_previous(PDL)
 
 
 @triton.jit
@@ -137,6 +157,7 @@ def _quantized_kernel(
     bias_ptr,
     residual_ptr,
     experts_ptr,
+    letters,
     out_ptr,
     rows,
     eps,
@@ -213,8 +234,8 @@ def _quantized_kernel(
             weights = weights + (_load_weights(w_lanes, scale_lanes, i, OUT % BLOCK_N == 0, N, K, GROUP, BITS),)
         if i == W_AHEAD - 1:
             launch.wait_for_previous(PDL)
-            bias, residual = load_bias_and_residual(
-                start, rows, bias_ptr, residual_ptr, out_ptr, N, TILES * 16, COLUMNS // 2, SILU
+            added = load_for_result(
+                start, rows, bias_ptr, residual_ptr, letters, out_ptr, N, TILES * 16, COLUMNS // 2, SILU
             )
             if squares_ptr is not None:
                 m = tl.arange(0, COLUMNS // 2)[:, None]
@@ -239,7 +260,7 @@ def _quantized_kernel(
         y *= 0.0625  # for `_nibbles_times_16`
     else:
         y *= channel.to(tl.float32)[:, None]
-    store_result(y, bias, residual, start, rows, out_ptr, N, SILU)
+    store_result(y, added, start, rows, letters, out_ptr, N, SILU)
 
 
 @triton.jit
@@ -390,7 +411,7 @@ def _sum_warps(y):
     return y.reshape(y.shape[1], y.shape[2])
 
 
-def _launch(
+def run(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -402,25 +423,28 @@ def _launch(
     silu_mul: bool,
     experts: Tensor | None,
     bits: int,
+    letters: Letters = None,
+    digits: Digits | None = None,
 ) -> Tensor:
+    """`int8_linear` or `int4_linear`; letters as in `dense.run`, digits: those of x if there are any."""
     (rows, k), n = x.shape, scale.shape[-1 if bits == 8 else -2]
-    x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
     out = empty_result(x, n, silu_mul)
-    columns = 8 if experts is not None else max(8, triton.next_power_of_2(rows * 2))
-    digits, unit, squares = _launch_digits(x, norm_weight, columns, separate=experts is not None)
+    x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
+    if digits is None:
+        separate = experts is not None
+        digits = fill_digits_(x, norm_weight, empty_digits(x, rows, k, norm_weight is not None, separate), separate)
     tile = tiles.choose(f"int{bits}", k, n, rows if experts is None else 1, silu_mul)
     steps = triton.cdiv(triton.cdiv(k, 128), tile.warps)
     grid = (triton.cdiv(out.shape[1], tile.rows // 2 if silu_mul else tile.rows), 1 if experts is None else rows)
     _quantized_kernel[grid](
-        digits,
-        unit,
-        squares,
+        *digits[:3],
         weight,
         scale,
         zero,
         bias,
         residual,
         experts,
+        letters,
         out,
         rows,
         eps,
@@ -429,7 +453,7 @@ def _launch(
         GROUP=k if bits == 8 else k // scale.shape[-1],
         BITS=bits,
         SILU=silu_mul,
-        COLUMNS=columns,
+        COLUMNS=digits[3],
         TILES=tile.rows // 16,
         WARPS=tile.warps,
         W_AHEAD=min(tile.w_ahead, steps),
@@ -440,17 +464,26 @@ def _launch(
     return out
 
 
-def _launch_digits(
-    x: Tensor, norm_weight: Tensor | None, columns: int, separate: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(digits, units, sums of squares if there is a norm). separate: every row has eight columns of its own."""
-    (rows, k), spacing = x.shape, 8 if separate else 2
-    chunks, blocks = triton.cdiv(k, 128), max(triton.cdiv(rows * spacing, 8), columns // 8)
-    digits = torch.empty(blocks, chunks * 1024, dtype=torch.int8, device=x.device)
-    unit = torch.empty(blocks, chunks, 8, dtype=torch.float32, device=x.device)
-    squares = None if norm_weight is None else torch.empty(rows, chunks, dtype=torch.float32, device=x.device)
-    _digits_kernel[(rows, chunks)](x, norm_weight, digits, unit, squares, K=k, COLUMNS=spacing, **launch.options(1))
-    return digits, unit, squares
+def empty_digits(x: Tensor, rows: int, k: int, norm: bool, separate: bool = False) -> Digits:
+    """For rows of k activations like x, without contents. separate: every row has eight columns of its own."""
+    columns = 8 if separate else max(8, triton.next_power_of_2(rows * 2))
+    chunks, blocks = triton.cdiv(k, 128), rows if separate else columns // 8
+    digits = x.new_empty(blocks, chunks * 1024, dtype=torch.int8)
+    unit = x.new_empty(blocks, chunks, 8, dtype=torch.float32)
+    return digits, unit, x.new_empty(rows, chunks, dtype=torch.float32) if norm else None, columns
+
+
+def fill_digits_(
+    x: Tensor, norm_weight: Tensor | None, empty: Digits, separate: bool = False, incoming: Incoming = None
+) -> Digits:
+    """The digits of x [rows, k]; with incoming letters x is filled, too."""
+    (rows, k), (digits, unit, squares, _) = x.shape, empty
+    grid, spacing = (rows, triton.cdiv(k, 128)), 8 if separate else 2
+    size = 0 if incoming is None else len(incoming[0]) // LETTERS.value
+    _digits_kernel[grid](
+        x, norm_weight, digits, unit, squares, incoming, K=k, COLUMNS=spacing, SIZE=size, **launch.options(1)
+    )
+    return empty
 
 
 @launch.operator("int8_linear", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-1], silu_mul=rest[-2]))
@@ -468,7 +501,7 @@ def int8_linear(
     """x [M, K], M <= 16 -> [M, N], or [M, N/2] with silu_mul: as `dense.linear`, for `pack(q, 8)` and scale [N]; with
     experts (int64 [M]) both have a leading E.
     """
-    return _launch(x, weight, scale, None, bias, norm_weight, eps, residual, silu_mul, experts, bits=8)
+    return run(x, weight, scale, None, bias, norm_weight, eps, residual, silu_mul, experts, bits=8)
 
 
 @launch.operator("int4_linear", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-2], silu_mul=rest[-2]))
@@ -485,7 +518,7 @@ def int4_linear(
     experts: Tensor | None,
 ) -> Tensor:
     """The same for `pack(q, 4)`, scale [N, G] and zero [N, G] or None; K / G is K or a power of 2 from 32 on."""
-    return _launch(x, weight, scale, zero, bias, norm_weight, eps, residual, silu_mul, experts, bits=4)
+    return run(x, weight, scale, zero, bias, norm_weight, eps, residual, silu_mul, experts, bits=4)
 
 
 # -- the whole matrix ----------------

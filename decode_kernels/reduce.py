@@ -2,14 +2,10 @@
 
 Knows mailboxes: memory of every GPU into which the others write. Refuses to know models and what the numbers mean.
 
-One token of Llama-2-7B needs 65 all-reduces of a few kilobytes. Between two H200s NCCL takes 32.6 us for one of them,
-this kernel 2.4 us (`benchmarks/NOTES.md`). Every rank writes its numbers straight into a mailbox of each rank, its own
-too, then waits until its own mailbox is full and adds what lies there up, in the order of the ranks: so all ranks
-compute the same bits. One way over NVLink is all that is waited for (the idea of NCCL's LL protocol, and of the
-one-shot all-reduce in TensorRT-LLM and vLLM).
-
-**A letter** is 64 bits: 32 bits of the message, two 16-bit numbers, and above them the number of the message. 64 bits
-arrive whole, so whoever sees the number it waits for has the content as well; neither flags nor fences are needed.
+A small all-reduce takes 32.6 us by NCCL between two H200s, by this kernel 2.4 us (`benchmarks/NOTES.md`). Every rank
+writes its numbers as letters (`letters.py`) into a mailbox of each rank, its own too, then waits until its own mailbox
+is full and adds what lies there up, in the order of the ranks: so all ranks compute the same bits. The many sums of a
+step do without this kernel (`sums.py`).
 
 Worked example, two ranks, message 7 of each, one word: rank 0 holds the numbers (1.0, 2.0) in bf16, 0x40003F80, and
 sends 0x00000007_40003F80; rank 1 holds (3.0, 0.5) and sends 0x00000007_3F004040. Both then find these two letters in
@@ -19,8 +15,7 @@ their mailbox and add them to (4.0, 2.5).
 it has received message k + 1 of every other rank B, and B sent that after its kernel of message k had ended, so B no
 longer needs the place into which A writes. Every program has its own counter and its own part of the mailbox.
 
-**Whoever does not answer.** A program looks at most `TRIES` times, some seconds, and then takes all ones for what is
-missing: NaN as 16-bit floats, -1 as an integer. The engine stops at both.
+**Whoever does not answer.** A program looks at most `TRIES` times, some seconds.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202
@@ -37,6 +32,7 @@ from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric
 
 from decode_kernels import launch
+from decode_kernels.letters import LETTERS, letters_of, of_rank, receive
 from tp import TensorParallel
 
 BLOCK = 256  # words of one program, which is one warp: it waits without barriers
@@ -48,31 +44,12 @@ TRIES = 1 << 24
 
 
 @triton.jit
-def _place(boxes_ptr, reader, writer, number, at, SIZE: tl.constexpr, CAPACITY: tl.constexpr):
-    """Where the words `at` of message `number` lie in the mailbox of `reader`, among those of `writer`."""
-    box = tl.load(boxes_ptr + reader).to(tl.pointer_type(tl.int64))
-    return box + ((number & 1) * SIZE + writer) * CAPACITY + at
-
-
-@triton.jit
 def _send(word, boxes_ptr, rank, number, at, mask, SIZE: tl.constexpr, CAPACITY: tl.constexpr):
     """This rank's words, each with the number of the message, into the mailbox of every rank."""
-    letter = (number.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
+    letter = letters_of(word, number)
     for reader in tl.static_range(SIZE):
-        tl.store(_place(boxes_ptr, reader, rank, number, at, SIZE, CAPACITY), letter, mask)
-
-
-@triton.jit
-def _receive(boxes_ptr, rank, writer, number, at, mask, tries, SIZE: tl.constexpr, CAPACITY: tl.constexpr):
-    """The words of `writer` from this rank's mailbox, once all of them have come; -1 for those that never do."""
-    place = _place(boxes_ptr, rank, writer, number, at, SIZE, CAPACITY)
-    letter = tl.load(place, mask, 0, volatile=True)
-    missing = mask & ((letter >> 32).to(tl.int32) != number)
-    while (tl.max(missing.to(tl.int32), 0) > 0) & (tries > 0):
-        letter = tl.load(place, mask, 0, volatile=True)
-        missing = mask & ((letter >> 32).to(tl.int32) != number)
-        tries -= 1
-    return tl.where(missing, -1, letter.to(tl.int32))
+        box = tl.load(boxes_ptr + reader).to(tl.pointer_type(tl.int64))
+        tl.store(box + ((number & 1) * SIZE + rank) * CAPACITY + at, letter, mask)
 
 
 @triton.jit
@@ -116,9 +93,11 @@ def _exchange_kernel(
     if SEND:
         _send(tl.load(word_ptr + at, mask, 0), boxes_ptr, rank, number, at, mask, SIZE, CAPACITY)
     if RECEIVE:
+        box = tl.load(boxes_ptr + rank).to(tl.pointer_type(tl.int64)) + (number & 1) * SIZE * CAPACITY
+        words = receive(box, number, at, mask, tries, SIZE, CAPACITY)
         low, high = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for writer in tl.static_range(SIZE):
-            word = _receive(boxes_ptr, rank, writer, number, at, mask, tries, SIZE, CAPACITY)
+            word = of_rank(words, writer)
             if DTYPE is None:
                 tl.store(out_ptr + writer * n + at, word, mask)
             else:
@@ -187,6 +166,7 @@ class Mailboxes:
     def __init__(self, box: Tensor, boxes: Tensor, rank: int, owner: object = None) -> None:
         self.box, self.boxes, self.rank, self.owner = box, boxes, rank, owner  # kept as long as others may write there
         self.counter = torch.zeros(CAPACITY // BLOCK, dtype=torch.int32, device=boxes.device)
+        self.sums: list[object] = []  # captured programs use them as long as they live
 
     def fits(self, x: Tensor) -> bool:
         return x.nbytes % 4 == 0 and 0 < x.nbytes <= 4 * CAPACITY and not torch.compiler.is_compiling()
@@ -204,7 +184,7 @@ class Mailboxes:
 
 def box_of(size: int, device: torch.device) -> Tensor:
     """An empty mailbox for messages of `size` ranks."""
-    return torch.zeros(2 * size * CAPACITY, dtype=torch.int64, device=device)
+    return torch.zeros(2 * size * (CAPACITY + LETTERS.value), dtype=torch.int64, device=device)
 
 
 def connect(tp: TensorParallel, device: torch.device) -> Mailboxes | None:
@@ -222,7 +202,7 @@ def connect(tp: TensorParallel, device: torch.device) -> Mailboxes | None:
     if not all(answers) or len(set(places)) < tp.size:
         return None
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # it is not needed
-    box = symmetric.empty(2 * tp.size * CAPACITY, dtype=torch.int64, device=device).zero_()
+    box = symmetric.empty(2 * tp.size * (CAPACITY + LETTERS.value), dtype=torch.int64, device=device).zero_()
     handle = symmetric.rendezvous(box, dist.group.WORLD)
     boxes = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
     torch.cuda.synchronize(device)

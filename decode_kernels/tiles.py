@@ -8,9 +8,10 @@ of a step (`benchmarks/NOTES.md` has the sweeps, and says why a tile wins: all p
 loaded before the wait, few warps). On other GPUs, and for shapes in between, every tile is correct, if not the best.
 For another GPU, put entries measured there in front, with what tells it apart, as `shared` does.
 
-Worked example: `down` of Llama-2-7B, K = 11008 and N = 4096, int4, one row. Of the table "int4" the first entry wants
-gated weights and the second K <= 4096; the third fits: 16 rows of the matrix in a program, 8 warps, each of which has
-the loads of 4 steps of 128 columns under way. So 256 programs of 8 warps take 86 chunks of 128 columns in 11 steps.
+Worked example: `down` of Llama-2-7B, K = 11008 and N = 4096, int4, one row. Of the table "int4" two of the first five
+entries want gated weights and three K <= 4096; the sixth fits: 16 rows of the matrix in a program, 8 warps, each of
+which has the loads of 4 steps of 128 columns under way. So 256 programs of 8 warps take 86 chunks of 128 columns in 11
+steps.
 """
 
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class Choice:
 TABLES = {
     # `dense._gemv_kernel`; its results, `rows`, are half as many as its rows of the matrix if these are gated
     "16-bit, few rows": (
+        Choice(Tile(4, 512, 2, 2, 2), "7B on two: -17 us", "b846b53", rows=1, k_from=2048, k=2048, n_from=4096, n=4096),
+        Choice(Tile(4, 256, 2, 4, 4), "7B on two: -10 us", "b846b53", rows=1, k_from=5504, k=7168, n_from=4096, n=4096),
+        Choice(Tile(4, 512, 2, 2, 2), "7B on two: -5 us", "b846b53", rows=1, k_from=4096, k=4096, n=12288, gated=True),
         Choice(Tile(4, 256, 2, 4, 4), "1B: step 0.66 ms", "e50a671", rows=1, k=2048, gated=True),
         Choice(Tile(4, 256, 2, 4, 4), "half of 7B: step 1.710 -> 1.666 ms", "0ef840e", rows=1, n=12288, gated=True),
         Choice(Tile(4, 256, 4, 4, 4), "7B: step 3.243 -> 3.138 ms", "e50a671", rows=1, gated=True),
@@ -136,6 +140,13 @@ TABLES = {
         Choice(Tile(32, 128, 2, 2, 1), "16 rows: step 2.165 -> 2.144 ms", "e50a671"),
     ),
     "int4": (
+        Choice(
+            Tile(32, 128, 8, 2, 2), "8B on two: -52 us", "b846b53", rows=1, k_from=4096, k=4096, n=14336, gated=True
+        ),
+        Choice(Tile(16, 128, 8, 4, 4), "8B on two: -7 us", "b846b53", rows=1, k_from=4096, k=4096, n=3072, gated=False),
+        Choice(
+            Tile(16, 128, 8, 2, 2), "8B on two: -18 us", "b846b53", rows=1, k=2048, n_from=4096, n=4096, gated=False
+        ),
         Choice(Tile(32, 128, 2, 2, 2), "step 1.209 -> 1.198 ms", "e50a671", rows=1, k=4096, gated=True),
         Choice(Tile(16, 128, 4, 8, 4), "o: 4.3 us, 1993 GB/s", "189752e", rows=4, k=4096, n=8192, gated=False),
         Choice(Tile(16, 128, 8, 4, 4), "down: 7.9 us, 2932 GB/s", "189752e", rows=4, n=8192, gated=False),

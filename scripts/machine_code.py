@@ -57,7 +57,7 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas_version
 
 from decode_kernels import attention as attending
-from decode_kernels import dense, prefill, quantized, reduce
+from decode_kernels import dense, prefill, quantized, reduce, sums
 from decode_kernels import step as ends
 from decode_kernels.ahead import StandIn
 
@@ -211,6 +211,24 @@ def exchange(n: int, size: int, add: bool) -> Callable[[], object]:
     return run
 
 
+def summed(k: int, n: int, bits: int, size: int) -> Callable[[], object]:
+    """A product whose results go to all ranks, on rank 0, and the sum of what comes; with int4 it leaves digits."""
+
+    def run() -> object:
+        make = functools.partial(torch.empty, dtype=torch.bfloat16)
+        boxes = reduce.Mailboxes(reduce.box_of(size, torch.device("cpu")), torch.arange(1, size + 1) << 40, 0)
+        total, x, residual = sums.Sum(boxes, make(n) if bits == 4 else None), make(1, k), make(1, n)
+        digits = quantized.empty_digits(x, 1, n, norm=True) if bits == 4 else None
+        if bits == 4:
+            weight, scale = torch.empty(n // 16, k // 128, 1024, dtype=torch.uint8), make(n, k // 128)
+            out = quantized.run(x, weight, scale, None, None, None, 0.0, residual, False, None, 4, total.letters)
+        else:
+            out = dense.run(x, make(n, k), None, None, 0.0, residual, False, None, total.letters)
+        return total.receive_(out, digits)
+
+    return run
+
+
 def cases() -> dict[str, Callable[[], object]]:
     """What is launched, by a name that says for which model, matrix, format and number of rows."""
     layer: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -248,6 +266,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "llama-3.1-8b step, greedy": step(128256, 4096, 64, 1),
         "llama-2-7b sum over 2 ranks": exchange(4096, 2, True),
         "llama-2-70b gather over 8 ranks": exchange(4000, 8, False),
+        "llama-2-7b o bf16 1, summed over 2 ranks": summed(2048, 4096, 16, 2),
+        "llama-3.1-8b o int4-g128 1, summed over 2 ranks": summed(2048, 4096, 4, 2),
     }
     return out
 
@@ -267,6 +287,7 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "llama-3.1-8b prefill",
     "llama-2-7b step",
     "llama-2-7b sum over 2 ranks",
+    "llama-2-7b o bf16 1, summed over 2 ranks",
 )
 
 

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, HAS_TRITON, compiled, needs_compiler, needs_kernels
+from kernel_checks import DEVICE, DTYPES, HAS_TRITON, compiled, needs_compiler, needs_kernels, relative_error
 
 import architectures
 import decode_kernels
+from decode_kernels import INTERPRETED
+from linear import Linear, QuantizedLinear, RMSNorm, from_linear
 from model import Transformer
 from tp import TensorParallel
 
 if HAS_TRITON:
     import triton.language as tl
 
-    from decode_kernels import reduce
+    from decode_kernels import quantized, reduce, sums
 
 
 def ranks(size):
@@ -85,6 +87,28 @@ def test_ranks_are_connected_once(monkeypatch):
     assert len(made) == 1
 
 
+@needs_kernels
+@pytest.mark.parametrize("bits", [16, 4])
+def test_blocks_of_ranks_end_with_sums(monkeypatch, bits):
+    """Each with one of its own; those before integers leave digits. Kernels that are set twice lay nothing out anew."""
+    model = Transformer(architectures.shape_config("tiny"), TensorParallel(0, 2)).half().to(DEVICE)
+    model.tp.fast = ranks(2)[0]
+    if bits == 4:
+        for parent in [block for layer in model.layers for block in (layer.self_attn, layer.mlp)]:
+            for name, linear in list(parent.named_children()):
+                setattr(parent, name, from_linear(linear, 4))
+    blocks = [block for layer in model.layers for block in (layer.self_attn, layer.mlp)]
+    decode_kernels.use_(model)
+    found = [block.fast_sum for block in blocks]
+    assert len({id(total) for total in found}) == 4 and len({total.numbers[0].item() for total in found}) == 4
+    assert [total.gain is not None for total in found] == [bits == 4] * 3 + [False]  # the head is plain
+    monkeypatch.setattr(QuantizedLinear, "_lay_out_", lambda self, q: pytest.fail("laid out anew"))
+    decode_kernels.use_(model)
+    monkeypatch.undo()
+    decode_kernels.use_(model, False)
+    assert all(block.fast_sum is None for block in blocks)
+
+
 @needs_compiler
 @pytest.mark.parametrize("sm, dtype", [(80, "bf16"), (90, "fp16"), (90, None)])
 def test_a_letter_is_written_and_read_in_one_piece(sm, dtype):
@@ -115,3 +139,93 @@ def test_two_streams_wait_for_each_other():
     for (a, b), one, other in zip(messages, *results):
         wanted = (a.float() + b.float()).to(a.dtype)
         assert torch.equal(one, wanted) and torch.equal(other, wanted)
+
+
+def shares(size, kind, rows, k, n, gen):
+    """(Linears of that many ranks, on the fast path of their format, their activations): each rank has k columns."""
+    linears, xs = [], []
+    for _ in range(size):
+        linear = Linear(k, n, bias=kind == "bias").to(DEVICE, DTYPES[0])
+        linear.weight.copy_(torch.randn(n, k, generator=gen) / k**0.5)
+        if linear.bias is not None:
+            linear.bias.copy_(torch.randn(n, generator=gen))
+        holder = torch.nn.ModuleList([linear if kind in ("bias", "16-bit") else from_linear(linear, int(kind[3:]), 32)])
+        decode_kernels.use_(holder)
+        linears.append(holder[0])
+        xs.append(torch.randn(rows, k, generator=gen).to(DEVICE, DTYPES[0]))
+    return linears, xs
+
+
+def send(total, linear, x, residual):
+    """The first half of `Sum.__call__`."""
+    return linear.fast.product(linear, None, False, total.letters)(x, linear.bias, None, 0.0, residual, False, None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind, rows", [("bias", 1), ("16-bit", 3), ("16-bit", 6), ("int8", 1), ("int4", 6)])
+def test_products_that_send_equals_twin(kind, rows):
+    """Two sums take turns, as in a model, and both halves of the mailbox are used twice."""
+    boxes, gen, n = ranks(2), torch.Generator().manual_seed(rows), 26
+    pairs = [[sums.Sum(box) for box in boxes] for _ in range(2)]
+    for step, count in enumerate((rows, rows, rows + 1, rows)):
+        (linears, xs), totals = shares(2, kind, count, 32, n, gen), pairs[step % 2]
+        residual = torch.randn(count, n, generator=gen).to(DEVICE, DTYPES[0])
+        wanted = sum((linear(x).float() for linear, x in zip(linears, xs)), residual.float())
+        halves = [send(*one, residual if rank == 0 else None) for rank, one in enumerate(zip(totals, linears, xs))]
+        got = [total.receive_(half, tries=1) for total, half in zip(totals, halves)]
+        assert relative_error(got[0], wanted) < (2e-3 if INTERPRETED else 6e-3)
+        assert torch.equal(got[1], got[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_product_of_the_digits_that_a_sum_leaves_equals_twin(rows):
+    gen, n = torch.Generator().manual_seed(rows), 256
+    norm = RMSNorm(n, 1e-5, DEVICE, DTYPES[0])
+    norm.weight.copy_(torch.randn(n, generator=gen))
+    totals = [sums.Sum(box, norm.weight) for box in ranks(2)]
+    (linears, xs), ((reader, _), _) = shares(2, "int8", rows, 32, n, gen), shares(2, "int4", rows, n, 32, gen)
+    empty = [quantized.empty_digits(norm.weight, rows, n, norm=True) for _ in totals]
+    halves = [send(*one, None) for one in zip(totals, linears, xs)]
+    for total, half, digits in zip(totals, halves, empty):
+        x = total.receive_(half, digits, tries=2)
+        assert relative_error(x, linears[0](xs[0]).float() + linears[1](xs[1]).float()) < 6e-3
+        reader.fast = decode_kernels.INT4
+        wanted = reader(x, norm=norm)
+        reader.fast = decode_kernels.Quantized(4, total.digits_of)
+        assert torch.equal(reader(x.clone(), norm=norm), wanted) and total.left is not None  # of another tensor
+        assert torch.equal(reader(x, norm=norm), wanted) and total.left is None
+
+
+@needs_kernels
+def test_a_sum_without_an_answer_is_nan():
+    total = sums.Sum(ranks(2)[0])
+    (linear, _), (x, _) = shares(2, "16-bit", 1, 8, 8, torch.Generator())
+    assert total.receive_(send(total, linear, x, None), tries=3).isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["16-bit", "int4"])
+def test_sums_of_two_streams_wait_for_each_other(kind):
+    """As in a model, between two steps every rank runs a kernel that starts when all before it has ended."""
+    boxes, streams, gen = ranks(2), [torch.cuda.Stream() for _ in range(2)], torch.Generator().manual_seed(0)
+    totals = [[sums.Sum(box) for _ in range(4)] for box in boxes]
+    linears, xs = shares(2, kind, 1, 512, 4096, gen)
+    wanted = linears[0](xs[0]).float() + linears[1](xs[1]).float()
+    spare = [sums.Sum(box) for box in ranks(2)]  # compiled and loaded, so that both kernels may run at once
+    for one in zip(spare, linears, xs):
+        one[0].receive_(send(*one, None), tries=2)
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(25):
+        for i in range(4):
+            for rank, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    results[rank].append(totals[rank][i](linears[rank], xs[rank], None))
+        for rank, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                boxes[rank].gather(xs[rank].clone())
+    torch.cuda.synchronize()
+    for one, other in zip(*results):
+        assert relative_error(one, wanted) < 6e-3 and torch.equal(one, other)
