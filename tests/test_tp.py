@@ -29,6 +29,7 @@ CPU = torch.device("cpu")
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
 PLAIN = {
     "llama": ("llama", {}),
+    "bf16": ("llama", {"dtype": torch.bfloat16}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", {}),
@@ -62,11 +63,13 @@ def quantize(folder: Path, scheme: Scheme) -> None:
 
 
 def results(folder: Path, group: TensorParallel) -> dict[str, torch.Tensor]:
-    """Logits of a prefill and of cached decode steps, and generated ids, for batches of 1 and 2."""
-    model, out = checkpoint.load(str(folder), tp=group), {}
-    for B in (1, 2):
+    """Logits of a prefill and of cached decode steps, and generated ids, for batches of 1 and 3."""
+    dtype = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
+    model, out = checkpoint.load(str(folder), tp=group, dtype=dtype), {}
+    for B in (1, 3):
         tokens = torch.randint(0, 200, (B, 24), generator=torch.Generator().manual_seed(B))
-        positions, cache = torch.arange(24).expand(B, -1), KVCache(model.config, B, 32, CPU, torch.float32, group)
+        cache = KVCache(model.config, B, 32, CPU, dtype, group)
+        positions = torch.arange(24).expand(B, -1)
         parts = [model(tokens[:, :20], positions[:, :20], cache, end=20)]
         parts += [model(tokens[:, i : i + 1], positions[:, i : i + 1], cache, end=32) for i in (20, 21, 22, 23)]
         out[f"logits {B}"] = torch.cat(parts, 1)
@@ -127,12 +130,14 @@ def test_a_group_computes_what_one_process_does(group, folders, name):
     size, ranks = group
     if not runs(name, size):
         pytest.skip("2 ranks cover this one")
-    alone = results(folders[name], TensorParallel())
-    assert alone["logits 2"].std() > 0.1
+    alone, tolerance = results(folders[name], TensorParallel()), 0.03 if name == "bf16" else 1e-4
+    assert alone["logits 3"].std() > 0.1
     for got in ranks:  # every rank sees all logits and the same tokens
         for what, want in alone.items():
+            if name == "bf16" and "ids" in what:
+                continue  # sums in another order, rounded: two nearly equal logits may change places
             have = got[f"{folders[name]} {what}"]
-            assert (have - want).abs().max() <= (1e-4 if "logits" in what else 0), f"{what} on {size} ranks"
+            assert (have - want).abs().max() <= (tolerance if "logits" in what else 0), f"{what} on {size} ranks"
 
 
 def test_collectives(group):
@@ -159,7 +164,9 @@ def test_ranks_hold_the_slices_of_the_whole(folders, name, size):
         parts = [r.layers[1].get_submodule(path) for r in ranks]
         assert all(type(p) is expected for p in parts)
         full = whole.layers[1].get_submodule(path)
-        torch.testing.assert_close(torch.cat([p.dequantize(torch.float32) for p in parts], dim), full.dequantize())
+        torch.testing.assert_close(
+            torch.cat([p.dequantize(torch.float32) for p in parts], dim), full.dequantize(torch.float32)
+        )
         if full.bias is not None:
             assert torch.equal(parts[0].bias, full.bias) and not any(p.bias.any() for p in parts[1:])
     q = 8 * whole.config.head_dim // size  # rows of q in a rank's qkv_proj
