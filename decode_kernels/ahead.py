@@ -46,8 +46,9 @@ from triton.runtime.cache import get_cache_manager, triton_key
 
 import decode_kernels
 from decode_kernels import ROWS, Run, launch
+from decode_kernels import prefill as prefilling
 from linear import QuantizedLinear
-from model import KVCache, Transformer
+from model import MLP, Attention, Experts, KVCache, Transformer
 
 META = torch.device("meta")
 PATIENCE = 120  # seconds without any kernel's becoming ready, after which the children are given up
@@ -109,7 +110,9 @@ def without_contents(model: Transformer) -> Transformer:
         shapes = [(t.shape, t.dtype) for t in (*layer.parameters(), *layer.buffers())]
         kinds.setdefault((layer.self_attn.window, *shapes), layer)
     known[id(model.layers)] = layers = nn.ModuleList()
-    for t in (*model.parameters(), *model.buffers()):
+    sums = [m.fast_sum for m in model.modules() if isinstance(m, (Attention, MLP)) and m.fast_sum]
+    theirs = [t for each in sums for t in vars(each).values() if isinstance(t, Tensor)]
+    for t in (*model.parameters(), *model.buffers(), *theirs):
         empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META)
         known[id(t)] = nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
     layers.extend(copy.deepcopy(layer, known) for layer in kinds.values())
@@ -136,10 +139,25 @@ def rehearse(run: Run) -> None:
     if run.structure is not None:
         token = decode_kernels.sample(logits, run.structure, torch.empty(4, device=META), ids(b), ids(b))
         decode_kernels.advance_(token, ids(b, 1), ids(b, 1), ids(1), ids(b, run.slots))
-    if max(run.prefills) * b > ROWS:  # what multiplies then is PyTorch's, and a matrix of floats is made before
-        for m in model.modules():
-            if isinstance(m, QuantizedLinear):
-                m.matrix(0 if m.num_experts else None, cache.layers[0].k.dtype)
+    if max(run.prefills) * b > ROWS:
+        prefill(model, cache, ids(b, ROWS + 1))
+
+
+def prefill(model: Transformer, cache: KVCache, tokens: Tensor) -> None:
+    """The kernels around the products and the attention of a prefill, which are PyTorch's: those would import Dynamo
+    here.
+    """
+    dtype = model.norm.weight.dtype
+    angles = torch.empty(*tokens.shape, 1, model.config.head_dim // 2, device=META)
+    for m in model.modules():
+        if isinstance(m, QuantizedLinear):  # a matrix of floats
+            m.matrix(0 if m.num_experts else None, dtype)
+        if isinstance(m, (MLP, Experts)) and getattr(m, "silu", True):
+            prefilling.gate(torch.empty(tokens.numel(), m.gate_up_proj.out_features, dtype=dtype, device=META))
+    for attention, layer_cache in zip((layer.self_attn for layer in model.layers), cache.layers):
+        if attention.fast is not None:
+            qkv = torch.empty(*tokens.shape, attention.qkv_proj.out_features, dtype=dtype, device=META)
+            prefilling.rotate(attention, qkv, angles, angles, tokens, layer_cache)
 
 
 def record(driver: StandIn, runs: Sequence[Run]) -> list[Callable[[], Any]]:

@@ -81,10 +81,8 @@ def _rotate_kernel(
     tl.store(v_ptr + place + head * (slots * DIM) + d, value, real)
 
 
-def attend(
-    module: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
-) -> Tensor:
-    """What `Attention.attend` computes: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh]."""
+def rotate(module: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
+    """Queries [B, T, H, Dh] of qkv [B, T, (H + 2 Hkv) Dh], normed and rotated; keys and values go into the cache."""
     (b, t, _), (kv_heads, slots, dim) = qkv.shape, cache.k.shape[1:]
     q = qkv.new_empty(b, t, module.num_heads, dim)
     q_norm, k_norm = (None if norm is None else norm.weight for norm in (module.q_norm, module.k_norm))
@@ -105,6 +103,14 @@ def attend(
         KV_HEADS=kv_heads,
         DIM=dim,
     )
+    return q
+
+
+def attend(
+    module: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
+) -> Tensor:
+    """What `Attention.attend` computes: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh]."""
+    q = rotate(module, qkv, cos, sin, positions, cache)
     return model.attend(q, cache.k[:, :, :end], cache.v[:, :, :end], positions, module.window).flatten(2)
 
 

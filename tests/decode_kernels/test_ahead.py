@@ -41,7 +41,8 @@ def build(kind, bits, group, layers, ranks=1):
         sizes |= {"head_dim": 64, "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}
     tp = TensorParallel(0, ranks)
     if ranks > 1:
-        tp.fast = reduce.Mailboxes(None, torch.zeros(ranks, dtype=torch.int64), 0)
+        box = reduce.box_of(ranks, torch.device("meta"))
+        tp.fast = reduce.Mailboxes(box, torch.full((ranks,), 1 << 40), 0)  # addresses of 64 bits
     config, meta = architectures.config_from_hf({"model_type": kind} | sizes), torch.device("meta")
     model = checkpoint.random_model(config, bits=bits, group_size=group, tp=tp, device=meta)
     return engine.Engine(model, Ids(640), kernels="triton", compile=True)
