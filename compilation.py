@@ -3,14 +3,13 @@
 Knows the habits of Dynamo. Refuses to know what is compiled, and when.
 """
 
+import inspect
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-
-from model import DecoderLayer
 
 Function = Callable[..., Any]
 
@@ -21,6 +20,7 @@ def compiled(fn: Function, name: str, **options: Any) -> Function:  # noqa: ANN4
     """
     code = fn.__code__.replace(co_name=name)
     own = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
+    own.__kwdefaults__ = fn.__kwdefaults__
     return torch.compile(own, fullgraph=True, **options)
 
 
@@ -44,13 +44,26 @@ def kind(layer: nn.Module) -> tuple[object, ...]:
     return tuple(found)
 
 
-def compiled_layers(layers: Iterable[nn.Module], name: str, guards: bool) -> Function:
-    """A layer's forward, compiled once for each kind of layer."""
-    made: dict[object, Function] = {}
-    chosen: dict[int, Function] = {}
-    for layer in layers:
-        if (alike := kind(layer)) not in made:
-            options = {} if guards else {"options": {"guard_filter_fn": unguarded}}
-            made[alike] = compiled(DecoderLayer.forward, name, dynamic=False, **options)
-        chosen[id(layer)] = made[alike]
-    return lambda layer, *rest: chosen[id(layer)](layer, *rest)
+class CompiledModules:
+    """Calls these modules through their compiled forwards, of which each kind of module has one, and any other module
+    as it is.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], name: str, *, guards: bool, dynamic: bool = False) -> None:
+        options = {} if guards else {"options": {"guard_filter_fn": unguarded}}
+        made: dict[object, Function] = {}
+        self.forward: dict[nn.Module, Function] = {}
+        for module in modules:
+            if (alike := kind(module)) not in made:
+                made[alike] = compiled(type(module).forward, f"{name}_{len(made)}", dynamic=dynamic, **options)
+            self.forward[module] = made[alike]
+
+    def __call__(self, module: nn.Module, *args: object, **options: object) -> Any:  # noqa: ANN401
+        return self.forward.get(module, nn.Module.__call__)(module, *args, **options)
+
+    def settle(self, step: Callable[[], None]) -> Callable[[], None]:
+        """step, in which all of these have run: Dynamo is asked once a step, not once a module, and compiles nothing
+        more. SmolLM2-135M on two cores: bf16 77 -> 87 tok/s, int8 97 -> 107, int4 97 -> 113.
+        """
+        self.forward = {module: inspect.unwrap(fn) for module, fn in self.forward.items()}
+        return torch._dynamo.run(step)

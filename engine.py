@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import architectures
 import checkpoint
 import memory
 import tp as tensor_parallel
-from compilation import compiled, compiled_layers
+from compilation import CompiledModules, compiled
 from linear import Linear
-from model import DecoderLayer, KVCache, Transformer
+from model import KVCache, Transformer
 from sampling import SamplingParams, Structure, sample
 from speculative import RESUMED, Program, Read, Speculation, Write, recent
 from tokenizer import Answer, Ids, Tokenizer, draft_mismatch
@@ -141,7 +141,7 @@ class Engine:
         self.switch_kernels_(self.use_kernels or self.cpu_operators)
         windows = [w for w in model.config.windows if w]  # bounds the mask of a long prompt
         self.prefill_chunk = options.prefill_chunk or (max(min(windows), 512) if windows else 0)
-        self._prefill_layer: Function = DecoderLayer.__call__
+        self._prefill: Function = nn.Module.__call__  # what calls a layer
         self.compile_prefill = options.compile_prefill
         if self.compile_prefill and any(model.config.sparse):
             raise ValueError("--compile-prefill: a mixture-of-experts prefill needs the host; leave the flag out")
@@ -373,13 +373,13 @@ class Engine:
         longest, last = int(lengths.max()), (lengths - 1).to(self.device)
         rows = torch.arange(len(prompts), device=self.device)
         tokens = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(self.device)
-        chunk, layer = self.prefill_chunk or longest, self._prefill_layer
+        chunk, run = self.prefill_chunk or longest, self._prefill
         logits: Tensor | None = None
         for a in range(start, longest, chunk):
             b = min(a + chunk, longest)
             positions = torch.arange(a, b, device=self.device).repeat(len(prompts), 1)
             select = (last - a).clamp(0, b - a - 1) + rows * (b - a)
-            new = self.model(tokens[:, a:b].clone(), positions, self.cache, layer, end=b, select=select)[:, 0]
+            new = self.model(tokens[:, a:b].clone(), positions, self.cache, run, end=b, select=select)[:, 0]
             logits = new if logits is None else torch.where((last >= a)[:, None], new, logits)
         assert logits is not None
         return logits
@@ -436,30 +436,31 @@ class Engine:
         |--------------|-----------------------------------|------------------------|----------------------------------|
         | GPU, plain   | inside                            | inside                 | torch.compile, "reduce-overhead" |
         | GPU, kernels | kernels; some layers compiled (*) | kernels, else compiled | one CUDA graph                   |
-        | CPU          | one layer compiled, used for all  | eager                  | a plain loop                     |
+        | CPU          | one layer and the head compiled   | eager                  | a plain loop                     |
         | compile off  | eager, a CPU's fastest operators  | eager                  | a plain loop                     |
 
         (*) Those of which some pieces are plain PyTorch: experts, norms behind a block.
 
         park: makes the state such that a trial step writes to slots which belong to no kept prefix.
         """
-        model, cache, layer = self.model, self.cache, DecoderLayer.__call__
+        model, cache, run = self.model, self.cache, nn.Module.__call__
         whole, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.post_norms
-        if self.compile and not whole:
-            if mixed or not self.use_kernels:
-                layer = compiled_layers(model.layers, f"layer_{end}", guards=self.cuda)
-            if self.cuda and not fused:  # a CPU draws as fast without, and compiles for seconds less
-                write = compiled(write, f"write_{end}")
+        if self.compile and not self.cuda:
+            run = CompiledModules([*model.layers, model.lm_head], f"layer_{end}", guards=False)
+        elif self.compile and self.use_kernels:
+            run = CompiledModules(model.layers, f"layer_{end}", guards=True) if mixed else run
+            write = write if fused else compiled(write, f"write_{end}")
 
         def step() -> None:
             tokens, positions = read()
-            write(model(tokens, positions, cache, layer, end=end))
+            write(model(tokens, positions, cache, run, end=end))
 
         if not self.cuda:
             step = torch.inference_mode()(step)  # a CPU's many small operators take 15% less without autograd's books
         if self.compile and whole:
             return self._tried(compiled(step, f"step_{end}", mode="reduce-overhead"), park, capture=False)
-        return self._tried(step, park, capture=self.cuda)
+        step = self._tried(step, park, capture=self.cuda)
+        return run.settle(step) if isinstance(run, CompiledModules) and not self.cuda else step
 
     def shared(self, ending: Function) -> Function:
         """What several programs end with: compiled once for all of them, where what comes before it is kernels."""
@@ -569,7 +570,7 @@ class Engine:
         self.state = State(batch_size, slots, self.vocab_size, self.device)
         self.static(*vars(self.state).values(), *self.cache.buffers())
         if self.compile_prefill:  # anew: it is tied to the cache, and Dynamo allows a code object few variants
-            self._prefill_layer = compiled(DecoderLayer.forward, "prefill", dynamic=True)
+            self._prefill = CompiledModules(self.model.layers, "prefill", guards=True, dynamic=True)
 
     def warn(self) -> None:
         """What is right but not as a user may expect, once, on standard error."""

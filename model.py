@@ -410,7 +410,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         positions: Tensor,
         cache: KVCache,
-        run: Callable[..., Tensor] = DecoderLayer.__call__,
+        run: Callable[..., Tensor] = nn.Module.__call__,
         *,
         end: int,
         select: Tensor | None = None,
@@ -420,7 +420,7 @@ class Transformer(nn.Module):
 
         Keys and values of the new tokens are written to `cache` at `positions`. end: how many cache slots attention may
         look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
-        first prefill). run: what calls a layer; one compiled function serves all.
+        first prefill). run: what calls a layer, or the head; one compiled function serves all layers.
         """
         x, cos, sin = self.embed(tokens, positions)
         ropes = [(cos, sin), *(self.rope(positions, i) for i in range(1, len(self.rope_factors)))]
@@ -428,5 +428,5 @@ class Transformer(nn.Module):
             x = run(layer, x, *ropes[cache.long or rope], positions, layer_cache, end)
         if select is not None:
             x = x.flatten(0, 1).index_select(0, select)[:, None]
-        logits = self.tp.all_gather(self.lm_head(x, norm=self.norm))
+        logits = self.tp.all_gather(run(self.lm_head, x, norm=self.norm))
         return logits[..., : self.config.vocab_size].contiguous()  # the shares of ranks may be padded

@@ -90,8 +90,9 @@ from tqdm import tqdm
 import quantize
 from architectures import config_from_hf
 from checkpoint import read_config
-from engine import Engine, compiled, pick_device
-from model import DecoderLayer, KVCache
+from compilation import CompiledModules
+from engine import Engine, pick_device
+from model import KVCache
 from tokenizer import Tokenizer, draft_mismatch, text_of
 
 HELDOUT = ROOT / "data" / "heldout.txt"
@@ -117,8 +118,9 @@ class Scorer:
         self.name, self.engine, experts = name, engine, any(engine.model.config.sparse)
         if compile and experts:
             raise ValueError("--compile: the experts of a mixture are chosen by the host here; leave the flag out")
-        wanted = engine.cuda if compile is None else compile
-        self.layer = compiled(DecoderLayer.forward, "score", dynamic=True) if wanted and not experts else None
+        self.compiled = bool(engine.cuda if compile is None else compile) and not experts
+        layers = engine.model.layers if self.compiled else ()
+        self.run = CompiledModules(layers, "score", guards=True, dynamic=True)
         self.cache: KVCache | None = None
 
     @classmethod
@@ -143,8 +145,7 @@ class Scorer:
         for a in range(0, T - 1, chunk):
             b = min(a + chunk, T - 1)
             positions = torch.arange(a, b, device=engine.device).repeat(B, 1)
-            run = self.layer or DecoderLayer.__call__
-            yield a, engine.model(tokens[:, a:b].clone(), positions, self.cache, run, end=b).float()
+            yield a, engine.model(tokens[:, a:b].clone(), positions, self.cache, self.run, end=b).float()
 
 
 def windows(ids: list[int], bos: list[int], length: int, stride: int) -> tuple[Tensor, Tensor]:
@@ -227,7 +228,7 @@ def measure(scorer: Scorer, args: argparse.Namespace, other: Scorer | None = Non
     bits = float(table[1].sum()) / math.log(2)
     record: dict[str, Any] = {"perplexity": math.exp(loss), "bits_per_byte": bits / text.size}
     record |= {"tokens": table.shape[1], "bytes": text.size, "window": text.tokens.shape[1], "stride": text.stride}
-    record["compiled"] = scorer.layer is not None
+    record["compiled"] = scorer.compiled
     if other:
         record |= {"against": other.name, "perplexity_against": math.exp(loss_before), "kl_mean": kl}
         record |= {"kl_p99": float(table[2].quantile(0.99)), "top1_agreement": same}

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import evaluate
 
+import compilation
 from engine import Engine
 from quantize import text_rows
 from sampling import SamplingParams
@@ -125,14 +126,14 @@ def test_dtype(text, capsys):
     assert found["perplexity"] == pytest.approx(exact["perplexity"], rel=0.03)
 
 
-def test_compile_calls_the_compiled_layer(text, capsys, monkeypatch):
+def test_compile_calls_the_compiled_layers(text, capsys, monkeypatch):
     calls = []
 
     def stand_in(fn, name, **options):  # test_generate.py compiles this very function
         assert options == {"dynamic": True}
         return lambda *args: calls.append(1) or fn(*args)
 
-    monkeypatch.setattr(evaluate, "compiled", stand_in)
+    monkeypatch.setattr(compilation, "compiled", stand_in)
     _, plain = run(capsys, DRAFT, "--text", str(text), *QUICK, "--no-compile")
     assert not calls and plain["compiled"] is False
     _, found = run(capsys, DRAFT, "--text", str(text), *QUICK, "--compile")
