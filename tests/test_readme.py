@@ -198,6 +198,17 @@ def speculation_table():
     return by_device([*head, "ideal by bytes", "commit"], body, 6)
 
 
+def acceptance_table():
+    """What drafters' proposals come to on a hundred real prompts."""
+    head = ["model", "device", "draft", "prompts", "of K", "accepted a round", "tok/s", "without a draft", "commit"]
+    body = [
+        [r["model"], r["device"], r["draft"], f"{r['prompts']} {r['kind']}", r["num_draft_tokens"], r["mean_accepted"]]
+        + [r["tok_s"], r["plain_tok_s"], r["commit"]]
+        for r in {(r["model"], r["device"], r["draft"], r["kind"]): r for r in records("acceptance.csv")}.values()
+    ]
+    return table(head, body, 4)
+
+
 def quantization_table():
     """What quantizing the embedded model costs in held-out perplexity, here and by llm-compressor."""
     rows = records("quantization.csv")
@@ -235,7 +246,7 @@ def rendered():
     assert found == 1
     text = placed(placed(text, "first", first_table()), "memory", memory_table())
     made = {"decode": decode_table, "prefill": prefill_table, "rows": rows_table, "quantization": quantization_table}
-    for name, make in (made | {"speculative": speculation_table}).items():
+    for name, make in (made | {"speculative": speculation_table, "acceptance": acceptance_table}).items():
         tables = placed(tables, f"benchmarks/{name}.csv", make())
     return text, tables
 

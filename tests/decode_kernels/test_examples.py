@@ -165,14 +165,14 @@ if HAS_TRITON:
 
     @triton.jit
     def places_kernel(key_ptr, value_ptr, DIM: tl.constexpr, WARPS: tl.constexpr):
-        k_slot, k_word, _, v_slot, v_word, _ = attention._cache_places(DIM, DIM, WARPS)
+        k_lane, _, _, v_lane, _, _, _ = attention._cache_lanes(key_ptr, value_ptr, DIM, DIM, WARPS)
         t = tl.arange(0, 4)[:, None, None, None, None, None, None]
         g = tl.arange(0, 8)[:, None, None, None, None, None]
         lane = tl.arange(0, WARPS)[:, None, None, None, None] * 32 + g * 4 + t
         none = tl.zeros([4, 8, WARPS, 2, DIM // 64, 2, 4], tl.int32)  # of K: [t, g, warp, half, c, h, word]
-        tl.store(key_ptr + k_slot * (DIM // 2) + k_word, lane + none)
+        tl.store(k_lane, lane + none)
         none = tl.zeros([4, 8, WARPS, 2, 2, DIM // 64, 4], tl.int32)  # of V: [t, g, warp, h, i, c, word]
-        tl.store(value_ptr + v_slot * (DIM // 2) + v_word, lane + none)
+        tl.store(v_lane, lane + none)
 
 
 @needs_kernels
