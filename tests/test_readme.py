@@ -200,10 +200,10 @@ def speculation_table():
 
 def acceptance_table():
     """What drafters' proposals come to on a hundred real prompts."""
-    head = ["model", "device", "draft", "prompts", "of K", "accepted a round", "tok/s", "without a draft", "commit"]
+    head = ["model", "dtype", "draft", "prompts", "new tokens", "of K", "rounds", "accepted a round", "commit"]
+    names = ("new_tokens", "num_draft_tokens", "rounds", "mean_accepted", "commit")
     body = [
-        [r["model"], r["device"], r["draft"], f"{r['prompts']} {r['kind']}", r["num_draft_tokens"], r["mean_accepted"]]
-        + [r["tok_s"], r["plain_tok_s"], r["commit"]]
+        [r["model"], r["dtype"], r["draft"], f"{r['prompts']} {r['kind']}", *(r[name] for name in names)]
         for r in {(r["model"], r["device"], r["draft"], r["kind"]): r for r in records("acceptance.csv")}.values()
     ]
     return table(head, body, 4)
