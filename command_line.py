@@ -5,6 +5,7 @@ and bad arguments are answered at once.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -80,8 +81,38 @@ def begin(parse: Callable[[None], object]) -> None:
     # a stream is None where the shell closed it
     sys.stdin, sys.stderr = sys.stdin or open(os.devnull), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     parse(None)
+    if (quota := processors_granted()) is not None:  # OpenMP knows a process's affinity, but not a container's quota
+        os.environ.setdefault("OMP_NUM_THREADS", str(quota))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def processors_granted(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """How many processors' time the control groups of this process grant, where that is fewer than it may run on; at
+    least 1. Two files of each group tell it, or one: microseconds of processor time in a period of so many.
+    """
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    granted = count
+    with contextlib.suppress(OSError, ValueError):
+        for line in own.read_text("utf-8").splitlines():
+            _, kinds, path = line.split(":", 2)  # such as 0::/a/b, or 4:cpu,cpuacct:/a/b of version 1
+            if kinds and "cpu" not in kinds.split(","):
+                continue
+            group = groups / ("cpu" if kinds else "") / path.lstrip("/")
+            for folder in (group, *group.parents):
+                granted = min(granted, quota_of(folder) or granted)
+    return granted if granted < count else None
+
+
+def quota_of(folder: Path) -> int | None:
+    """That of one control group; None where it has none."""
+    files = [folder / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+    if (folder / "cpu.max").is_file():
+        files = [folder / "cpu.max"]
+    share = " ".join(file.read_text("utf-8") for file in files if file.is_file()).split()
+    if len(share) != 2 or share[0] in ("max", "-1"):
+        return None
+    return max(int(share[0]) // int(share[1]), 1)
 
 
 def ready() -> None:

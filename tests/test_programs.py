@@ -149,3 +149,28 @@ print([name for name in heavy if name in sys.modules and name not in known])
 def test_no_module_imports_a_compiler():
     done = subprocess.run([sys.executable, "-c", MODULES], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "granted"),
+    [
+        ("0::/a/b\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/a/b\n", {"a/cpu.max": "250000 100000\n", "a/b/cpu.max": "max 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),  # half a processor
+        ("0::/\n", {"cpu.max": "6400000 100000\n"}, None),  # more than there are
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, None),
+        ("0::/../..\n", {"cpu.max": "nonsense\n"}, None),
+        ("8:pids:/a\n", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, None),
+        (None, {}, None),  # no such system
+    ],
+)
+def test_the_quota_of_a_container(tmp_path, monkeypatch, own, files, granted):
+    monkeypatch.setattr(command_line.sys, "platform", "linux")
+    monkeypatch.setattr(command_line.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    assert command_line.processors_granted(tmp_path, tmp_path / "own") == granted

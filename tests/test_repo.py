@@ -20,7 +20,7 @@ LIMITS = {
     "engine.py": 460,  # DESIGN: 440; compiled layers without guards, each kind of layer by itself
     "compilation.py": 40,
     "generate.py": 300,
-    "command_line.py": 100,
+    "command_line.py": 110,
     "speculative.py": 380,
     "tp.py": 180,
     "architectures.py": 340,  # DESIGN: 260; five more families, whose particulars are read here
