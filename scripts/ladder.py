@@ -289,7 +289,8 @@ def climb(args: argparse.Namespace) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """What a terminal shows."""
     forms = {"tok_s": ",.1f", "speedup": ".2f", "ttft_ms": ".1f", "mbu": ".0%", "memory_gb": ".2f", "perplexity": ".3f"}
-    lines = [f"{found['model']} on {found['device']}, {found['bandwidth_gb_s']:,.0f} GB/s"]
+    device = plots.several(found["ranks"]) + found["device"]
+    lines = [f"{found['model']} on {device}, {found['bandwidth_gb_s']:,.0f} GB/s"]
     lines.append(f"{HEADS[0]:22}" + "".join(f"{head:>12}" for head in HEADS[1:]))
     for row in found["rungs"]:
         shown = row | {"bytes_per_token": None}

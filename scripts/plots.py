@@ -9,6 +9,7 @@ matplotlib alone, from the extra [plot].
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,7 +135,7 @@ def beside(folder: Path, model: str = "llama-2-7b", device: str = "NVIDIA H200")
     own = {
         rungs[row["rung"]]: float(row["tok_s"])
         for row in records(folder, "ladder")
-        if (row["model"], row["device"]) == (model, device) and row["rung"] in rungs
+        if (row["model"], row["device"], row["tp"]) == (model, device, "1") and row["rung"] in rungs
     }
     modes = {"kernels": "bf16", "int8": "int8", "int4": "int4"}
     for technique, mode in modes.items():
@@ -145,6 +146,23 @@ def beside(folder: Path, model: str = "llama-2-7b", device: str = "NVIDIA H200")
         if (row["shape"], row["device"], row["mode"], row["acceptance"]) == (model, device, "bf16", "0.8"):
             own["speculation"] = float(row["tok_s"])
     return found | {f"this project, {device.removeprefix('NVIDIA ')}": own}
+
+
+def ladders(rows: list[dict[str, str]]) -> dict[str, dict[str, Any]]:
+    """What ladder.json holds, by a file's name: of every model, device and number of ranks its newest climb."""
+    climbs: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        of_ranks = f"-{ranks}-ranks" if (ranks := row["tp"]) != "1" else ""
+        name = re.sub(r"[^a-z0-9.]+", "-", f"ladder-{row['model']}{of_ranks}-on-{row['device']}".lower()).strip("-")
+        setting = {key: row[key] for key in ("model", "device", "commit")} | {"ranks": int(ranks)}
+        if name not in climbs or climbs[name]["commit"] != row["commit"]:
+            climbs[name] = setting | {"rungs": [], "roofline": {}}
+        rung = {"rung": row["rung"], "weights": row["weights"]}
+        climbs[name]["rungs"].append(rung | {key: float(row[key]) for key in ("tok_s", "speedup")})
+        if row["bytes_per_token"]:
+            roof = 1e9 * float(row["bandwidth_gb_s"]) / float(row["bytes_per_token"])
+            climbs[name]["roofline"][row["weights"]] = roof
+    return climbs
 
 
 def layer_series(report: dict[str, Any]) -> Series:
@@ -178,6 +196,11 @@ def save(picture: "Figure", folder: Path, name: str) -> None:
         picture.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
+def several(ranks: int) -> str:
+    """What comes before a device's name."""
+    return f"{ranks} x " if ranks > 1 else ""
+
+
 def ladder(found: dict[str, Any]) -> "Figure":
     """A bar a rung, the first at the bottom, and the roofline of each format of the weights as a line. found: what
     ladder.json holds.
@@ -194,7 +217,7 @@ def ladder(found: dict[str, Any]) -> "Figure":
         axes.axvline(rate, color=COLOURS.get(name, PLAIN), linestyle="--", label=label)
     axes.set_xlim(0, 1.2 * max([*rates, *found["roofline"].values()]))
     axes.set_xlabel("tokens per second, one sequence")
-    axes.set_title(f"{found['model']} on {found['device']}")
+    axes.set_title(f"{found['model']} on {several(found['ranks'])}{found['device']}")
     axes.invert_yaxis()
     if found["roofline"]:
         axes.legend(loc="best")
@@ -267,6 +290,7 @@ def pictures(folder: Path, report: Path | None) -> dict[str, "Figure"]:
         ),
         "quantization": bars(losses(records(folder, "quantization")), "Quantization", "loss of perplexity, percent"),
     }
+    found |= {name: ladder(climb) for name, climb in ladders(records(folder, "ladder")).items()}
     if report:
         try:
             layers = layer_series(json.loads(report.read_text("utf-8")))

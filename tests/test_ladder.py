@@ -120,13 +120,13 @@ def rung(name, weights, rate):
 def test_the_picture_has_a_bar_a_rung_and_a_line_a_format():
     pytest.importorskip("matplotlib")
     rows = [rung("eager", "float32", 10.0), rung("compiled", "float32", 20.0), rung("int8", "int8", 35.0)]
-    found = {"model": "m", "device": "d", "rungs": rows, "roofline": {"float32": 40.0, "int8": 80.0}}
+    found = {"model": "m", "device": "d", "ranks": 2, "rungs": rows, "roofline": {"float32": 40.0, "int8": 80.0}}
     [axes] = plots.ladder(found).axes
     assert [bar.get_width() for bar in axes.patches] == [10.0, 20.0, 35.0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["eager", "compiled", "int8"]
     assert [line.get_xdata()[0] for line in axes.lines] == [40.0, 80.0]
     assert axes.patches[0].get_facecolor() == axes.patches[1].get_facecolor() != axes.patches[2].get_facecolor()
-    assert axes.get_xlim()[1] > 80
+    assert axes.get_xlim()[1] > 80 and axes.get_title() == "m on 2 x d"
 
 
 @pytest.mark.gpu

@@ -58,7 +58,7 @@ def test_the_pictures_are_redrawn_from_the_measurements(folder, tmp_path, capsys
 
     points = [p for line in drawn(pictures["speculation"]).values() for p in line]
     assert set(points) <= {(float(r["mean_accepted"]), float(r["speedup"])) for r in read("speculative")}
-    settings = {(r["device"], r["shape"], r["draft"], r["num_draft_tokens"]) for r in read("speculative")}
+    settings = {(r["device"], r["tp"], r["shape"], r["draft"], r["num_draft_tokens"]) for r in read("speculative")}
     assert len(drawn(pictures["speculation"])) == len(settings)
 
     [axes] = pictures["quantization"].axes
@@ -67,13 +67,17 @@ def test_the_pictures_are_redrawn_from_the_measurements(folder, tmp_path, capsys
     [axes] = pictures["beside"].axes
     wanted = [rate for rates in plots.beside(BENCHMARKS).values() for rate in rates.values()]
     assert sorted(bar.get_width() for bar in axes.patches) == sorted(wanted) and len(wanted) > 12
+    rungs = [r for r in read("ladder") if (r["model"], r["tp"]) == ("llama-2-7b", "2")]
+    [axes] = pictures["ladder-llama-2-7b-2-ranks-on-nvidia-h200"].axes
+    assert [bar.get_width() for bar in axes.patches] == [float(r["tok_s"]) for r in rungs] and len(rungs) > 5
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(4680e9 / float(rungs[0]["bytes_per_token"]))
     assert drawn(pictures["layers"]) == {"mlp.down_proj": [(0, 0.05), (1, 0.2)], "self_attn.o_proj": [(0, 0.3)]}
 
     assert plots.main(["--report", str(report), "--output", str(output)]) == 0
     assert {path.name for path in output.iterdir()} == {
         f"{name}.{kind}" for name in pictures for kind in ("png", "svg")
     }
-    assert capsys.readouterr().out.count("\n") == 6
+    assert capsys.readouterr().out.count("\n") == len(pictures)
 
 
 def test_the_newest_row_counts(folder):

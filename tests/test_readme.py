@@ -165,6 +165,25 @@ def prefill_table():
     return by_device(head, body, 3)
 
 
+def ladder_table():
+    """Every climb, newest commit: what each rung gives."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import plots
+
+    names = "rung tok_s speedup ttft_ms mbu memory_gb perplexity mean_accepted".split()
+    forms = dict(zip(names[1:], (",.1f", ".2f", ".0f", ".0%", ".2f", ".2f", ".2f")))
+    newest = {name: climb["commit"] for name, climb in plots.ladders(records("ladder.csv")).items()}
+    body = [
+        [f"{r['model']} on {plots.several(int(r['tp']))}{r['device']}", r["rung"]]
+        + [format(float(r[name]), form) if r[name] else "" for name, form in forms.items()]
+        + [r["commit"]]
+        for r in records("ladder.csv")
+        if r["commit"] in newest.values()
+    ]
+    head = ["", "rung", "tok/s", "speed-up", "TTFT ms", "MBU", "memory GB", "perplexity", "accepted", "commit"]
+    return by_device(head, body, 2)
+
+
 def rows_table():
     """Milliseconds of a one-row step, and the cost of more rows in units of it."""
     steps = {}
@@ -246,7 +265,8 @@ def rendered():
     assert found == 1
     text = placed(placed(text, "first", first_table()), "memory", memory_table())
     made = {"decode": decode_table, "prefill": prefill_table, "rows": rows_table, "quantization": quantization_table}
-    for name, make in (made | {"speculative": speculation_table, "acceptance": acceptance_table}).items():
+    made |= {"ladder": ladder_table, "speculative": speculation_table, "acceptance": acceptance_table}
+    for name, make in made.items():
         tables = placed(tables, f"benchmarks/{name}.csv", make())
     return text, tables
 
