@@ -39,6 +39,7 @@ COLOURS = {
     "int4": "#58985a",
 }  # by format of the weights
 PLAIN = "#888888"
+PATCH = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind a number, so that no line crosses it
 Series = dict[str, list[tuple[float, float]]]  # points by the name of a line
 
 # -- the data ----------------
@@ -211,7 +212,9 @@ def ladder(found: dict[str, Any]) -> "Figure":
     bars = axes.barh(
         [rung["rung"] for rung in rungs], rates, color=[COLOURS.get(rung["weights"], PLAIN) for rung in rungs]
     )
-    axes.bar_label(bars, [f"{rate:,.1f} ({rung['speedup']:.2f}x)" for rate, rung in zip(rates, rungs)], padding=3)
+    axes.bar_label(
+        bars, [f"{rate:,.1f} ({rung['speedup']:.2f}x)" for rate, rung in zip(rates, rungs)], padding=3, bbox=PATCH
+    )
     for name, rate in found["roofline"].items():
         label = f"{name} at the bandwidth: {rate:,.0f}"
         axes.axvline(rate, color=COLOURS.get(name, PLAIN), linestyle="--", label=label)
