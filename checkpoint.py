@@ -52,6 +52,7 @@ LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([kv]_proj\.output_
 # end of our name, the name on disk.
 BEHIND = [("post_attention_layernorm", "pre_feedforward_layernorm")]
 BEHIND += [("self_attn.post_norm", "post_attention_layernorm"), ("mlp.post_norm", "post_feedforward_layernorm")]
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICEN[CS]E*", "NOTICE*"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # sub-folders hold other formats; consolidated*: a second copy of the weights
@@ -126,10 +127,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that config.json declares (`dtype` or the older `torch_dtype`), bfloat16 when it declares none."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise ValueError(f"config.json declares dtype {name!r}; supported are {', '.join(dtypes)}")
-    return dtypes[name]
+    if (dtype := DTYPES.get(name)) is None:
+        raise ValueError(f"config.json declares dtype {name!r}; supported are {', '.join(list(DTYPES)[1:])}")
+    return dtype
 
 
 class Weights:
@@ -583,12 +583,12 @@ def fingerprint(folder: Path) -> int:
     return value
 
 
-def default_dtype(folder: Path | None, device: torch.device) -> torch.dtype:
-    """What the checkpoint declares (None, random weights: bfloat16); float32 instead on a CPU without bf16
+def default_dtype(source: Path | ModelConfig | None, device: torch.device) -> torch.dtype:
+    """What a folder declares, bfloat16 where there is none, for random weights; float32 instead on a CPU without bf16
     instructions, where products in 16 bits may be far slower. The processor's features decide, never a stopwatch, so
     that ids repeat.
     """
-    declared = checkpoint_dtype(read_config(folder)) if folder else torch.bfloat16
+    declared = checkpoint_dtype(read_config(source)) if isinstance(source, Path) else torch.bfloat16
     return torch.float32 if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() else declared
 
 

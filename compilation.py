@@ -1,6 +1,7 @@
-"""What torch.compile is asked for: functions with code of their own, and layers, each kind of them once.
+"""What torch.compile and CUDA graphs are asked for: functions with code of their own, layers, each kind of them once,
+and the capture of a step.
 
-Knows the habits of Dynamo. Refuses to know what is compiled, and when.
+Knows the habits of Dynamo and of captures. Refuses to know what is compiled, and when.
 """
 
 import inspect
@@ -67,3 +68,20 @@ class CompiledModules:
         """
         self.forward = {module: inspect.unwrap(fn) for module, fn in self.forward.items()}
         return torch._dynamo.run(step)
+
+
+def captured(step: Callable[[], None], park: Callable[[], None], capture: bool) -> Callable[[], None]:
+    """step, compiled by running it; to capture, recorded as one CUDA graph: then a step is one launch, without guards.
+
+    park: makes the state such that a trial step does no harm.
+    """
+    for _ in range(2):  # a GPU's libraries allocate on the first run, which a capture may not
+        park()
+        step()
+    if not capture:
+        return step
+    park()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

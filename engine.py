@@ -6,12 +6,10 @@ its mathematics (`model.py`), its files (`checkpoint.py`), its words (`tokenizer
 """
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 import architectures
 import checkpoint
-import memory
+import machine
 import tp as tensor_parallel
-from compilation import CompiledModules, compiled
+from checkpoint import DTYPES, tell
+from compilation import CompiledModules, Function, captured, compiled
 from linear import Linear
-from model import KVCache, Transformer
+from machine import Stats, pick_device, to_host
+from model import KVCache, ModelConfig, Transformer
 from sampling import SamplingParams, Structure, sample
 from speculative import RESUMED, Program, Read, Speculation, Write, recent
-from tokenizer import Answer, Ids, Tokenizer, draft_mismatch
+from tokenizer import Answer, Ids, Increment, Tokenizer, draft_mismatch, encode_prompts
 
 try:  # with the folder deleted everything works, only slower
     import decode_kernels
@@ -36,8 +36,6 @@ except ModuleNotFoundError:
     decode_kernels = None  # type: ignore[assignment]
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tales"
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -54,35 +52,6 @@ class EngineOptions:
     max_seq_len: int | None = None  # reserve the cache now, and let no sequence grow beyond; None: it grows on demand
     draft: str | None = None  # speculate with a smaller checkpoint, "ngram", "self-int4" or "self-int8"
     num_draft_tokens: int | None = None  # to propose at a time; None: as many as pay
-
-
-@dataclass(frozen=True)
-class Increment:
-    """What one row gained: new ids, the text that is now certain, and why the row ended (eos, stop, length) if so."""
-
-    row: int
-    ids: list[int]
-    text: str
-    stop_reason: str | None
-
-
-@dataclass
-class Stats:
-    """Of the last `generate()`: seconds, counts, and the bytes a decode step reads (weights, average KV prefix)."""
-
-    load_s: float = 0.0
-    compile_s: float = 0.0
-    prefill_tokens: int = 0
-    ttft_s: float = 0.0
-    decode_s: float = 0.0
-    decode_steps: int = 0
-    batch_size: int = 0
-    bytes_per_step: int = 0
-
-    @property
-    def decode_tok_s(self) -> float:
-        """Tokens per second of one row."""
-        return self.decode_steps / self.decode_s if self.decode_s else 0.0
 
 
 class State:
@@ -138,7 +107,8 @@ class Engine:
         self.compile = self.cuda if options.compile is None else options.compile
         self.use_kernels = wants_kernels(options.kernels, self.device, self.dtype)
         self.cpu_operators = bool(decode_kernels) and (options.kernels, self.device.type) == ("auto", "cpu")
-        self.switch_kernels_(self.use_kernels or self.cpu_operators)
+        if decode_kernels is not None:
+            decode_kernels.use_(model, self.use_kernels or self.cpu_operators)
         windows = [w for w in model.config.windows if w]  # bounds the mask of a long prompt
         self.prefill_chunk = options.prefill_chunk or (max(min(windows), 512) if windows else 0)
         self._prefill: Function = nn.Module.__call__  # what calls a layer
@@ -178,19 +148,17 @@ class Engine:
         options, began = replace(options, **changes), time.perf_counter()
         device = pick_device(options.device)
         group = tensor_parallel.init(device)
-        folder = None if shape else checkpoint.resolve(str(checkpoint_name))
-        dtype = DTYPES[options.dtype] or checkpoint.default_dtype(folder, device)
+        source = architectures.shape_config(shape) if shape else checkpoint.resolve(str(checkpoint_name))
+        dtype = DTYPES[options.dtype] or checkpoint.default_dtype(source, device)
         wants_kernels(options.kernels, device, dtype)  # refuses before anything is read
-        if folder is None:
-            config = architectures.shape_config(str(shape))
-            memory.check_weights_fit(config, dtype, device, group)
-            model = checkpoint.random_model(config, tp=group, device=device, dtype=dtype)
-            engine = cls(model, Ids(config.vocab_size), options)
+        machine.check_weights_fit(source, dtype, device, group)
+        if isinstance(source, ModelConfig):
+            model = checkpoint.random_model(source, tp=group, device=device, dtype=dtype)
+            engine = cls(model, Ids(source.vocab_size), options)
         else:
-            memory.check_weights_fit(folder, dtype, device, group)
-            model = checkpoint.load(str(folder), tp=group, device=device, dtype=dtype, progress=progress)
-            defaults = defaults or checkpoint.default_sampling(folder, SamplingParams, chosen)
-            engine = cls(model, Tokenizer.from_folder(folder), options, defaults=defaults)
+            model = checkpoint.load(str(source), tp=group, device=device, dtype=dtype, progress=progress)
+            defaults = defaults or checkpoint.default_sampling(source, SamplingParams, chosen)
+            engine = cls(model, Tokenizer.from_folder(source), options, defaults=defaults)
         engine.warn()
         if options.draft is not None:
             engine.speculate(engine._drafter(options.draft, options), options.num_draft_tokens)
@@ -236,9 +204,6 @@ class Engine:
         ValueError for arguments that make no sense, for a prompt that does not fit, and for logits that are not finite;
         RuntimeError while another generation of this engine is under way: finish or `close()` it first.
         """
-        for name, value in (("prompts", prompts), ("stop", stop)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} is the string {value[:40]!r}; give a list of strings")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         rows = self.encode(prompts)
@@ -250,7 +215,7 @@ class Engine:
             )
         limit = min(max_new_tokens, self.max_seq_len - longest)
         stop_ids = frozenset() if ignore_eos else self.tokenizer.stop_ids
-        answers = [Answer(self.tokenizer.decoder(row), stop_ids, stop, limit) for row in rows]
+        answers = [Answer(i, self.tokenizer.decoder(row), stop_ids, stop, limit) for i, row in enumerate(rows)]
         return self._generate(rows, answers, sampling or self.defaults, limit, seed)
 
     def _generate(
@@ -280,7 +245,7 @@ class Engine:
                 self.stats.decode_steps = max(len(a.ids) for a in answers) - 1
         finally:  # also when the caller stops asking
             prefix = max(map(len, rows)) + self.stats.decode_steps // 2
-            self.stats.bytes_per_step = memory.bytes_per_step(self.model, len(rows), prefix)
+            self.stats.bytes_per_step = machine.bytes_per_step(self.model, len(rows), prefix)
             self._busy.release()
 
     def _prepare(self, batch_size: int, longest: int, limit: int, structure: Structure) -> None:
@@ -298,7 +263,7 @@ class Engine:
 
     def _compile_kernels(self, longest: int, structure: Structure) -> None:
         """Those of every step, side by side, once for each kind of run; what torch.compile makes, meanwhile."""
-        began, (rows, slots), speculation = time.perf_counter(), self.state.out.shape, self.speculation
+        (rows, slots), speculation = self.state.out.shape, self.speculation
         if (kind_of_run := (rows, slots, structure, speculation)) in self._kernels:
             return
         self._kernels.add(kind_of_run)
@@ -307,10 +272,9 @@ class Engine:
         runs = [decode_kernels.Run(self.model, rows, slots, tokens, (prefill,), sampling)]
         if speculation and (draft := self.draft) and draft.use_kernels:
             runs.append(decode_kernels.Run(draft.model, rows, slots, (1, 2), (longest, RESUMED), None))
-        with decode_kernels.compiling_ahead(runs, self.device, checkpoint.tell):
+        with self.stats.compiling(), decode_kernels.compiling_ahead(runs, self.device, tell):
             if speculation and self.compile:
                 speculation.compile(structure)
-        self.stats.compile_s += time.perf_counter() - began
 
     def _first_tokens(self, rows: list[list[int]], structure: Structure) -> Tensor:
         """Prefill, and sample the first token of every row, int64 [B]; the state is ready for the first step."""
@@ -333,30 +297,19 @@ class Engine:
         return first
 
     def _increments(self, answers: list[Answer], block: list[list[int]]) -> Iterator[Increment]:
-        for row, (answer, ids) in enumerate(zip(answers, block)):
+        for answer, ids in zip(answers, block):
             if answer.stop_reason is None:
                 if -1 in ids[: answer.limit - len(answer.ids)]:
                     self.cache = None  # it holds NaN, and 0 * NaN would reach the next prompt too
                     raise ValueError(
-                        f"row {row}: the logits are not finite; is the checkpoint damaged, or {self.dtype} too narrow?"
+                        f"row {answer.row}: the logits are not finite; is the checkpoint damaged, or {self.dtype} too "
+                        "narrow?"
                     )
-                taken, text = answer.add(ids)
-                yield Increment(row, taken, text, answer.stop_reason)
+                yield answer.add(ids)
 
     def encode(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Ids of each prompt. ValueError for none, for an empty one, and for what is no id of the model."""
-        try:
-            rows = [self.tokenizer.encode(p) if isinstance(p, str) else list(map(index, p)) for p in prompts]
-        except TypeError as error:
-            raise ValueError(f"a prompt is a text or a list of integer ids: {error}") from error
-        if not rows:
-            raise ValueError("there is no prompt; give a list of at least one")
-        for row in rows:
-            if not row:
-                raise ValueError("the prompt is empty and the model has no BOS token to start from; give some text")
-            if (worst := max(row)) >= self.vocab_size or (worst := min(row)) < 0:
-                raise ValueError(f"the prompt uses token id {worst}; the model's vocabulary has {self.vocab_size}")
-        return rows
+        return encode_prompts(self.tokenizer, prompts, self.vocab_size)
 
     # -- the two programs ----------------
 
@@ -390,11 +343,6 @@ class Engine:
         """
         slots, least = self.state.out.shape[1], 512 if self.cuda else 256  # a smaller one is one more to compile
         return slots if self.use_kernels else min(slots, max(least, 1 << position.bit_length()))
-
-    def switch_kernels_(self, on: bool) -> None:
-        """Let the model's modules use the kernels, or plain PyTorch; programs that exist stay as they are."""
-        if decode_kernels is not None:
-            decode_kernels.use_(self.model, on)
 
     def fused(self, structure: Structure) -> bool:
         """Whether drawing a token and the end of a step are kernels here."""
@@ -473,23 +421,12 @@ class Engine:
         return self._tried(compiled(fn, "small"), park, capture=self.cuda)
 
     def _tried(self, step: Program, park: Program, capture: bool) -> Program:
-        """Compile by running; then, to capture, record one CUDA graph: a step is one launch, without guards."""
         if not self.compile:
             return step
         if not self.stats.compile_s:
-            checkpoint.tell("compiling the decode step; what it builds is kept on disk for the next time")
-        began = time.perf_counter()
-        for _ in range(2):  # a GPU's libraries allocate on the first run, which a capture may not
-            park()
-            step()
-        if capture:
-            park()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            step = graph.replay
-        self.stats.compile_s += time.perf_counter() - began
-        return step
+            tell("compiling the decode step; what it builds is kept on disk for the next time")
+        with self.stats.compiling():
+            return captured(step, park, capture)
 
     def park(self, margin: int = 1) -> None:
         """Let every row stand at the last `margin` slots, which belong to no prefix that is kept."""
@@ -507,25 +444,16 @@ class Engine:
 
         On a GPU the host reads one block behind the one it has just queued, so the queue never runs dry.
         """
-        pending: tuple[Tensor, torch.cuda.Event] | None = None
+        pending: list[Callable[[], list[list[int]]]] = []
         for a in range(0, count, self.sync_every):
             b = min(a + self.sync_every, count)
             for i in range(a, b):
                 self.decode(position + i, structure)()
-            if not self.cuda:
-                yield self.state.out[:, a:b].tolist()
-                continue
-            host = torch.empty((self.state.out.shape[0], b - a), dtype=torch.int64, pin_memory=True)
-            host.copy_(self.state.out[:, a:b], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            if pending is not None:
-                pending[1].synchronize()
-                yield pending[0].tolist()
-            pending = host, event
-        if pending is not None:
-            pending[1].synchronize()
-            yield pending[0].tolist()
+            pending.append(to_host(self.state.out[:, a:b]))
+            if len(pending) > self.cuda:
+                yield pending.pop(0)()
+        for block in pending:
+            yield block()
 
     # -- memory, and what a run tells ----------------
 
@@ -564,7 +492,7 @@ class Engine:
             return
         self.cache = None  # free the old one first
         self._programs, self._cached = {}, []
-        memory.check_cache_fits(self.model, batch_size, slots, slack)
+        machine.check_cache_fits(self.model, batch_size, slots, slack)
         self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
         self.cache.long = long  # as a cache without the slack
         self.state = State(batch_size, slots, self.vocab_size, self.device)
@@ -576,21 +504,19 @@ class Engine:
         """What is right but not as a user may expect, once, on standard error."""
         ids, known = self.tokenizer.vocab_size, self.vocab_size
         if ids > known:
-            checkpoint.tell(f"warning: the tokenizer has {ids} ids, the model {known}; a prompt with others is refused")
+            tell(f"warning: the tokenizer has {ids} ids, the model {known}; a prompt with others is refused")
         if self.tokenizer.stop_ids and min(self.tokenizer.stop_ids) >= known:
-            checkpoint.tell("warning: the model's vocabulary has no id that ends a text; it goes on to the end")
+            tell("warning: the model's vocabulary has no id that ends a text; it goes on to the end")
         if any(m.expands for m in self.model.modules() if isinstance(m, Linear)):
-            checkpoint.tell(
-                f"note: no fast path for some int4 weights in {self.dtype}: every step expands them, slowly"
-            )
+            tell(f"note: no fast path for some int4 weights in {self.dtype}: every step expands them, slowly")
 
     def peak_bytes(self) -> int:
         """The most memory that this process has used: of its GPU, or else of the host."""
-        return memory.peak_bytes(self.device)
+        return machine.peak_bytes(self.device)
 
     def read_bandwidth(self) -> float | None:
         """Bytes per second that this device's memory gives to a sum; None where it is short."""
-        return memory.read_bandwidth(self.device)
+        return machine.read_bandwidth(self.device)
 
     @contextlib.contextmanager
     def profile(self, file: str) -> Iterator[None]:
@@ -609,16 +535,3 @@ def wants_kernels(choice: str, device: torch.device, dtype: torch.dtype) -> bool
             f"here: {dtype} on {device}"
         )
     return choice != "inductor" and able
-
-
-def pick_device(name: str | None) -> torch.device:
-    """cpu, cuda or mps; None takes CUDA if there is one, else the CPU. ValueError for a device that is not there."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = name or ("cuda" if available["cuda"] else "cpu")
-    if not available.get(name):
-        able = ", ".join(d for d, ok in available.items() if ok)
-        raise ValueError(f"device {name!r} is not available here; available: {able}")
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(name)

@@ -22,7 +22,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -349,17 +351,31 @@ class Ids:
         return ""
 
 
+@dataclass(frozen=True)
+class Increment:
+    """What one row gained: new ids, the text that is now certain, and why the row ended (eos, stop, length) if so."""
+
+    row: int
+    ids: list[int]
+    text: str
+    stop_reason: str | None
+
+
 class Answer:
     """One row's answer as it grows: ids, certain text, stop ids and stop strings (also across token boundaries)."""
 
-    def __init__(self, decoder: Decoder | Ids, stop_ids: frozenset[int], stop: Sequence[str], limit: int) -> None:
-        self.decoder, self.stop_ids, self.stop, self.limit = decoder, stop_ids, tuple(stop), limit
+    def __init__(
+        self, row: int, decoder: Decoder | Ids, stop_ids: frozenset[int], stop: Sequence[str], limit: int
+    ) -> None:
+        if isinstance(stop, str):
+            raise ValueError(f"stop is the string {stop[:40]!r}; give a list of strings")
+        self.row, self.decoder, self.stop_ids, self.stop, self.limit = row, decoder, stop_ids, tuple(stop), limit
         self.ids: list[int] = []
         self.held = ""  # text that may be the beginning of a stop string
         self.stop_reason: str | None = None
 
-    def add(self, ids: list[int]) -> tuple[list[int], str]:
-        """Take ids until the answer ends; returns those taken and the text that became certain."""
+    def add(self, ids: list[int]) -> Increment:
+        """Take ids until the answer ends."""
         taken: list[int] = []
         for token in ids:
             if self.stop_reason is not None:
@@ -380,7 +396,30 @@ class Answer:
         if self.stop_reason is None:
             keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return taken, text
+        return Increment(self.row, taken, text, self.stop_reason)
+
+
+def encode_prompts(
+    tokenizer: Tokenizer | Ids, prompts: Sequence[str | Sequence[int]], vocab_size: int
+) -> list[list[int]]:
+    """Ids of each prompt, a text or a list of ids, for a model with so many.
+
+    ValueError for none, for an empty one, and for what is no id of the model.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is the string {prompts[:40]!r}; give a list of strings")
+    try:
+        rows = [tokenizer.encode(p) if isinstance(p, str) else list(map(index, p)) for p in prompts]
+    except TypeError as error:
+        raise ValueError(f"a prompt is a text or a list of integer ids: {error}") from error
+    if not rows:
+        raise ValueError("there is no prompt; give a list of at least one")
+    for row in rows:
+        if not row:
+            raise ValueError("the prompt is empty and the model has no BOS token to start from; give some text")
+        if (worst := max(row)) >= vocab_size or (worst := min(row)) < 0:
+            raise ValueError(f"the prompt uses token id {worst}; the model's vocabulary has {vocab_size}")
+    return rows
 
 
 def try_out(path: Path) -> None:

@@ -99,7 +99,7 @@ import torch
 
 import architectures
 import checkpoint
-import memory
+import machine
 import tp
 from engine import DTYPES, Engine, EngineOptions, pick_device
 from linear import Linear
@@ -236,7 +236,7 @@ def measure_decode(engine: Engine, args: argparse.Namespace, bandwidth: float, s
         "compile_s_cold": compile_s if engine.compile and cold else None,
         "compile_s_warm": compile_s if engine.compile and not cold else None,
         "first_token_s": first_token_s,
-        "peak_memory_gb": memory.peak_bytes(engine.device) / 1e9,
+        "peak_memory_gb": machine.peak_bytes(engine.device) / 1e9,
     }
 
 

@@ -78,7 +78,7 @@ from tqdm import tqdm
 
 import architectures
 import checkpoint
-import memory
+import machine
 import quantize
 import tp
 from engine import Engine, pick_device
@@ -231,14 +231,14 @@ class Ladder:
         first, whole = (times[len(times) // 2] for times in (firsts, wholes))
         row: dict[str, Any] = {"rung": FIRST, "tok_s": (args.new_tokens - 1) / (whole - first)}
         row |= {"ttft_ms": 1e3 * first, "dtype": str(dtype).removeprefix("torch."), "kernels": "transformers"}
-        size = memory.peak_bytes(self.device) if self.device.type == "cuda" else model.get_memory_footprint()
+        size = machine.peak_bytes(self.device) if self.device.type == "cuda" else model.get_memory_footprint()
         return row | {"memory_gb": size / 1e9, "compiled": False, "tp": 1, "weights": row["dtype"]}
 
 
 def held_bytes(engine: Engine) -> int:
     """Bytes: on a GPU the most that was allocated; elsewhere weights and caches, of a draft too."""
     if engine.cuda:
-        return engine.peak_bytes()
+        return machine.peak_bytes(engine.device)
     draft = engine.speculation.draft if engine.speculation else None
     engines = [engine, draft] if isinstance(draft, Engine) else [engine]
     tensors = [t for e in engines for t in (*e.model.state_dict().values(), *(e.cache.buffers() if e.cache else ()))]

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import torch
 
 import checkpoint
-from engine import Engine
+from engine import Engine, decode_kernels
 from linear import Linear
 from sampling import SamplingParams
 
@@ -101,19 +101,19 @@ def against_twins(engine: Engine, prompt: list[int]) -> Iterator[Check]:
             experts = torch.arange(rows, device=engine.device) % module.num_experts if module.num_experts else None
             y = []
             for on in (True, False):
-                engine.switch_kernels_(on)
+                decode_kernels.use_(engine.model, on)
                 y.append(module(x, experts=experts))
-            engine.switch_kernels_(True)
+            decode_kernels.use_(engine.model, True)
             what = type(module.fast).__name__.lower() if module.fast else "plain"
             yield f"kernel ({what}) of {name}, {rows} rows", relative(*y), limit
     for new in (1, 9):
         logits = []
         for on in (True, False):
-            engine.switch_kernels_(on)
+            decode_kernels.use_(engine.model, on)
             engine.prefill([prompt])
             logits.append(engine.prefill([prompt], len(prompt) - new))
         yield f"all kernels together, {new} rows", relative(*logits), limit
-    engine.switch_kernels_(True)
+    decode_kernels.use_(engine.model, True)
 
 
 def against_golden(twin: Engine, folder: Path) -> Iterator[Check]:

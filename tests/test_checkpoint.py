@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import memory
+import machine
 from architectures import config_from_hf, rope_from_hf
 from checkpoint import checkpoint_dtype
 from engine import Engine
@@ -949,6 +949,6 @@ def test_host_memory_while_loading(large, folder, dtype):
 def test_estimate_of_what_a_folder_needs(tiny):
     folder, reference = tiny(dtype=torch.bfloat16)
     count = sum(p.numel() for p in reference.parameters())
-    assert memory.stored_bytes(folder, torch.float32) == 4 * count
-    assert memory.stored_bytes(folder, torch.bfloat16) == 2 * count
+    assert machine.stored_bytes(folder, torch.float32) == 4 * count
+    assert machine.stored_bytes(folder, torch.bfloat16) == 2 * count
     assert QuantConfig.from_hf(None) is None

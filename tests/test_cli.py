@@ -20,7 +20,7 @@ from scripted import SPECIAL, VOCAB, add_tokenizer, byte_ids, recital, write_jso
 
 import checkpoint
 import generate
-import memory
+import machine
 from engine import Engine
 from sampling import SamplingParams
 from tokenizer import Tokenizer
@@ -557,11 +557,11 @@ def test_non_finite_logits_while_decoding(call, tmp_path):
 def test_memory_is_estimated_before_allocation(call, fails, abc, monkeypatch):
     slot = 2 * 4 * 4  # K and V of one layer, one head of 4, float32
     weights = sum(tensor.nbytes for tensor in load_file(abc / "model.safetensors").values())
-    monkeypatch.setattr(memory, "free_bytes", lambda device: weights - 1)
+    monkeypatch.setattr(machine, "free_bytes", lambda device: weights - 1)
     message = fails("--checkpoint", abc)
     assert "weights" in message and "--dtype" in message
     sizes = [weights]
-    monkeypatch.setattr(memory, "free_bytes", lambda device: sizes.pop(0) if len(sizes) > 1 else sizes[0])
+    monkeypatch.setattr(machine, "free_bytes", lambda device: sizes.pop(0) if len(sizes) > 1 else sizes[0])
     for free, flags, advice in (
         (3 * 256 * slot + slot, (), (128, 3)),  # a cache holds multiples of 128 slots
         (3 * 256 * slot + slot, ("--draft", "ngram", "--num-draft-tokens", 3), (123, 2)),  # and a few for drafts
@@ -581,7 +581,7 @@ def test_memory_is_estimated_before_allocation(call, fails, abc, monkeypatch):
 
 
 def test_a_shape_too_large_for_memory_is_refused(fails, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 10**6)
     monkeypatch.setattr(checkpoint, "random_model", None)
     message = fails("--shape", "llama-2-7b")
     assert "13.5 GB" in message and "0.0 GB" in message

@@ -427,8 +427,8 @@ class Letters:
 
 
 def feed(pieces: list[str], stop: list[str], limit: int = 99, stop_ids=(), rest: str = "", step: int = 1):
-    made = Answer(Letters(*pieces, rest=rest), frozenset(stop_ids), stop, limit)
-    texts = [made.add(list(range(i, min(i + step, len(pieces)))))[1] for i in range(0, len(pieces), step)]
+    made = Answer(0, Letters(*pieces, rest=rest), frozenset(stop_ids), stop, limit)
+    texts = [made.add(list(range(i, min(i + step, len(pieces))))).text for i in range(0, len(pieces), step)]
     return texts, made
 
 

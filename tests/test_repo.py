@@ -17,17 +17,17 @@ LIMITS = {
     "model.py": 340,
     "linear.py": 250,
     "sampling.py": 110,
-    "engine.py": 460,  # DESIGN: 440; compiled layers without guards, each kind of layer by itself
-    "compilation.py": 40,
+    "engine.py": 440,
+    "compilation.py": 50,
     "generate.py": 300,
     "command_line.py": 110,
     "speculative.py": 380,
     "tp.py": 180,
     "architectures.py": 340,  # DESIGN: 260; five more families, whose particulars are read here
     "checkpoint.py": 520,  # DESIGN: 460; modules joined on disk, the text part of a larger model, shares of odd sizes
-    "memory.py": 80,
+    "machine.py": 120,
     "formats.py": 330,
-    "tokenizer.py": 360,  # DESIGN: 290; tokenizers and templates from outside run in a limited child
+    "tokenizer.py": 390,  # DESIGN: 290; tokenizers and templates from outside run in a limited child
     "quantize.py": 450,  # DESIGN: 440; a block is computed once for all its Linears, int8 with error feedback
     "gptq.py": 120,
     "output_folder.py": 130,
@@ -46,7 +46,7 @@ LIMITS = {
     "decode_kernels/cpu.py": 180,
 }
 SCRIPT_LIMIT = 400
-STORY_LIMIT = 1210  # DESIGN: 1,100; since then five more families, and collectives that may have a fast path
+STORY_LIMIT = 1140  # DESIGN: 1,100
 # What is over its limit, with its size: a ratchet, which only falls, and which is empty when the house is in order.
 OVER: dict[str, int] = {}
 FUNCTION, KERNEL, PARAMETERS = 50, 120, 8  # code lines of a function, of a Triton kernel; parameters of a function
@@ -66,10 +66,10 @@ MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
     "architectures": {"model"},
     "speculative": {"sampling"},
     "checkpoint": {"architectures", "model", "linear", "formats", "sampling", "tp"},
-    "memory": {"checkpoint", "linear", "model", "tp"},
+    "machine": {"checkpoint", "linear", "model", "tp"},
     "compilation": {"model"},
     "engine": {
-        *"model linear sampling speculative tokenizer tp checkpoint memory architectures compilation".split(),
+        *"model linear sampling speculative tokenizer tp checkpoint machine architectures compilation".split(),
         *KERNELS,
     },
     "command_line": set(),

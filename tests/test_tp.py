@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import architectures
 import checkpoint
-import memory
+import machine
 import tp
 from engine import Engine
 from formats import QuantConfig, Quantized, Scheme, pack
@@ -204,11 +204,11 @@ def test_a_rank_needs_memory_for_its_share(tiny, monkeypatch, shape):
     weights = architectures.shape_config("tiny") if shape else tiny()[0]
     whole = checkpoint.random_model(weights, dtype=torch.float32) if shape else checkpoint.load(str(weights))
     need = sum(p.nbytes for p in whole.parameters())
-    monkeypatch.setattr(memory, "free_bytes", lambda device: need - 1)
-    memory.check_weights_fit(weights, torch.float32, torch.device("cuda"), TensorParallel(0, 2))
+    monkeypatch.setattr(machine, "free_bytes", lambda device: need - 1)
+    machine.check_weights_fit(weights, torch.float32, torch.device("cuda"), TensorParallel(0, 2))
     for device, group in (("cuda", TensorParallel()), ("cpu", TensorParallel(0, 2))):
         with pytest.raises(ValueError, match=f"on {device} and"):
-            memory.check_weights_fit(weights, torch.float32, torch.device(device), group)
+            machine.check_weights_fit(weights, torch.float32, torch.device(device), group)
 
 
 def test_a_rank_waits_for_rank_0_only_so_long(monkeypatch, capfd):

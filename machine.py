@@ -1,6 +1,7 @@
-"""How many bytes weights, a cache and a decode step take, and how many there are.
+"""The machine: which device it has, how many bytes, and how fast it reads them; what weights, a cache and a decode step
+need of it; and what a generation took.
 
-Knows devices and sizes. Refuses to know what the bytes mean.
+Knows devices, sizes and seconds. Refuses to know what the bytes mean, and how a step runs.
 """
 
 import contextlib
@@ -8,14 +9,58 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from checkpoint import VISION, Weights
 from linear import Linear
 from model import ModelConfig, Transformer
 from tp import TensorParallel
+
+
+@dataclass
+class Stats:
+    """Of the last `Engine.generate()`: seconds, counts, and the bytes a decode step reads (weights, average KV
+    prefix).
+    """
+
+    load_s: float = 0.0
+    compile_s: float = 0.0
+    prefill_tokens: int = 0
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    decode_steps: int = 0
+    batch_size: int = 0
+    bytes_per_step: int = 0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens per second of one row."""
+        return self.decode_steps / self.decode_s if self.decode_s else 0.0
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """The body's seconds are those of compilation."""
+        began = time.perf_counter()
+        yield
+        self.compile_s += time.perf_counter() - began
+
+
+def pick_device(name: str | None) -> torch.device:
+    """cpu, cuda or mps; None takes CUDA if there is one, else the CPU. ValueError for a device that is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = name or ("cuda" if available["cuda"] else "cpu")
+    if not available.get(name):
+        able = ", ".join(d for d, ok in available.items() if ok)
+        raise ValueError(f"device {name!r} is not available here; available: {able}")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -50,6 +95,21 @@ def read_bandwidth(device: torch.device) -> float | None:
         x.sum().item()
         best = min(best, time.perf_counter() - began)
     return size / best
+
+
+def to_host(x: Tensor) -> Callable[[], list[list[int]]]:
+    """Begin to copy x to the host; what is returned waits until it is there, and gives its numbers."""
+    if not x.is_cuda:
+        return x.tolist
+    host, event = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    host.copy_(x, non_blocking=True)
+    event.record()
+
+    def wait() -> list[list[int]]:
+        event.synchronize()
+        return host.tolist()
+
+    return wait
 
 
 def stored_bytes(folder: Path, dtype: torch.dtype) -> int:
