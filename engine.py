@@ -5,7 +5,6 @@ its mathematics (`model.py`), its files (`checkpoint.py`), its words (`tokenizer
 (`generate.py`).
 """
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +101,8 @@ class Engine:
         """The model lies where it is to run. changes: fields of `options`; device and dtype are the model's."""
         options = replace(options, **changes)
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
-        self.device, self.dtype, self.stats = model.norm.weight.device, model.norm.weight.dtype, Stats()
+        self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
+        self.stats = Stats(self.device)
         self.cuda = self.device.type == "cuda"
         self.compile = self.cuda if options.compile is None else options.compile
         self.use_kernels = wants_kernels(options.kernels, self.device, self.dtype)
@@ -252,7 +252,7 @@ class Engine:
         """Build every program that `limit` tokens behind prompts of at most `longest` will use."""
         speculation = self.speculation
         self.reserve(batch_size, longest + limit, speculation.margin if speculation else 0)
-        self.stats = Stats(load_s=self.stats.load_s, batch_size=batch_size)
+        self.stats = Stats(self.device, load_s=self.stats.load_s, batch_size=batch_size)
         if self.use_kernels:
             self._compile_kernels(longest, structure)
         if speculation:
@@ -455,7 +455,7 @@ class Engine:
         for block in pending:
             yield block()
 
-    # -- memory, and what a run tells ----------------
+    # -- scoring, and memory ----------------
 
     def score(self, tokens: Tensor, chunk: int = 512) -> Tensor:
         """Log-probability float32 [B, T - 1] of each of tokens[:, 1:] (int64 [B, T]) given the ones before it, in one
@@ -509,21 +509,6 @@ class Engine:
             tell("warning: the model's vocabulary has no id that ends a text; it goes on to the end")
         if any(m.expands for m in self.model.modules() if isinstance(m, Linear)):
             tell(f"note: no fast path for some int4 weights in {self.dtype}: every step expands them, slowly")
-
-    def peak_bytes(self) -> int:
-        """The most memory that this process has used: of its GPU, or else of the host."""
-        return machine.peak_bytes(self.device)
-
-    def read_bandwidth(self) -> float | None:
-        """Bytes per second that this device's memory gives to a sum; None where it is short."""
-        return machine.read_bandwidth(self.device)
-
-    @contextlib.contextmanager
-    def profile(self, file: str) -> Iterator[None]:
-        """Write a Chrome trace of the body."""
-        with torch.profiler.profile() as trace:
-            yield
-        trace.export_chrome_trace(file)
 
 
 def wants_kernels(choice: str, device: torch.device, dtype: torch.dtype) -> bool:

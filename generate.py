@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,10 +130,8 @@ def of_ranks(engine: Engine) -> str:
     tp, config = engine.model.tp, engine.model.config
     if tp.size == 1:
         return ""
-    each, sums = (
-        tp.seconds(engine.stats.batch_size * config.hidden_size, engine.dtype, engine.device),
-        1 + 2 * config.num_hidden_layers,
-    )
+    numbers, sums = engine.stats.batch_size * config.hidden_size, 1 + 2 * config.num_hidden_layers
+    each = engine.stats.seconds_of_sum(tp, numbers, engine.dtype)
     way = "torch.distributed" if tp.fast is None else "one-shot"
     share = min(each * sums * engine.stats.decode_tok_s, 1)
     return f"\n{tp.size} ranks | {sums} all-reduces a step, {each * 1e6:.1f} us each ({way}): {share:.0%} of it"
@@ -142,7 +140,7 @@ def of_ranks(engine: Engine) -> str:
 def summary(engine: Engine) -> str:
     """The last generation in one line, and its speculation in another."""
     s, rate, rows = engine.stats, engine.stats.decode_tok_s, max(engine.stats.batch_size, 1)
-    peak, gb, bandwidth = engine.peak_bytes() / 1e9, s.bytes_per_step / 1e9, (engine.read_bandwidth() or 0) / 1e9
+    peak, gb, bandwidth = s.peak_bytes() / 1e9, s.bytes_per_step / 1e9, (s.read_bandwidth() or 0) / 1e9
     parts = [
         f"load {s.load_s:.1f} s",
         f"compile {s.compile_s:.1f} s" if s.compile_s else "",
@@ -281,7 +279,7 @@ def answer(engine: Engine, args: argparse.Namespace, prompts: list[str], chosen:
     if args.chat and args.max_seq_len is None:
         engine.limit(1, min(engine.max_seq_len, 8192))
     rank = engine.model.tp.rank  # one rank speaks
-    trace = engine.profile(args.profile) if args.profile else contextlib.nullcontext()
+    trace = profiled(args.profile) if args.profile else contextlib.nullcontext()
     with trace, open(os.devnull, "w") as null, contextlib.redirect_stdout(null if rank else sys.stdout):
         status = chat(engine, args, sampling) if args.chat else run(engine, args, sampling, prompts)
     if args.profile:  # PyTorch writes it without a word of a full disk
@@ -289,6 +287,16 @@ def answer(engine: Engine, args: argparse.Namespace, prompts: list[str], chosen:
             if not file.read().rstrip().endswith(b"}"):
                 raise OSError(f"--profile {args.profile} could not be written whole; is the disk full?")
     return status
+
+
+@contextlib.contextmanager
+def profiled(file: str) -> Iterator[None]:
+    """Write a Chrome trace of the body."""
+    from torch.profiler import profile
+
+    with profile() as trace:
+        yield
+    trace.export_chrome_trace(file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -212,12 +212,8 @@ class QuantizedLinear(Linear):
 
     def operands(self, experts: Experts) -> tuple[Tensor, Tensor, Tensor | None]:
         """(weight_packed, weight_scale, weight_zero_point), of the experts chosen."""
-        zero = self.weight_zero_point
-        return (
-            _of(experts, self.weight_packed),
-            _of(experts, self.weight_scale),
-            None if zero is None else _of(experts, zero),
-        )
+        packed, scale, zero = self.weight_packed, self.weight_scale, self.weight_zero_point
+        return _of(experts, packed), _of(experts, scale), None if zero is None else _of(experts, zero)
 
     def values(self, packed: Tensor) -> Tensor:
         """The integers, int8 [..., N, K], of weight_packed or of some experts' share of it."""
@@ -322,18 +318,11 @@ class Int4Linear(QuantizedLinear):
     def expands(self) -> bool:
         return self.fast is None or not self.fast.covers(self)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        norm: RMSNorm | None = None,
-        residual: Tensor | None = None,
-        silu_mul: bool = False,
-        experts: Experts = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, norm: RMSNorm | None = None, **options: Any) -> Tensor:  # noqa: ANN401
+        """As above, with the inputs in the order in memory."""
         if self.permutation is not None:
             x, norm = (x if norm is None else norm(x))[..., self.permutation], None
-        return super().forward(x, norm=norm, residual=residual, silu_mul=silu_mul, experts=experts)
+        return super().forward(x, norm=norm, **options)
 
 
 def quantize_rtn(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import VISION, Weights
+from compilation import captured
 from linear import Linear
 from model import ModelConfig, Transformer
 from tp import TensorParallel
@@ -28,6 +29,7 @@ class Stats:
     prefix).
     """
 
+    device: torch.device
     load_s: float = 0.0
     compile_s: float = 0.0
     prefill_tokens: int = 0
@@ -41,6 +43,18 @@ class Stats:
     def decode_tok_s(self) -> float:
         """Tokens per second of one row."""
         return self.decode_steps / self.decode_s if self.decode_s else 0.0
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process has used so far."""
+        return peak_bytes(self.device)
+
+    def read_bandwidth(self) -> float | None:
+        """Of this device's memory, measured now."""
+        return read_bandwidth(self.device)
+
+    def seconds_of_sum(self, tp: TensorParallel, n: int, dtype: torch.dtype) -> float:
+        """Of n numbers over the ranks, all of which must call it; measured now."""
+        return seconds_of_sum(tp, n, dtype, self.device)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -95,6 +109,26 @@ def read_bandwidth(device: torch.device) -> float | None:
         x.sum().item()
         best = min(best, time.perf_counter() - began)
     return size / best
+
+
+def seconds_of_sum(tp: TensorParallel, n: int, dtype: torch.dtype, device: torch.device, count: int = 64) -> float:
+    """How long one all-reduce of n zeros takes, of `count` in a row, on a GPU in a CUDA graph as in a step.
+
+    Every rank must call it.
+    """
+    x = torch.zeros(n, dtype=dtype, device=device)
+
+    def several() -> None:
+        for _ in range(count):
+            tp.all_reduce(x)
+
+    run = captured(several, lambda: None, capture=x.is_cuda)
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    for _ in range(2):  # a graph is brought to the GPU when it first runs
+        began = time.perf_counter()
+        run()
+        wait()
+    return (time.perf_counter() - began) / count
 
 
 def to_host(x: Tensor) -> Callable[[], list[list[int]]]:

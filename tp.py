@@ -100,32 +100,6 @@ class TensorParallel:
         dist.broadcast_object_list(box, src=0, group=self.words)
         return box[0]
 
-    def seconds(self, n: int, dtype: torch.dtype, device: torch.device, count: int = 64) -> float:
-        """How long one all-reduce of n zeros takes, of `count` in a row, on a GPU in a CUDA graph as in a step.
-
-        Every rank must call it.
-        """
-        x = torch.zeros(n, dtype=dtype, device=device)
-
-        def several() -> None:
-            for _ in range(count):
-                self.all_reduce(x)
-
-        several()
-        if x.is_cuda:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                several()
-            graph.replay()
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        if x.is_cuda:
-            graph.replay()
-            torch.cuda.synchronize()
-        else:
-            several()
-        return (time.perf_counter() - began) / count
-
     def check_same(self, value: int, what: str) -> None:
         """ValueError unless all ranks hold the same value, naming the ranks that differ from rank 0."""
         values = [value] * self.size

@@ -246,7 +246,7 @@ def step_of_ranks(engine: Engine, ranks: int, decoded: dict[str, Any]) -> str:
     """
     tp, config, batch = engine.model.tp, engine.model.config, decoded["batch"]
     n, sums = batch * config.hidden_size, 2 * config.num_hidden_layers + 1
-    each = 1e3 * tp.seconds(n, engine.dtype, engine.device) if tp.size > 1 else SUM_MS
+    each = 1e3 * machine.seconds_of_sum(tp, n, engine.dtype, engine.device) if tp.size > 1 else SUM_MS
     reading = 1e3 * decoded["bytes_per_token"] * batch * tp.size / (decoded["bandwidth_gb_s"] * 1e9)
     rest = decoded["tpot_ms"] - reading / tp.size - (sums * each if tp.size > 1 else 0)
     ms = rest + reading / ranks + (sums * each if ranks > 1 else 0)

@@ -411,11 +411,11 @@ def test_profile_replaces_no_device_and_says_when_a_trace_is_cut(call, fails, ab
     cut = tmp_path / "trace.json"
 
     @contextlib.contextmanager
-    def profile(self, file):
+    def profiled(file):
         yield
         Path(file).write_text('{"traceEvents": [{')  # as a full disk leaves it
 
-    monkeypatch.setattr(Engine, "profile", profile)
+    monkeypatch.setattr(generate, "profiled", profiled)
     _, message = call("--checkpoint", abc, "--profile", cut, "--max-new-tokens", 2, status=2)
     assert f"--profile {cut} could not be written whole" in message
 

@@ -25,7 +25,7 @@ LIMITS = {
     "tp.py": 180,
     "architectures.py": 340,  # DESIGN: 260; five more families, whose particulars are read here
     "checkpoint.py": 520,  # DESIGN: 460; modules joined on disk, the text part of a larger model, shares of odd sizes
-    "machine.py": 120,
+    "machine.py": 140,
     "formats.py": 330,
     "tokenizer.py": 390,  # DESIGN: 290; tokenizers and templates from outside run in a limited child
     "quantize.py": 450,  # DESIGN: 440; a block is computed once for all its Linears, int8 with error feedback
@@ -46,7 +46,7 @@ LIMITS = {
     "decode_kernels/cpu.py": 180,
 }
 SCRIPT_LIMIT = 400
-STORY_LIMIT = 1140  # DESIGN: 1,100
+STORY_LIMIT = 1100
 # What is over its limit, with its size: a ratchet, which only falls, and which is empty when the house is in order.
 OVER: dict[str, int] = {}
 FUNCTION, KERNEL, PARAMETERS = 50, 120, 8  # code lines of a function, of a Triton kernel; parameters of a function
@@ -66,7 +66,7 @@ MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
     "architectures": {"model"},
     "speculative": {"sampling"},
     "checkpoint": {"architectures", "model", "linear", "formats", "sampling", "tp"},
-    "machine": {"checkpoint", "linear", "model", "tp"},
+    "machine": {"checkpoint", "compilation", "linear", "model", "tp"},
     "compilation": {"model"},
     "engine": {
         *"model linear sampling speculative tokenizer tp checkpoint machine architectures compilation".split(),
