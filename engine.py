@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 import architectures
 import checkpoint
 import machine
+import shortlist
 import tp as tensor_parallel
 from checkpoint import DTYPES, tell
 from compilation import CompiledModules, Function, captured, compiled
@@ -297,13 +299,12 @@ class Engine:
         return first
 
     def _increments(self, answers: list[Answer], block: list[list[int]]) -> Iterator[Increment]:
-        for answer, ids in zip(answers, block):
+        for row, (answer, ids) in enumerate(zip(answers, block)):
             if answer.stop_reason is None:
                 if -1 in ids[: answer.limit - len(answer.ids)]:
                     self.cache = None  # it holds NaN, and 0 * NaN would reach the next prompt too
                     raise ValueError(
-                        f"row {answer.row}: the logits are not finite; is the checkpoint damaged, or {self.dtype} too "
-                        "narrow?"
+                        f"row {row}: the logits are not finite; is the checkpoint damaged, or {self.dtype} too narrow?"
                     )
                 yield answer.add(ids)
 
@@ -357,8 +358,10 @@ class Engine:
         """The program of one decode step for rows at `position` at most; built on first use."""
         programs, end = recent(self._programs, structure), self.attended(position)
         if end not in programs:
-            state, fused = self.state, self.fused(structure)
+            state, fused, model = self.state, self.fused(structure), self.model
             draw, end_step_ = self.sampler(structure), decode_kernels.advance_ if fused else advance_
+            if listed := not fused and shortlist.serves(structure, self.vocab_size, model.tp.size):
+                draw = partial(shortlist.sample, first=model.first_id, gather=model.tp.all_gather)
 
             def read() -> tuple[Tensor, Tensor]:
                 return state.token, state.position
@@ -370,15 +373,17 @@ class Engine:
                     state.seen.scatter_(1, token.clamp(min=0)[:, None], True)
                 end_step_(token, state.token, state.position, state.step, state.out)
 
-            programs[end] = self.program(read, write, end, self.park, fused)
+            programs[end] = self.program(read, write, end, self.park, fused, whole=not listed)
         return programs[end]
 
-    def program(self, read: Read, write: Write, end: int, park: Program, fused: bool = False) -> Program:
+    def program(
+        self, read: Read, write: Write, end: int, park: Program, fused: bool = False, whole: bool = True
+    ) -> Program:
         """One step as a function without arguments, on static tensors.
 
         read() gives tokens and positions [B, T], the model looks at `end` cache slots, write(logits [B, T, V]) samples
-        and moves on. fused: write is kernels alone, or `shared`, and not to be compiled. What is compiled, and what
-        is captured:
+        and moves on. fused: write is kernels alone, or `shared`, and not to be compiled. whole: as of `Transformer`.
+        What is compiled, and what is captured:
 
         |              | layers                            | write                  | the step                         |
         |--------------|-----------------------------------|------------------------|----------------------------------|
@@ -392,7 +397,7 @@ class Engine:
         park: makes the state such that a trial step writes to slots which belong to no kept prefix.
         """
         model, cache, run = self.model, self.cache, nn.Module.__call__
-        whole, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.post_norms
+        plain, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.post_norms
         if self.compile and not self.cuda:
             run = CompiledModules([*model.layers, model.lm_head], f"layer_{end}", guards=False)
         elif self.compile and self.use_kernels:
@@ -401,11 +406,11 @@ class Engine:
 
         def step() -> None:
             tokens, positions = read()
-            write(model(tokens, positions, cache, run, end=end))
+            write(model(tokens, positions, cache, run, end=end, whole=whole))
 
         if not self.cuda:
             step = torch.inference_mode()(step)  # a CPU's many small operators take 15% less without autograd's books
-        if self.compile and whole:
+        if self.compile and plain:
             return self._tried(compiled(step, f"step_{end}", mode="reduce-overhead"), park, capture=False)
         step = self._tried(step, park, capture=self.cuda)
         return run.settle(step) if isinstance(run, CompiledModules) and not self.cuda else step
@@ -416,9 +421,7 @@ class Engine:
 
     def small_program(self, fn: Program, park: Program) -> Program:
         """The same for a step that does not run the model: compiled as a whole where this engine compiles."""
-        if not self.compile:
-            return fn
-        return self._tried(compiled(fn, "small"), park, capture=self.cuda)
+        return self._tried(compiled(fn, "small") if self.compile else fn, park, capture=self.cuda)
 
     def _tried(self, step: Program, park: Program, capture: bool) -> Program:
         if not self.compile:

@@ -325,9 +325,7 @@ class Int4Linear(QuantizedLinear):
         return super().forward(x, norm=norm, **options)
 
 
-def quantize_rtn(
-    weight: torch.Tensor, bits: int, group_size: int, scale_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rtn(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Symmetric round-to-nearest of weight [..., K]: (q int8 [..., K], scale [..., G]). group_size -1 is one group per
     row.
 

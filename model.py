@@ -414,9 +414,10 @@ class Transformer(nn.Module):
         *,
         end: int,
         select: Tensor | None = None,
+        whole: bool = True,
     ) -> Tensor:
         """tokens, positions int64 [B, T] -> logits in the activations' dtype: [B, T, V], or with select, int64 [B],
-        those of so many of the B * T tokens alone, [B, 1, V].
+        those of so many of the B * T tokens alone, [B, 1, V]. whole False: of this rank's words alone.
 
         Keys and values of the new tokens are written to `cache` at `positions`. end: how many cache slots attention may
         look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
@@ -428,5 +429,5 @@ class Transformer(nn.Module):
             x = run(layer, x, *ropes[cache.long or rope], positions, layer_cache, end)
         if select is not None:
             x = x.flatten(0, 1).index_select(0, select)[:, None]
-        logits = self.tp.all_gather(run(self.lm_head, x, norm=self.norm))
-        return logits[..., : self.config.vocab_size].contiguous()  # the shares of ranks may be padded
+        logits = run(self.lm_head, x, norm=self.norm)  # of ranks whose shares of the vocabulary may be padded
+        return self.tp.all_gather(logits)[..., : self.config.vocab_size].contiguous() if whole else logits

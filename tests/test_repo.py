@@ -17,6 +17,7 @@ LIMITS = {
     "model.py": 340,
     "linear.py": 250,
     "sampling.py": 110,
+    "shortlist.py": 40,
     "engine.py": 440,
     "compilation.py": 50,
     "generate.py": 300,
@@ -58,6 +59,7 @@ KERNELS = {"decode_kernels"}
 MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
     "linear": set(),
     "sampling": set(),
+    "shortlist": {"sampling"},
     "tp": set(),
     "formats": set(),
     "tokenizer": set(),
@@ -69,7 +71,8 @@ MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
     "machine": {"checkpoint", "compilation", "linear", "model", "tp"},
     "compilation": {"model"},
     "engine": {
-        *"model linear sampling speculative tokenizer tp checkpoint machine architectures compilation".split(),
+        *"model linear sampling shortlist speculative tokenizer tp checkpoint machine".split(),
+        *"architectures compilation".split(),
         *KERNELS,
     },
     "command_line": set(),

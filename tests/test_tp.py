@@ -75,7 +75,7 @@ def results(folder: Path, group: TensorParallel) -> dict[str, torch.Tensor]:
         out[f"logits {B}"] = torch.cat(parts, 1)
         engine = Engine(model, Ids(200), prefill_chunk=7)
         ids: list[list[int]] = [[] for _ in range(B)]
-        sampling = SamplingParams(0.0 if B == 1 else 1.0, 50, 0.9)
+        sampling = SamplingParams(0.0 if B == 1 else 1.0, 6, 0.9)  # `shortlist` where words divide
         for piece in engine.generate(tokens[:, :9].tolist(), sampling, max_new_tokens=6, seed=3):
             ids[piece.row] += piece.ids
         out[f"ids {B}"] = torch.tensor(ids)
