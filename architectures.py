@@ -60,41 +60,6 @@ _HARMLESS = frozenset(
     """.split()
 )
 
-# keys of generation_config.json that `SamplingParams` knows
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# other keys that change the output, each with the value that is off; null and what is empty always are
-_NOT_SAMPLED = {
-    **dict.fromkeys("encoder_repetition_penalty typical_p guidance_scale".split(), 1),
-    **dict.fromkeys("num_beams num_beam_groups".split(), 1),
-    **dict.fromkeys("no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens".split(), 0),
-    **dict.fromkeys("epsilon_cutoff eta_cutoff diversity_penalty penalty_alpha top_h token_healing".split(), 0),
-    **dict.fromkeys("presence_penalty frequency_penalty".split(), 0),
-    **dict.fromkeys("bad_words_ids force_words_ids constraints suppress_tokens begin_suppress_tokens".split()),
-    **dict.fromkeys("forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty max_time".split()),
-    **dict.fromkeys("sequence_bias stop_strings watermarking_config dola_layers".split()),
-}
-
-
-def sampling_from_hf(config: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
-    """generation_config.json -> (the `SAMPLING` parameters that it sets, the keys that it sets in vain).
-
-    Values that other programs take for "off", such as top_k -1, are off. A temperature below 0.001 is greedy, as it is
-    there, and so is top_p 0, which leaves the most probable token. `do_sample: false` is greedy.
-    """
-    values: dict[str, float] = {}
-    for name in (n for n in SAMPLING if config.get(n) is not None):
-        value, whole = config[name], name == "top_k"
-        if type(value) not in (int, float) or (whole and value % 1 != 0):
-            raise ValueError(f"{name} is {value!r}; it must be {'an integer' if whole else 'a number'}")
-        rounded = {"top_k": 0 if value == -1 else value, "top_p": value or 1e-6}
-        rounded["temperature"] = 0.0 if 0 <= value < 1e-3 else value
-        values[name] = int(rounded[name]) if whole else rounded.get(name, value)
-    if not isinstance(sampled := config.get("do_sample"), bool | None):
-        raise ValueError(f"do_sample is {sampled!r}; it must be true or false")
-    if sampled is False:
-        values = {"temperature": 0.0} | {n: v for n, v in values.items() if n == "repetition_penalty"}
-    return values, [name for name, off in _NOT_SAMPLED.items() if config.get(name) not in (None, off, "", [], {})]
-
 
 def rope_from_hf(config: Mapping[str, Any], factors: str = "short_factor") -> Rope:
     """The rotation that a config describes in the old spelling (rope_theta, rope_scaling with type or rope_type) or in

@@ -7,38 +7,29 @@ slice, straight to their device and dtype; safetensors only, never pickle.
 
 import contextlib
 import ctypes
-import json
 import os
 import re
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from architectures import config_from_hf, sampling_from_hf, text_part
+from architectures import config_from_hf, text_part
 from formats import FLOATS, QuantConfig, Quantized, Scheme, merge, suffixes, unpack
+from input_folder import read_json, resolve, tell
 from linear import Int4Linear, Int8Linear, Linear, RMSNorm, from_linear
 from model import ModelConfig, Transformer
 from tp import SHARD_DIM, TensorParallel
 
-Params = TypeVar("Params")
 Span = tuple[int, int]  # a half-open range
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 # Prefixes of torch.compile and of DistributedDataParallel; names of a model that was saved without its head.
@@ -53,68 +44,6 @@ LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([kv]_proj\.output_
 BEHIND = [("post_attention_layernorm", "pre_feedforward_layernorm")]
 BEHIND += [("self_attn.post_norm", "post_attention_layernorm"), ("mlp.post_norm", "post_feedforward_layernorm")]
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICEN[CS]E*", "NOTICE*"]
-HUB_IGNORED = ["*/*", "consolidated*"]  # sub-folders hold other formats; consolidated*: a second copy of the weights
-
-
-def resolve(path_or_hub_id: str) -> Path:
-    """The local folder of a checkpoint: an existing folder as it is, else the Hub's `org/name[@revision]` in its cache.
-
-    Files that the cache lacks are downloaded, with progress bars (huggingface_hub reads HF_HUB_OFFLINE, HF_TOKEN,
-    HF_ENDPOINT and HF_HOME). Raises FileNotFoundError: one line with the remedy.
-    """
-    if os.path.isdir(path_or_hub_id):
-        return Path(path_or_hub_id)
-    if os.path.exists(path_or_hub_id):
-        raise FileNotFoundError(f"checkpoint {path_or_hub_id!r} is a file: give the folder that holds it")
-    match = HUB_ID.fullmatch(path_or_hub_id)
-    if match is None or ".." in path_or_hub_id:
-        raise FileNotFoundError(f"checkpoint {path_or_hub_id!r}: no such folder, and no Hub id (org/name[@revision])")
-    repo, revision = match.groups()
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
-    except Exception as error:  # each HTTP library that huggingface_hub has used (requests, httpx) raises its own
-        raise FileNotFoundError(_hub_problem(repo, revision or "main", error)) from error
-
-
-def _hub_problem(repo: str, revision: str, error: Exception) -> str:
-    """One line: why `repo` could not be downloaded, and what to do."""
-    # A fruitless look into the cache hides the Hub's own answer one level down.
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{repo}"
-    if isinstance(cause, GatedRepoError):  # before RepositoryNotFoundError, which it derives from
-        return f"{repo} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account"
-    if isinstance(cause, RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r}: see {page}/commits"
-    if status == 401 and "Invalid credentials" in str(cause):
-        token = "the token in HF_TOKEN (or the saved one)"
-        return f"{hub} does not know {token}: correct it, or unset it for a public model"
-    if isinstance(cause, (RepositoryNotFoundError, HFValidationError)) or status == 401:
-        return f"{repo!r}: no such folder, and no such repository on {hub}; if it is private, set HF_TOKEN"
-    if status == 403:
-        return f"{hub} refused access to {repo} (HTTP {status}): check HF_TOKEN, and your rights at {page}"
-    if constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled):
-        return f"{repo!r} ({revision}): no such folder, and not complete in the Hub's cache: unset HF_HUB_OFFLINE once"
-    detail = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
-    what = f"{repo!r}: no such folder, and downloading it from {hub} failed ({detail})"
-    return f"{what}: try again; files that arrived whole are kept"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; {} when the file is not there. ValueError when it is not a JSON object."""
-    if not os.path.lexists(path):
-        return {}
-    try:
-        if not path.is_file():
-            raise OSError("it is not a file, or a link to nowhere")
-        value = json.loads(path.read_text("utf-8-sig"))  # some editors put a mark in front
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -590,29 +519,6 @@ def default_dtype(source: Path | ModelConfig | None, device: torch.device) -> to
     """
     declared = checkpoint_dtype(read_config(source)) if isinstance(source, Path) else torch.bfloat16
     return torch.float32 if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() else declared
-
-
-def default_sampling(folder: Path, make: Callable[..., Params], chosen: Mapping[str, float] | None) -> Params:
-    """`make` called with what generation_config.json says of sampling (config.json where there is none, as transformers
-    does), but for what is `chosen`. A ValueError names the file; what is set and not implemented is told in one line.
-    """
-    path = folder / "generation_config.json"
-    path = path if os.path.lexists(path) else folder / "config.json"
-    config = read_json(path)
-    try:
-        values, ignored = sampling_from_hf({k: v for k, v in config.items() if k not in (chosen or {})})
-        params = make(**{**values, **(chosen or {})})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if ignored:
-        tell(f"warning: {path} sets {', '.join(ignored)}: not implemented here, so the output may be another")
-    return params
-
-
-def tell(line: str) -> None:
-    """Print a line on standard error, on rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
 
 
 def quantized_copy(model: Transformer, bits: int) -> Transformer:

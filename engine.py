@@ -22,14 +22,15 @@ import checkpoint
 import machine
 import shortlist
 import tp as tensor_parallel
-from checkpoint import DTYPES, tell
+from checkpoint import DTYPES
 from compilation import CompiledModules, Function, captured, compiled
+from input_folder import default_sampling, resolve, tell
 from linear import Linear
 from machine import Stats, pick_device, to_host
 from model import KVCache, ModelConfig, Transformer
 from sampling import SamplingParams, Structure, sample
 from speculative import RESUMED, Program, Read, Speculation, Write, recent
-from tokenizer import Answer, Ids, Increment, Tokenizer, draft_mismatch, encode_prompts
+from tokenizer import Answer, Ids, Increment, Tokenizer, draft_mismatch, encode_all
 
 try:  # with the folder deleted everything works, only slower
     import decode_kernels
@@ -150,7 +151,7 @@ class Engine:
         options, began = replace(options, **changes), time.perf_counter()
         device = pick_device(options.device)
         group = tensor_parallel.init(device)
-        source = architectures.shape_config(shape) if shape else checkpoint.resolve(str(checkpoint_name))
+        source = architectures.shape_config(shape) if shape else resolve(str(checkpoint_name))
         dtype = DTYPES[options.dtype] or checkpoint.default_dtype(source, device)
         wants_kernels(options.kernels, device, dtype)  # refuses before anything is read
         machine.check_weights_fit(source, dtype, device, group)
@@ -159,7 +160,7 @@ class Engine:
             engine = cls(model, Ids(source.vocab_size), options)
         else:
             model = checkpoint.load(str(source), tp=group, device=device, dtype=dtype, progress=progress)
-            defaults = defaults or checkpoint.default_sampling(source, SamplingParams, chosen)
+            defaults = defaults or default_sampling(source, SamplingParams, chosen)
             engine = cls(model, Tokenizer.from_folder(source), options, defaults=defaults)
         engine.warn()
         if options.draft is not None:
@@ -310,7 +311,7 @@ class Engine:
 
     def encode(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Ids of each prompt. ValueError for none, for an empty one, and for what is no id of the model."""
-        return encode_prompts(self.tokenizer, prompts, self.vocab_size)
+        return encode_all(self.tokenizer, prompts, self.vocab_size)
 
     # -- the two programs ----------------
 

@@ -7,30 +7,24 @@ Control tokens: a prompt may quote text that nobody vetted, so `encode` reads `<
 characters; BOS and EOS come from the folder's configuration alone. `encode_chat` does read them, in the messages too,
 because a chat template speaks in control tokens. What tokenizer.json adds without calling it special is always read.
 
-A chat template is a program that came with a download. Jinja's immutable sandbox keeps it from Python's objects but
-bounds neither its loops nor its memory, so it runs in a child process that has limits: this file, run as a program.
-A tokenizer is one too: its expressions may backtrack for ever, its replacements multiply, its parser panic. One from
-outside `checkpoints/` is first loaded and tried on a few texts in such a child (`TRIAL`). This finds a fault that any
-text meets. A fault that only a certain text triggers is found when that text comes.
+A chat template runs in a child process that has limits, and a tokenizer from outside `checkpoints/` is tried in one
+before it is used (`sandbox.py`).
 """
 
 import codecs
-import contextlib
-import json
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from operator import index
+from operator import attrgetter, index
 from pathlib import Path
 from typing import Any
 
-import jinja2.sandbox
 import sentencepiece
 import tokenizers
+
+from input_folder import end_ids, read_json, templates_of
+from sandbox import render_template, try_tokenizer
 
 Json = dict[str, Any]
 MOST_EXTRA = 256  # ids by which the tokenizers of a draft and its target may differ at the end
@@ -38,32 +32,8 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 # GPT-2's alphabet: a printable Latin-1 character is its own byte, the other bytes follow from U+0100 on.
 BYTES = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
 BYTES |= {chr(256 + n): byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
-MOST_TEXT, MOST_RENDERED = 1 << 26, 1 << 22  # characters of a text to encode, of a rendered conversation
+MOST_TEXT = 1 << 26  # characters of a text to encode
 TRUSTED = Path(__file__).resolve().parent / "checkpoints"
-TRIAL = """
-import contextlib, json, sys
-with contextlib.suppress(ImportError, ValueError):  # Windows has no such limits, macOS not the second
-    import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))  # seconds
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes
-path, texts, sys.path[:] = json.load(sys.stdin)
-if path.endswith("json"):
-    import tokenizers
-    model = tokenizers.Tokenizer.from_file(path)
-    model.no_truncation(), model.no_padding()
-    encode = lambda text: model.encode(text).ids
-else:
-    import sentencepiece
-    model = sentencepiece.SentencePieceProcessor(model_file=path)
-    encode = model.encode
-for text in texts:
-    ids = encode(text)
-    if len(ids) > 64 + 4 * len(text.encode()):
-        sys.exit(f"it makes {len(ids)} ids of {len(text)} characters")
-    model.decode(ids)
-"""
-TRIAL_TEXTS = ["", " ", "Once upon a time, there was a little girl. " * 50, "a" * 2000, "1234567890" * 100, " " * 1000]
-TRIAL_TEXTS += ["\n\t{x[0] ** 2}  # é 日本語 🙂\r\n" * 50, "don't I'LL </s> <|im_end|> <unk> \ue000" * 20]
 
 
 class Decoder:
@@ -99,7 +69,7 @@ class Added:
     def __init__(self, folder: Path, config: Json) -> None:
         declared, self.source = config.get("added_tokens_decoder"), "tokenizer_config.json"
         if declared is None:
-            config.update(object_of(folder / "special_tokens_map.json"))
+            config.update(read_json(folder / "special_tokens_map.json"))
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         if not isinstance(extra, list | dict) or not isinstance(declared or {}, dict):
             raise ValueError("added_tokens_decoder must be an object, additional special tokens a list or an object")
@@ -113,7 +83,7 @@ class Added:
         ids = list((declared or {}).items())
         if declared is None:
             self.source, special = "added_tokens.json", {t.content for t in (*self.named.values(), *self.extra)}
-            found = object_of(folder / self.source)
+            found = read_json(folder / self.source)
             ids = [(i, {"content": text, "special": text in special}) for text, i in found.items()]
         if wrong := [i for i, _ in ids if not re.fullmatch(r"\d{1,7}", str(i))]:
             raise ValueError(f"{self.source} has {wrong[0]!r} where it must have an id below 10000000")
@@ -121,12 +91,11 @@ class Added:
 
     def beyond(self, own: dict[int, tokenizers.AddedToken]) -> list[tokenizers.AddedToken]:
         """The tokens that a tokenizer with its `own` added tokens lacks, in the order in which they get ids."""
-        flags, names = {repr(t) for t in own.values()}, {t.content for t in own.values()}
-        if self.source == "tokenizer_config.json":  # whose flags replace those of the tokenizer's own
-            tokens = [t for _, t in sorted(self.declared.items()) if repr(t) not in flags]
-        else:
-            tokens = [t for _, t in sorted(self.declared.items()) if t.content not in names]
-        names |= {t.content for t in tokens}
+        # tokenizer_config.json's flags replace those of the tokenizer's own
+        key: Callable[[Any], str] = repr if self.source == "tokenizer_config.json" else attrgetter("content")
+        known = set(map(key, own.values()))
+        tokens = [token for _, token in sorted(self.declared.items()) if key(token) not in known]
+        names = {t.content for t in (*own.values(), *tokens)}
         wanted = [*(token for role, token in self.named.items() if role in ROLES), *self.extra]
         tokens += [token for token in wanted if token.content not in names]
         roles = {t.content for t in self.named.values()}
@@ -234,19 +203,15 @@ class Tokenizer:
             legacy = config.get("legacy", not llama or kind in ("mistral", "mixtral"))
             self.file = SentencePieceFile(folder / "tokenizer.model", added, config, legacy)
         file, self.vocab_size = self.file, self.file.size
-        first = [file.token(i) for i in self.encode("a", bos=False)[:1]]
-        self.strip = str(first[0]).startswith("▁") if first else False  # a text's first space is not its own
+        # whether a text's first space is not its own
+        self.strip = any(str(file.token(i)).startswith("▁") for i in self.encode("a", bos=False)[:1])
         self.roles = {role: token.content for role, token in added.named.items()}
         for role, token in (("bos_token", "<s>"), ("eos_token", "</s>")):
             if role not in config and file.id_of(token) is not None:
                 self.roles[role] = token
         self.bos_id: int | None = file.id_of(self.roles.get("bos_token", ""))
-        name = "generation_config.json" if generation.get("eos_token_id") is not None else "config.json"
-        stop = generation.get("eos_token_id", model.get("eos_token_id"))
-        stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
-        if not all(type(i) is int for i in stop):
-            raise ValueError(f"{name}: eos_token_id is {stop}; it must be an id or a list of ids")
-        self.stop_ids = frozenset([file.id_of(self.roles.get("eos_token", "")), *stop]) - {None}
+        ends = file.id_of(self.roles.get("eos_token", "")), *end_ids(generation, model)
+        self.stop_ids = frozenset(i for i in ends if i is not None)
         self.templates = templates_of(folder, config.get("chat_template"))
         self.has_chat_template = bool(self.templates)
 
@@ -258,10 +223,10 @@ class Tokenizer:
             remedy = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes the former"
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model; {remedy}")
         names = ("tokenizer_config.json", "generation_config.json", "config.json")
-        configs = [object_of(folder / name) for name in names]
+        configs = [read_json(folder / name) for name in names]
         try:
             if TRUSTED not in folder.resolve().parents:
-                try_out(next(path for path in paths if os.path.lexists(path)))
+                try_tokenizer(next(path for path in paths if os.path.lexists(path)))
             return cls(folder, *configs)
         except Exception as error:  # `tokenizers` raises nothing more specific
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -310,12 +275,7 @@ class Tokenizer:
             raise ValueError(f"this tokenizer has chat templates called {names}, but none called default")
         variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         variables |= {"tools": None, "documents": None, **self.roles}
-        request = json.dumps([self.templates["default"], variables])
-        child = subprocess.run([sys.executable, __file__], input=request, capture_output=True, text=True)
-        if child.returncode:
-            reason = child.stderr.strip().split("\n")[-1] or "it ran into its limits (3 s, 1 GiB)"
-            raise ValueError(f"the chat template failed: {reason[:200]}")
-        return json.loads(child.stdout)
+        return render_template(self.templates["default"], variables)
 
     def encode_chat(self, messages: list[Json]) -> list[int]:
         """Ids of the rendered template, which writes its own BOS."""
@@ -392,16 +352,13 @@ class Answer:
             if found := [i for s in self.stop if (i := self.held.find(s)) >= 0]:
                 self.held, self.stop_reason = self.held[: min(found)], "stop"
         self.ids += taken
-        keep = 0
-        if self.stop_reason is None:
-            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        end = self.held if self.stop_reason is None else ""
+        keep = max((n for s in self.stop for n in range(1, len(s)) if end.endswith(s[:n])), default=0)
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return Increment(self.row, taken, text, self.stop_reason)
 
 
-def encode_prompts(
-    tokenizer: Tokenizer | Ids, prompts: Sequence[str | Sequence[int]], vocab_size: int
-) -> list[list[int]]:
+def encode_all(tokenizer: Tokenizer | Ids, prompts: Sequence[str | Sequence[int]], vocab_size: int) -> list[list[int]]:
     """Ids of each prompt, a text or a list of ids, for a model with so many.
 
     ValueError for none, for an empty one, and for what is no id of the model.
@@ -420,15 +377,6 @@ def encode_prompts(
         if (worst := max(row)) >= vocab_size or (worst := min(row)) < 0:
             raise ValueError(f"the prompt uses token id {worst}; the model's vocabulary has {vocab_size}")
     return rows
-
-
-def try_out(path: Path) -> None:
-    """ValueError where a tokenizer's file cannot be loaded and used within limits of time, memory and output."""
-    request = json.dumps([str(path.resolve()), TRIAL_TEXTS, sys.path])
-    child = subprocess.run([sys.executable, "-I", "-S", "-c", TRIAL], input=request, capture_output=True, text=True)
-    if child.returncode:
-        reason = (child.stderr.strip().split("\n")[-1] if child.returncode > 0 else "") or "it ran into its limits"
-        raise ValueError(f"{path.name} was tried (10 s, 4 GiB): {reason[:200]!a}")
 
 
 def draft_mismatch(target: Tokenizer | Ids, draft: Tokenizer | Ids, proposed: int) -> str:
@@ -459,73 +407,3 @@ def token_of(what: str, value: Any) -> tokenizers.AddedToken:  # noqa: ANN401
     special = bool(flags.get("special"))
     chosen = {name: bool(flags[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in flags}
     return tokenizers.AddedToken(flags["content"], special=special, **{"normalized": not special, **chosen})
-
-
-def templates_of(folder: Path, configured: Any) -> dict[str, str]:  # noqa: ANN401
-    """Chat templates by name: the folder's files, else those of tokenizer_config.json; a lone one is default."""
-    files = [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
-    found = {path.stem.replace("chat_template", "default"): text_of(path) for path in files if os.path.lexists(path)}
-    if found or not configured:
-        return found
-    if isinstance(configured, list) and all(isinstance(entry, dict) for entry in configured):
-        configured = {entry.get("name"): entry.get("template") for entry in configured}
-    templates = configured if isinstance(configured, dict) else {"default": configured}
-    if wrong := [value for pair in templates.items() for value in pair if not isinstance(value, str)]:
-        raise ValueError(f"chat_template holds {wrong[0]!r} where it must hold text")
-    return templates
-
-
-def text_of(path: Path) -> str:
-    """A file's text. ValueError names a file that cannot be read, such as a link to nowhere."""
-    try:
-        if not path.is_file():
-            raise OSError("it is not a file")
-        return path.read_text("utf-8-sig")  # some editors put a mark in front
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def object_of(path: Path) -> Json:
-    """The JSON object of a file, {} where there is none. ValueError names the file."""
-    if not os.path.lexists(path):
-        return {}
-    text = text_of(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def render(template: str, variables: Json) -> str:
-    """Renders a chat template with the functions and whitespace rules that transformers gives it."""
-
-    def fail(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def tojson(x: Any, ensure_ascii: bool = False, **options: Any) -> str:  # noqa: ANN401
-        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
-
-    env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": fail, "strftime_now": datetime.now().strftime}
-    # {% generation %} marks a training mask: a tag without effect here.
-    template = re.sub(r"({%[-+]?\s*)(?:end)?generation(\s*[-+]?%})", r"\1set _ = 0\2", template)
-    return env.from_string(template).render(variables)
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(ImportError, ValueError):  # as in TRIAL
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CPU, (3, 3))  # seconds
-        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))  # bytes
-    text = render(*json.load(sys.stdin))
-    if len(text) > MOST_RENDERED:
-        sys.exit(f"it made {len(text)} characters; {MOST_RENDERED} are allowed")
-    print(json.dumps(text))

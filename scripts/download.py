@@ -3,7 +3,7 @@
     python scripts/download.py ORG/NAME[@REVISION]
 
 Takes the safetensors, the configuration, the tokenizer and the licence, never pickled weights. Which files those are,
-and what each failure means, is `checkpoint.resolve`'s knowledge, which `--checkpoint` uses as well.
+and what each failure means, is `input_folder.resolve`'s knowledge, which `--checkpoint` uses as well.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     begin(parse)  # before PyTorch is imported
 
-from checkpoint import resolve
+from input_folder import resolve
 
 
 def main() -> None:

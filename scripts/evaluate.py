@@ -92,8 +92,9 @@ from architectures import config_from_hf
 from checkpoint import read_config
 from compilation import CompiledModules
 from engine import Engine, pick_device
+from input_folder import text_of
 from model import KVCache
-from tokenizer import Tokenizer, draft_mismatch, text_of
+from tokenizer import Tokenizer, draft_mismatch
 
 HELDOUT = ROOT / "data" / "heldout.txt"
 PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1")

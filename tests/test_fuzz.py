@@ -19,6 +19,7 @@ from scripted import add_tokenizer
 
 import checkpoint
 from formats import Quantized, Scheme, pack
+from input_folder import default_sampling
 from sampling import SamplingParams
 from tokenizer import Tokenizer
 
@@ -112,7 +113,7 @@ def used(folder: Path) -> str:
     """ "" where the folder loads, else the line that says why not."""
     try:
         checkpoint.load(str(folder))
-        checkpoint.default_sampling(folder, SamplingParams, None)
+        default_sampling(folder, SamplingParams, None)
         Tokenizer.from_folder(folder).encode("Once upon a time")
     except (ValueError, FileNotFoundError) as error:
         assert str(error).isprintable() and len(str(error)) < 2000
@@ -122,7 +123,7 @@ def used(folder: Path) -> str:
 
 
 def test_json_values(folders, capsys, monkeypatch):
-    monkeypatch.setattr("tokenizer.try_out", lambda path: None)  # which takes a process; the next test has it
+    monkeypatch.setattr("tokenizer.try_tokenizer", lambda path: None)  # which takes a process; the next test has it
     rng, refused = random.Random(SEED), 0
     for _ in range(COUNT):
         folder = rng.choice(folders)
@@ -144,7 +145,7 @@ def test_json_values(folders, capsys, monkeypatch):
 
 
 def test_headers(folders, monkeypatch):
-    monkeypatch.setattr("tokenizer.try_out", lambda path: None)
+    monkeypatch.setattr("tokenizer.try_tokenizer", lambda path: None)
     rng, refused = random.Random(SEED), 0
     for _ in range(COUNT // 3):
         path = rng.choice(folders) / "model.safetensors"

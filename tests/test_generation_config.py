@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from checkpoint import default_sampling
+from input_folder import default_sampling
 from sampling import SamplingParams
 
 

@@ -30,7 +30,7 @@ ahead.stand_in = lambda device: ahead.StandIn(90, machine_code.SHARED_MEMORY[90]
 ahead.processors = lambda: 2
 speculative.CHOICES = (0, 3)
 engine.compiled = compilation.compiled = lambda fn, name, **options: fn  # by torch.compile
-checkpoint.tell = lambda line: print(*line.split()[1:2] * ("kernels" in line), end=" ", flush=True)  # how many
+engine.tell = lambda line: print(*line.split()[1:2] * ("kernels" in line), end=" ", flush=True)  # how many
 
 def build(kind, bits, group, layers, ranks=1):
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 640}
