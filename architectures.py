@@ -1,6 +1,6 @@
-"""config.json of every supported `model_type` -> `ModelConfig`, and the named public shapes.
+"""config.json of every supported `model_type` -> `ModelConfig`.
 
-Knows the dialects of config.json and generation_config.json. Refuses to know tensors, files and devices.
+Knows the dialects of config.json. Refuses to know tensors, files and devices.
 """
 
 import math
@@ -25,8 +25,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"original_max_position_embeddings": 4096},
     "gemma3_text": {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
     | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072}
-    | {"rope_theta": 1e6, "sliding_window": 4096, "use_sliding_window": True}
-    | {"tie_word_embeddings": True},
+    | {"rope_theta": 1e6, "sliding_window": 4096, "use_sliding_window": True, "tie_word_embeddings": True},
     "smollm3": {"rope_theta": 2e6, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
     "granite": {"max_position_embeddings": 2048},
@@ -37,27 +36,24 @@ _ROPES = {"default": "", "linear": "factor", "dynamic": "", "llama3": "factor lo
 _ROPES |= {"yarn": "factor", "longrope": "short_factor long_factor original_max_position_embeddings"}
 
 # keys of config.json that do not change the mathematics of inference: what belongs to generation, training, hardware,
-# attention implementations, tokens and bookkeeping; every other key is either read below or refused
+# attention implementations, tokens and bookkeeping, by name or by family; every other key is read below or refused
 _HARMLESS = frozenset(
     """
-    add_cross_attention architectures attention_dropout attn_implementation auto_map bad_words_ids
-    base_model_name_or_path begin_suppress_tokens cache_implementation chunk_size_feed_forward classifier_dropout
-    compression_config cross_attention_hidden_size datasets device_map diversity_penalty do_sample dtype early_stopping
-    embd_pdrop encoder_no_repeat_ngram_size ep_size exponential_decay_length_penalty experts_implementation
-    finetuning_task flash_attention forced_bos_token_id forced_eos_token_id gradient_checkpointing
-    gradient_checkpointing_kwargs hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
-    is_llama_config keys_to_ignore_at_inference label2id language length_penalty library_name license max_batch_size
-    max_length max_new_tokens max_seq_len max_seq_length max_sequence_length min_length model_max_length
-    model_name model_parallel_size name neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores padding_side
-    pipeline_parallel_size prefix pretraining_tp problem_type pruned_heads quantization quantization_config
-    remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef
-    router_jitter_noise seq_length suppress_tokens task_specific_params temperature tensor_parallel_size
-    tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class tokenizer_model_max_length
-    tokenizer_padding_side top_k top_p torch_dtype torchscript transformers.js_config transformers_version
-    transformers_weights typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache use_flash_attention
-    use_flash_attention_2 use_flash_attn use_reentrant use_sdpa vocab_size_override world_size
+    add_cross_attention architectures attn_implementation auto_map bad_words_ids base_model_name_or_path
+    cache_implementation chunk_size_feed_forward compression_config cross_attention_hidden_size datasets device_map
+    do_sample dtype early_stopping ep_size experts_implementation finetuning_task flash_attention id2label
+    initializer_range is_decoder is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id language
+    library_name license max_batch_size max_new_tokens model_name name neftune_noise_alpha num_return_sequences
+    output_attentions output_hidden_states output_router_logits output_scores padding_side prefix pretraining_tp
+    problem_type pruned_heads quantization quantization_config remove_invalid_values router_jitter_noise seq_length
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings top_k top_p torch_dtype
+    torchscript typical_p use_bfloat16 use_cache use_reentrant use_sdpa vocab_size_override world_size
     """.split()
+)
+_HARMLESS_FAMILIES = re.compile(
+    r"_.*|.*_token_id|.*_token_index|unsloth_.*|tokenizer_.*|transformers.*|.*_loss_coef(ficient)?|.*_(dropout|pdrop)|"
+    r"gradient_checkpointing.*|.*_parallel_size|use_flash.*|return_dict.*|(model_)?m(ax|in)_.*len(gth)?|"
+    r"num_beam.*|.*_penalty|.*suppress_tokens|.*no_repeat_ngram_size"
 )
 
 
@@ -67,8 +63,7 @@ def rope_from_hf(config: Mapping[str, Any], factors: str = "short_factor") -> Ro
     """
     raw = {k: v for k, v in (config.get("rope_scaling") or {}).items() if v is not None}
     raw |= {k: v for k, v in (config.get("rope_parameters") or {}).items() if v is not None}
-    legacy_type = raw.pop("type", "default")
-    raw.setdefault("rope_type", legacy_type)
+    raw.setdefault("rope_type", raw.pop("type", "default"))
     raw.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     if raw["rope_type"] == "su" or "long_factor" in raw:  # the first folders of Phi-3 call it su or yarn
         raw["rope_type"] = "longrope"
@@ -119,14 +114,12 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"hidden_act {act!r} is not supported; silu is")
     # Mistral's, Mixtral's and Phi-3's classes have no biases, whatever the keys say
     attention_bias = reader("attention_bias", False) and kind not in ("mistral", "mixtral", "phi3")
-    experts = (reader("num_local_experts", 0, 0) or reader("num_experts")) if moe else 0
-    intermediate = reader("intermediate_size")
     ropes, context = _ropes_and_context(reader, kind)
     result = ModelConfig(
         model_type=kind,
         vocab_size=reader("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=intermediate,
+        intermediate_size=(intermediate := reader("intermediate_size")),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=reader("num_key_value_heads", heads),
@@ -143,7 +136,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         qk_norm=kind in ("qwen3", "qwen3_moe", "gemma3_text", "olmo2"),
         windows=_windows(reader, kind, layers),
         sparse=_sparse_layers(reader, layers) if moe else (False,) * layers,
-        num_experts=experts,
+        num_experts=(reader("num_local_experts", 0, 0) or reader("num_experts")) if moe else 0,
         num_experts_per_tok=reader("num_experts_per_tok", 8) if moe else 0,
         moe_intermediate_size=(intermediate if kind == "mixtral" else reader("moe_intermediate_size")) if moe else 0,
         norm_topk_prob=kind == "mixtral" or (moe and reader("norm_topk_prob", False)),
@@ -166,7 +159,7 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma3(reader: "_Reader", config: ModelConfig) -> dict[str, Any]:
     """Gemma 3 (Gemma Team 2025, section 2): layers with a window have a RoPE of their own."""
-    told = {"rope_parameters": reader.inner("rope_parameters", "sliding_attention")}
+    told = {"rope_parameters": _Reader(reader("rope_parameters", {}))("sliding_attention", {})}
     local = rope_from_hf(told | {"rope_theta": reader("rope_local_base_freq", 1e4)})
     ropes = {"ropes": (*config.ropes, local), "layer_ropes": tuple(int(window > 0) for window in config.windows)}
     scale = (config.head_dim / reader.positive("query_pre_attn_scalar", 256.0)) ** 0.5
@@ -229,16 +222,15 @@ def _ropes_and_context(reader: "_Reader", kind: str) -> tuple[tuple[Rope, ...], 
     """
     config = {k: reader(k, {}) for k in ("rope_scaling", "rope_parameters")}
     if kind == "gemma3_text":
-        config["rope_parameters"] = reader.inner("rope_parameters", "full_attention")
+        config["rope_parameters"] = _Reader(config["rope_parameters"])("full_attention", {})
     if kind == "phi3":
         config["rope_parameters"] = {k: v for k, v in config["rope_parameters"].items() if k != "partial_rotary_factor"}
     config["rope_theta"] = reader("rope_theta", 1e4)
     config["original_max_position_embeddings"] = reader("original_max_position_embeddings", 0, 0)
     rope, context = rope_from_hf(config), reader("max_position_embeddings", 32768)
-    ropes: tuple[Rope, ...] = (rope,)
-    original = int(rope.original_max_position_embeddings or context)
+    original, others = int(rope.original_max_position_embeddings or context), list[Rope]()
     if rope.rope_type == "yarn":
-        ropes = (replace(rope, original_max_position_embeddings=original),)
+        rope = replace(rope, original_max_position_embeddings=original)
         context = max(context, int(original * rope.factor))
     elif rope.rope_type == "longrope":  # config.json holds the context of after, and mostly no factor
         factor = (config["rope_scaling"] | config["rope_parameters"]).get("factor") or context / original
@@ -246,10 +238,10 @@ def _ropes_and_context(reader: "_Reader", kind: str) -> tuple[tuple[Rope, ...], 
         rope = replace(
             rope, attention_factor=rope.attention_factor or attention, original_max_position_embeddings=original
         )
-        ropes = (rope, replace(rope, factors=rope_from_hf(config, "long_factor").factors))
+        others = [replace(rope, factors=rope_from_hf(config, "long_factor").factors)]
     elif rope.rope_type == "linear" and kind != "gemma3_text":  # whose configurations hold the context of after
         context = max(context, int(context * rope.factor))
-    return ropes, min(context, (1 << 31) - 1)
+    return (rope, *others), min(context, (1 << 31) - 1)
 
 
 def _check(config: ModelConfig) -> None:
@@ -273,14 +265,8 @@ class _Reader:
     default, an integer where there is none.
     """
 
-    KINDS: dict[type, tuple[tuple[type, ...], str]] = {
-        int: ((int,), "an integer"),
-        float: ((int, float), "a number, 0 or more"),
-        bool: ((bool,), "true or false"),
-        str: ((str,), "a string"),
-        tuple: ((list, tuple), "a list"),
-        dict: ((dict,), "an object"),
-    }
+    KINDS = {float: "a number, 0 or more", bool: "true or false", str: "a string", tuple: "a list", dict: "an object"}
+    ALSO = {float: int, tuple: list}  # types that JSON has for it
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config, self.seen = config, set(_HARMLESS)
@@ -296,18 +282,15 @@ class _Reader:
             raise ValueError(f"config.json has no {key!r}")
         if value is None:
             return default
-        types, what = self.KINDS[int if default is ... else type(default)]
-        if what == "an integer":
-            what, ok = f"an integer from {low} to {high}", type(value) is int and low <= value <= high
-        else:
-            ok = type(value) in types and (float not in types or 0 <= value < 1e300)
+        kind = int if default is ... else type(default)
+        ok = type(value) in (kind, self.ALSO.get(kind))
+        if kind in (int, float):
+            least, most = (low, high) if kind is int else (0, 1e300)
+            ok = ok and least <= value <= most
         if not ok:
+            what = f"an integer from {low} to {high}" if kind is int else self.KINDS[kind]
             raise ValueError(f"config.json has {key} = {value!r:.99}; it must be {what}")
         return value
-
-    def inner(self, key: str, name: str) -> dict[str, Any]:
-        """The object called `name` in the object `key`."""
-        return dict(_Reader(self(key, {}))(name, {}))
 
     def positive(self, key: str, default: float) -> float:
         if not 1e-6 < (value := self(key, default)) < 1e6:
@@ -315,10 +298,9 @@ class _Reader:
         return float(value)
 
     def finish(self) -> None:
-        bookkeeping = re.compile(r"_.*|.*_token_id|.*_token_index|unsloth_.*|.*_loss_coef(ficient)?")
         off: tuple[Any, ...] = (None, False, "", [], {})
         left = [k for k, v in self.config.items() if k not in self.seen and v not in off]
-        if unknown := [repr(k)[1:-1] for k in left if not bookkeeping.fullmatch(k)]:
+        if unknown := [repr(k)[1:-1] for k in left if not _HARMLESS_FAMILIES.fullmatch(k)]:
             what = f"keys that may change the mathematics and are not implemented: {', '.join(sorted(unknown))}"
             raise ValueError(f"config.json has {what}; delete them only if you know that they do not matter")
 
@@ -341,9 +323,9 @@ def _windows(reader: _Reader, kind: str, layers: int) -> tuple[int, ...]:
             raise ValueError("config.json has no sliding_window, and layers that need one")
     if types and len(types) != layers:
         raise ValueError(f"layer_types has {len(types)} entries and num_hidden_layers is {layers}")
-    if types:
-        return tuple(window if t == "sliding_attention" else 0 for t in types)
-    return tuple(window if kind not in ("qwen2", "qwen3") or i >= first else 0 for i in range(layers))
+    slides = [t == "sliding_attention" for t in types]
+    slides = slides or [kind not in ("qwen2", "qwen3") or i >= first for i in range(layers)]
+    return tuple(window if yes else 0 for yes in slides)
 
 
 def _sparse_layers(reader: _Reader, layers: int) -> tuple[bool, ...]:
@@ -351,52 +333,3 @@ def _sparse_layers(reader: _Reader, layers: int) -> tuple[bool, ...]:
     if wrong := [i for i in dense if type(i) is not int]:
         raise ValueError(f"config.json has mlp_only_layers with {wrong[0]!r}; they must be numbers of layers")
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
-
-
-# name -> model_type, hidden, MLP, layers, heads, KV heads, head dim, vocabulary, context, rope_theta, tied, (experts,
-# per token)
-SHAPES: dict[str, tuple[Any, ...]] = {
-    "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 128, 32000, 4096, 1e4, False),
-    "llama-2-13b": ("llama", 5120, 13824, 40, 40, 40, 128, 32000, 4096, 1e4, False),
-    "llama-2-70b": ("llama", 8192, 28672, 80, 64, 8, 128, 32000, 4096, 1e4, False),
-    "codellama-34b": ("llama", 8192, 22016, 48, 64, 8, 128, 32000, 16384, 1e6, False),
-    "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128, 128256, 131072, 5e5, False),
-    "llama-3.1-70b": ("llama", 8192, 28672, 80, 64, 8, 128, 128256, 131072, 5e5, False),
-    "llama-3.2-1b": ("llama", 2048, 8192, 16, 32, 8, 64, 128256, 131072, 5e5, True),
-    "llama-3.2-3b": ("llama", 3072, 8192, 28, 24, 8, 128, 128256, 131072, 5e5, True),
-    "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 128, 32768, 32768, 1e6, False),
-    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 131072, 1e6, False),
-    "qwen3-0.6b": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, 40960, 1e6, True),
-    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, 40960, 1e6, False),
-    "qwen3-32b": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, 40960, 1e6, False),
-    "mixtral-8x7b": ("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, 32768, 1e6, False, 8, 2),
-    "qwen3-30b-a3b": ("qwen3_moe", 2048, 768, 48, 32, 4, 128, 151936, 40960, 1e6, False, 128, 8),
-    "phi-4-mini": ("phi3", 3072, 8192, 32, 24, 8, 128, 200064, 131072, 1e4, True),
-    "gemma-3-4b": ("gemma3_text", 2560, 10240, 34, 8, 4, 256, 262208, 131072, 1e6, True),
-    "tiny": ("llama", 256, 512, 2, 4, 2, 64, 512, 1024, 1e4, False),
-}
-
-
-def shape_json(name: str) -> dict[str, Any]:
-    """What config.json says of a named public shape. ValueError lists the names."""
-    if name not in SHAPES:
-        raise ValueError(f"shape {name!r} is not known; known are {', '.join(SHAPES)}")
-    kind, hidden, mlp, layers, heads, kv_heads, head_dim, vocab, context, theta, tied, *moe = SHAPES[name]
-    hf = {"model_type": kind, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    hf |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab}
-    hf |= {"max_position_embeddings": context, "rope_theta": theta, "tie_word_embeddings": tied}
-    if moe:
-        hf |= {"num_local_experts": moe[0], "num_experts_per_tok": moe[1]}
-    if kind == "qwen3_moe":
-        hf |= {"moe_intermediate_size": mlp, "norm_topk_prob": True}
-    if kind == "phi3":
-        scaling = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
-        hf |= {"partial_rotary_factor": 0.75, "rope_scaling": scaling}
-    if kind == "gemma3_text":
-        hf |= {"sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    return hf
-
-
-def shape_config(name: str) -> ModelConfig:
-    """The config of a named public shape. ValueError lists the names."""
-    return config_from_hf(shape_json(name))

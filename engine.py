@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-import architectures
 import checkpoint
 import machine
-import shortlist
+import shapes
 import tp as tensor_parallel
 from checkpoint import DTYPES
 from compilation import CompiledModules, Function, captured, compiled
@@ -151,7 +150,7 @@ class Engine:
         options, began = replace(options, **changes), time.perf_counter()
         device = pick_device(options.device)
         group = tensor_parallel.init(device)
-        source = architectures.shape_config(shape) if shape else resolve(str(checkpoint_name))
+        source = shapes.shape_config(shape) if shape else resolve(str(checkpoint_name))
         dtype = DTYPES[options.dtype] or checkpoint.default_dtype(source, device)
         wants_kernels(options.kernels, device, dtype)  # refuses before anything is read
         machine.check_weights_fit(source, dtype, device, group)

@@ -97,9 +97,9 @@ if __name__ == "__main__":
 
 import torch
 
-import architectures
 import checkpoint
 import machine
+import shapes
 import tp
 from engine import DTYPES, Engine, EngineOptions, pick_device
 from linear import Linear
@@ -170,7 +170,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Engine:
     options = EngineOptions(device.type, args.dtype, args.kernels, args.compile, args.compile_prefill)
     if args.checkpoint:
         return Engine.load(args.checkpoint, options)
-    config, size = architectures.shape_config(args.shape), args.group_size
+    config, size = shapes.shape_config(args.shape), args.group_size
     if size != -1 and (size < 1 or config.hidden_size % size):
         raise ValueError(f"--group-size {size} does not divide hidden_size {config.hidden_size}")
     group, bits = tp.init(device), BITS[args.mode or "bf16"]
@@ -334,7 +334,7 @@ def transformers_prefill(args: argparse.Namespace, device: torch.device, dtype: 
     """The prefill of T ids by transformers (SDPA attention, eager) of a llama-like --shape with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**architectures.shape_json(args.shape))
+    config = AutoConfig.for_model(**shapes.shape_json(args.shape))
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
@@ -485,7 +485,7 @@ def measure(args: argparse.Namespace) -> None:
     """Bandwidth first, then the model, then whatever was asked for."""
     SamplingParams(temperature=args.temperature, top_k=args.top_k)  # a bad value is refused before the work
     if args.shape:
-        architectures.shape_json(args.shape)  # and an unknown shape
+        shapes.shape_json(args.shape)  # and an unknown shape
     if not args.no_csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)

@@ -80,6 +80,7 @@ import architectures
 import checkpoint
 import machine
 import quantize
+import shapes
 import tp
 from engine import Engine, pick_device
 
@@ -121,7 +122,7 @@ class Ladder:
         self.args, self.device = args, pick_device(args.device)
         self.group = tp.init(self.device)
         folder = checkpoint.resolve(args.checkpoint) if args.checkpoint else None  # refused before the work
-        hf = checkpoint.read_config(folder) if folder else architectures.shape_json(args.shape)
+        hf = checkpoint.read_config(folder) if folder else shapes.shape_json(args.shape)
         context = architectures.config_from_hf(hf).max_position_embeddings
         if PROMPT + args.new_tokens > context:
             raise ValueError(
@@ -129,7 +130,7 @@ class Ladder:
             )
         if args.draft != "ngram" and not args.draft.startswith("self-"):
             name = args.draft.partition(":")[0]
-            checkpoint.resolve(args.draft) if folder else architectures.shape_json(name)
+            checkpoint.resolve(args.draft) if folder else shapes.shape_json(name)
         self.bandwidth = max(
             benchmark.read_bandwidth(self.device), benchmark.KNOWN_READ.get(benchmark.device_name(self.device), 0.0)
         )
@@ -210,7 +211,7 @@ class Ladder:
         folder = None if args.shape else checkpoint.resolve(args.checkpoint)
         dtype = benchmark.DTYPES[args.dtype] or checkpoint.default_dtype(folder, self.device)
         if args.shape:
-            config = AutoConfig.for_model(**architectures.shape_json(args.shape))
+            config = AutoConfig.for_model(**shapes.shape_json(args.shape))
             with self.device:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:

@@ -47,7 +47,8 @@ import torch
 from safetensors.torch import save_file
 
 import quantize
-from architectures import config_from_hf, shape_json
+from architectures import config_from_hf
+from shapes import shape_json
 
 
 def write_checkpoint(shape: str, folder: Path) -> None:

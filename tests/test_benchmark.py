@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import benchmark
 
-import architectures
 import checkpoint
+import shapes
 from engine import DEFAULT_CHECKPOINT, Engine
 from tokenizer import Ids
 from tp import TensorParallel
@@ -96,14 +96,14 @@ def test_a_batch_reads_the_weights_once(capsys):
 
 
 def test_prefill_flops():
-    engine = Engine(checkpoint.random_model(architectures.shape_config("tiny")), Ids(512), compile=False)
+    engine = Engine(checkpoint.random_model(shapes.shape_config("tiny")), Ids(512), compile=False)
     linears = 2 * (256 * (4 + 2 * 2) * 64 + 256 * 256 + 3 * 256 * 512)
     attention = 2 * 4 * 4 * 64 * (10 * 11 / 2)  # two layers, two products of two operations, four heads of 64
     assert benchmark.prefill_flops(engine, 10) == 2 * 10 * linears + 2 * 256 * 512 + attention
 
 
 def test_prompts_never_repeat():
-    engine = Engine(checkpoint.random_model(architectures.shape_config("tiny")), Ids(512), compile=False)
+    engine = Engine(checkpoint.random_model(shapes.shape_config("tiny")), Ids(512), compile=False)
     first = [benchmark.random_prompts(engine, 2, 5, seed) for seed in (1, 2)]
     assert first[0][0][0] != first[1][0][0]
     assert first[0] == benchmark.random_prompts(engine, 2, 5, 1)
@@ -184,7 +184,7 @@ def test_missing_transformers_is_one_line(monkeypatch, capsys):
 def test_the_step_of_several_ranks_is_bytes_and_sums():
     """Two H200s gave 524 tok/s, 1.909 ms, for Llama-2-7B in bf16."""
     one = {"batch": 1, "tpot_ms": 3.15, "bytes_per_token": 13268680704, "bandwidth_gb_s": 4680.0}
-    model = SimpleNamespace(tp=TensorParallel(), config=architectures.shape_config("llama-2-7b"))
+    model = SimpleNamespace(tp=TensorParallel(), config=shapes.shape_config("llama-2-7b"))
     told = benchmark.step_of_ranks(SimpleNamespace(model=model), 2, one)
     assert "0.315 + 2.835 / 2 to read + 65 sums of 2.4 us = 1.888 ms, 529.5 tok/s (1.67 times)" in told
     assert "= 3.150 ms" in benchmark.step_of_ranks(SimpleNamespace(model=model), 1, one)

@@ -17,6 +17,7 @@ import golden
 
 import architectures
 import checkpoint
+import shapes
 from compilation import kind
 from engine import DEFAULT_CHECKPOINT, Engine, Increment
 from model import Transformer
@@ -565,7 +566,7 @@ def test_golden_on_a_gpu_with_captured_graphs():
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_quantized_weights_without_a_kernel_are_announced_once(bits, capsys):
     """int4 is right everywhere; where it is slow, one line says so. int8 is nowhere slower than what it came from."""
-    config = architectures.shape_config("tiny")
+    config = shapes.shape_config("tiny")
     model = checkpoint.random_model(config, bits=bits, dtype=torch.float32)
     Engine(model, Ids(config.vocab_size)).warn()
     err = capsys.readouterr().err

@@ -19,7 +19,7 @@ DRAFT = DEFAULT_CHECKPOINT.with_name("tales-draft")
 PLAIN = """
 import contextlib, json, sys
 import torch
-import architectures, checkpoint, engine, quantize
+import checkpoint, engine, quantize, shapes
 from engine import Engine
 from sampling import SamplingParams
 from tokenizer import Ids
@@ -40,7 +40,7 @@ with contextlib.redirect_stdout(sys.stderr):
     quantize.main(["--checkpoint", tales, "--mode", "int8", "--heldout-tokens", "0", "--output", out])
 said["quantized"] = ids(Engine.load(out, **FLOAT), "The old king")
 torch.manual_seed(0)
-model = checkpoint.random_model(architectures.shape_config("tiny"), dtype=torch.float32)
+model = checkpoint.random_model(shapes.shape_config("tiny"), dtype=torch.float32)
 random = [ids(Engine(model, Ids(512), compile=c), [1, 2, 3], 12) for c in (False, True)]
 print(json.dumps({"kernels": engine.decode_kernels is not None, "said": said, "random": random}))
 """

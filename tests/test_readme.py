@@ -19,6 +19,7 @@ from test_repo import FILES, ROOT, STORY, code_lines
 sys.path.insert(0, str(ROOT))  # also when run as a program
 
 import architectures  # noqa: E402
+import shapes  # noqa: E402
 
 README, TABLES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 SOURCE_LINE = re.compile(r"(?m)^([a-z_]+(?:/[a-z_]+)?\.py)( +\d+)(?=  )")
@@ -128,18 +129,18 @@ def memory_table():
 
     def gb(shape, bits):
         with torch.device("meta"):
-            model = Transformer(architectures.shape_config(shape))
+            model = Transformer(shapes.shape_config(shape))
         linears = sum(p.numel() for name, p in model.layers.named_parameters() if name.endswith("_proj.weight"))
         total = sum(p.numel() for name, p in model.named_parameters())
         total -= model.lm_head.weight.numel() * model.config.tie_word_embeddings
         return (linears * (bits + (0.125 if bits == 4 else 0)) + (total - linears) * 16) / 8e9
 
     def cache(shape):
-        c = architectures.shape_config(shape)
+        c = shapes.shape_config(shape)
         return 4e-6 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
 
-    shapes = ("llama-3.2-1b", "llama-3.1-8b", "qwen3-32b", "llama-3.1-70b")
-    rows = [[name, *(f"{gb(name, bits):.1f}" for bits in (16, 8, 4)), f"{cache(name):.2f}"] for name in shapes]
+    names = ("llama-3.2-1b", "llama-3.1-8b", "qwen3-32b", "llama-3.1-70b")
+    rows = [[name, *(f"{gb(name, bits):.1f}" for bits in (16, 8, 4)), f"{cache(name):.2f}"] for name in names]
     return table(["", "bf16", "int8", "int4", "1,000 tokens"], rows, 1)
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import architectures
 import checkpoint
 import machine
+import shapes
 import tp
 from engine import Engine
 from formats import QuantConfig, Quantized, Scheme, pack
@@ -201,7 +201,7 @@ def test_sizes_that_do_not_divide(tiny, changes, line):
 @pytest.mark.parametrize("shape", [False, True])
 def test_a_rank_needs_memory_for_its_share(tiny, monkeypatch, shape):
     """On a device of its own: ranks on a CPU share the memory."""
-    weights = architectures.shape_config("tiny") if shape else tiny()[0]
+    weights = shapes.shape_config("tiny") if shape else tiny()[0]
     whole = checkpoint.random_model(weights, dtype=torch.float32) if shape else checkpoint.load(str(weights))
     need = sum(p.nbytes for p in whole.parameters())
     monkeypatch.setattr(machine, "free_bytes", lambda device: need - 1)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import decode_kernels
-from architectures import shape_config
 from checkpoint import quantized_copy, random_model
 from decode_kernels import INTERPRETED, cpu
 from engine import Engine
 from linear import Int4Linear, Linear, RMSNorm, from_linear, quantize_rtn
 from model import Attention, KVCache, angles
 from sampling import SamplingParams
+from shapes import shape_config
 from tokenizer import Ids
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="in the interpreter a CPU runs the Triton kernels")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, HAS_TRITON, compiled, needs_compiler, needs_kernels, relative_error
 
-import architectures
 import decode_kernels
+import shapes
 from decode_kernels import INTERPRETED
 from linear import Linear, QuantizedLinear, RMSNorm, from_linear
 from model import Transformer
@@ -78,7 +78,7 @@ def test_ranks_are_connected_once(monkeypatch):
     """A second engine of the same ranks, or kernels switched off and on, must not free what captured programs use."""
     made = []
     monkeypatch.setattr(decode_kernels, "connect", lambda model: made.append(model) or object())
-    model = Transformer(architectures.shape_config("tiny"), TensorParallel(0, 2)).half().to(DEVICE)
+    model = Transformer(shapes.shape_config("tiny"), TensorParallel(0, 2)).half().to(DEVICE)
     decode_kernels.use_(model)
     first = model.tp.fast
     for on in (True, False, True):
@@ -91,7 +91,7 @@ def test_ranks_are_connected_once(monkeypatch):
 @pytest.mark.parametrize("bits", [16, 4])
 def test_blocks_of_ranks_end_with_sums(monkeypatch, bits):
     """Each with one of its own; those before integers leave digits. Kernels that are set twice lay nothing out anew."""
-    model = Transformer(architectures.shape_config("tiny"), TensorParallel(0, 2)).half().to(DEVICE)
+    model = Transformer(shapes.shape_config("tiny"), TensorParallel(0, 2)).half().to(DEVICE)
     model.tp.fast = ranks(2)[0]
     if bits == 4:
         for parent in [block for layer in model.layers for block in (layer.self_attn, layer.mlp)]:
