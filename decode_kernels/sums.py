@@ -39,7 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels import ROWS, Dense, Quantized, launch, quantized, reduce, serves
+from decode_kernels import ROWS, launch, quantized, reduce
+from decode_kernels.gpu import Dense, Quantized, serves
 from decode_kernels.letters import LETTERS, SLICE, receive_sum
 from linear import Linear, QuantizedLinear
 from model import MLP, Attention, Transformer

@@ -35,7 +35,8 @@ LIMITS = {
     "quantize.py": 450,  # DESIGN: 440; a block is computed once for all its Linears, int8 with error feedback
     "gptq.py": 120,
     "output_folder.py": 130,
-    "decode_kernels/__init__.py": 160,  # DESIGN: 100; the fast paths of every format, of ranks, and `Run`
+    "decode_kernels/__init__.py": 100,
+    "decode_kernels/gpu.py": 120,
     "decode_kernels/ahead.py": 170,
     "decode_kernels/launch.py": 130,
     "decode_kernels/tiles.py": 160,

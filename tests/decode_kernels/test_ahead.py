@@ -89,7 +89,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import architectures, checkpoint, decode_kernels
-from decode_kernels import ahead
+from decode_kernels import ahead, gpu
 from linear import Linear
 from sampling import Structure
 
@@ -98,8 +98,8 @@ sizes |= {"intermediate_size": 256, "num_hidden_layers": 1, "max_position_embedd
 model = checkpoint.random_model(architectures.config_from_hf({"model_type": "llama"} | sizes))
 for module in model.modules():
     if isinstance(module, Linear):
-        module.fast = decode_kernels.DENSE
-model.fast, model.layers[0].self_attn.fast = decode_kernels.begin, decode_kernels.attend
+        module.fast = gpu.DENSE
+model.fast, model.layers[0].self_attn.fast = gpu.begin, gpu.attend
 run = decode_kernels.Run(model, 1, 256, (1, 4, 8, 13), (5, 200), Structure(False, 200))
 jobs = ahead.record(ahead.StandIn(90, 227 << 10), [run])
 print(len(jobs), *{"sympy", "torch._dynamo"} & sys.modules.keys())

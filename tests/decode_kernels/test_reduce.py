@@ -14,7 +14,7 @@ from tp import TensorParallel
 if HAS_TRITON:
     import triton.language as tl
 
-    from decode_kernels import quantized, reduce, sums
+    from decode_kernels import gpu, quantized, reduce, sums
 
 
 def ranks(size):
@@ -191,9 +191,9 @@ def test_a_product_of_the_digits_that_a_sum_leaves_equals_twin(rows):
     for total, half, digits in zip(totals, halves, empty):
         x = total.receive_(half, digits, tries=2)
         assert relative_error(x, linears[0](xs[0]).float() + linears[1](xs[1]).float()) < 6e-3
-        reader.fast = decode_kernels.INT4
+        reader.fast = gpu.INT4
         wanted = reader(x, norm=norm)
-        reader.fast = decode_kernels.Quantized(4, total.digits_of)
+        reader.fast = gpu.Quantized(4, total.digits_of)
         assert torch.equal(reader(x.clone(), norm=norm), wanted) and total.left is not None  # of another tensor
         assert torch.equal(reader(x, norm=norm), wanted) and total.left is None
 
