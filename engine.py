@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 import checkpoint
 import machine
 import shapes
+import shortlist
 import tp as tensor_parallel
 from checkpoint import DTYPES
 from compilation import CompiledModules, Function, captured, compiled

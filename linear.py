@@ -91,8 +91,7 @@ class Linear(nn.Module):
         self._allocate(device, dtype)
 
     def _allocate(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        weight = torch.empty(self.shape, device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype), requires_grad=False)
 
     @property
     def shape(self) -> tuple[int, ...]:

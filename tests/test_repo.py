@@ -78,7 +78,7 @@ MAY_IMPORT = {  # by a file's name without its suffix; scripts may import any
     "machine": {"checkpoint", "compilation", "linear", "model", "tp"},
     "compilation": {"model"},
     "engine": {
-        *"model linear sampling speculative tokenizer tp checkpoint machine shapes compilation".split(),
+        *"model linear sampling shortlist speculative tokenizer tp checkpoint machine shapes compilation".split(),
         "input_folder",
         *KERNELS,
     },
