@@ -181,9 +181,7 @@ class Streams:
         logits = (
             self.head([x[:, :-1] for x in xs], h) for xs, h in ((self.before, plain), (self.after, self.model.lm_head))
         )
-        columns = []
-        for token, before, after in zip(wanted, *logits):
-            columns.append(compare(token, before, after))
+        columns = [compare(token, before, after) for token, before, after in zip(wanted, *logits)]
         if not columns:
             return dict.fromkeys(LOSSES)
         table = torch.cat(columns, 1).double().cpu()
@@ -528,8 +526,7 @@ def read_texts(
     """Rows of calibration and of held-out text, as many as `quantize` was asked for, and what heads the table."""
     config, folder = loader.config, loader.weights.folder
     file, count, length = *calibration[:2], min(calibration[2], config.max_position_embeddings)
-    enough = max(512, config.hidden_size)  # with fewer tokens than inputs a Hessian is singular
-    least = enough if settings.solve else 1
+    least = max(512, config.hidden_size) if settings.solve else 1  # with fewer tokens than inputs a Hessian is singular
     rows = held = torch.empty(0, length, dtype=torch.int64)
     tokenizer = Tokenizer.from_folder(folder)
     if count and file:
