@@ -9,6 +9,8 @@ to know models, files and devices. Nobody outside asks in which format a Linear 
 Legend: M rows of activations, K in_features, N out_features, G groups of K, E experts.
 """
 
+from __future__ import annotations
+
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -35,17 +37,11 @@ class RMSNorm(nn.Module):
 class FastLinear(Protocol):
     """A faster way to compute what a Linear computes; `decode_kernels` has them."""
 
-    def covers(self, linear: "Linear") -> bool:
+    def covers(self, linear: Linear) -> bool:
         """Whether one row of activations in bf16 or fp16 is served."""
 
     def __call__(
-        self,
-        linear: "Linear",
-        x: Tensor,
-        norm: RMSNorm | None,
-        residual: Tensor | None,
-        silu_mul: bool,
-        experts: Experts,
+        self, linear: Linear, x: Tensor, norm: RMSNorm | None, residual: Tensor | None, silu_mul: bool, experts: Experts
     ) -> Tensor | None:
         """What `Linear.forward` returns for x [M, K]; None for a shape or dtype that is not served."""
 
@@ -59,10 +55,10 @@ class FastQuantized(FastLinear, Protocol):
     def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
         """The inverse of `pack`: int8 [..., N, K]."""
 
-    def constants(self, linear: "QuantizedLinear") -> Tensor | None:
+    def constants(self, linear: QuantizedLinear) -> Tensor | None:
         """What this path makes of scales and zero points and keeps in `fast_constants`."""
 
-    def matrix(self, linear: "QuantizedLinear", experts: Experts, dtype: torch.dtype) -> Tensor | None:
+    def matrix(self, linear: QuantizedLinear, experts: Experts, dtype: torch.dtype) -> Tensor | None:
         """What `QuantizedLinear.matrix` returns, or None."""
 
 
