@@ -124,7 +124,6 @@ class Engine:
         self.cache: KVCache | None = None
         self.state = State(0, 0, self.vocab_size, self.device)
         self.speculation: Speculation | None = None
-        self.draft: Engine | None = None
         self.broadcast = model.tp.broadcast  # rank 0's tensor on every rank
         self._programs: dict[Structure, dict[int, Program]] = {}
         self._kernels: set[tuple[object, ...]] = set()  # for which runs they were compiled ahead
@@ -186,7 +185,7 @@ class Engine:
             if reason:
                 remedy = "use a draft with the same tokenizer, or --draft ngram"
                 raise ValueError(f"the draft's vocabulary is not the target's: {reason}; {remedy}")
-        self.draft, self.speculation = draft, Speculation(self, draft, num_draft_tokens)
+        self.speculation = Speculation(self, draft, num_draft_tokens)
 
     # -- generation ----------------
 
@@ -273,7 +272,7 @@ class Engine:
         prefill, tokens = min(self.prefill_chunk or longest, longest), speculation.tokens if speculation else (1,)
         sampling = structure if self.fused(structure) else None
         runs = [decode_kernels.Run(self.model, rows, slots, tokens, (prefill,), sampling)]
-        if speculation and (draft := self.draft) and draft.use_kernels:
+        if speculation and isinstance(draft := speculation.draft, Engine) and draft.use_kernels:
             runs.append(decode_kernels.Run(draft.model, rows, slots, (1, 2), (longest, RESUMED), None))
         with self.stats.compiling(), decode_kernels.compiling_ahead(runs, self.device, tell):
             if speculation and self.compile:
@@ -283,8 +282,8 @@ class Engine:
         """Prefill, and sample the first token of every row, int64 [B]; the state is ready for the first step."""
         state, known = self.state, 0
         if len(rows) == 1:  # keep what the cache already holds, but for the last id, whose logits are needed
-            same = (a == b for a, b in zip(rows[0][:-1], self._cached))
-            known = next((i for i, equal in enumerate(same) if not equal), min(len(rows[0]) - 1, len(self._cached)))
+            same = [a == b for a, b in zip(rows[0][:-1], self._cached)]
+            known = [*same, False].index(False)
         logits = self.prefill(rows, known)
         lengths = torch.tensor([len(r) for r in rows], device=self.device)
         if structure.penalty:

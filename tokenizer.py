@@ -1,4 +1,5 @@
-"""Text to token ids and back for one Hugging Face folder; its stop ids; its chat template.
+"""Text to token ids and back for one Hugging Face folder; its stop ids; its chat template; prompts, and answers as they
+grow.
 
 Knows tokenizer.json (through `tokenizers`), tokenizer.model (through `sentencepiece`) and the JSON files beside them.
 Knows nothing of models, devices or sampling, and refuses a tokenizer whose decoder it cannot follow byte by byte.

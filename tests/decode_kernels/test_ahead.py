@@ -62,8 +62,8 @@ def run(target, batch, longest, structure):
     if not speculation or speculation.rests:
         target.decode(longest, structure)
     target._first_tokens([list(range(longest))] * batch, structure)
-    if target.draft:
-        target.draft.prefill([list(range(longest))] * batch)
+    if speculation and speculation.draft:
+        speculation.draft.prefill([list(range(longest))] * batch)
     print("|", len({name for name, _ in driver.launches}), *missed)
 
 with ahead.Rehearsal():
