@@ -32,10 +32,10 @@ from tp import SHARD_DIM, TensorParallel
 
 Span = tuple[int, int]  # a half-open range
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
-# Prefixes of torch.compile and of DistributedDataParallel; names of a model that was saved without its head.
 # Names of tensors of a multimodal model: of its text part, and of the parts that are left out.
 TEXT = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?=(lm_head)?)")
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+# Prefixes of torch.compile and of DistributedDataParallel; names of a model that was saved without its head.
 WRAPPED, BARE = re.compile(r"^(?:module\.)+|_orig_mod\."), re.compile(r"(?:layers|embed_tokens|norm)\.")
 # Tensors that are left out: the table of RoPE is computed anew, and the KV cache is not quantized here.
 LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([kv]_proj\.output_scale|[qkv]_(scale|zero_point)))")
@@ -43,6 +43,7 @@ LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([kv]_proj\.output_
 # end of our name, the name on disk.
 BEHIND = [("post_attention_layernorm", "pre_feedforward_layernorm")]
 BEHIND += [("self_attn.post_norm", "post_attention_layernorm"), ("mlp.post_norm", "post_feedforward_layernorm")]
+# Dtypes by the names that config.json and the command line give them; auto leaves the choice to `default_dtype`.
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
