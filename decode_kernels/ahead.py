@@ -28,6 +28,7 @@ import copy
 import ctypes
 import gc
 import hashlib
+import importlib
 import os
 import select
 import signal
@@ -78,19 +79,10 @@ class StandIn:
         return {"max_shared_mem": self.shared}
 
 
-class Recorder(triton.AsyncCompileMode):
-    """While it is entered, a launch compiles nothing and launches nothing: `jobs` has what would have compiled it."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.jobs: dict[str, Callable[[], Any]] = {}
-
-    def submit(self, key: str, compile_fn: Callable[[], Any], *_: object) -> None:
-        self.jobs[key] = compile_fn
-
-
 class Rehearsal(TorchDispatchMode):
     """While it is entered, our operators launch their kernels though their tensors are without contents."""
+
+    integers = 0  # in the largest tensor of bytes of the operator that runs
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -98,8 +90,23 @@ class Rehearsal(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         if func.namespace == "decode":  # not what traces them, but what a device would run
+            given = [t.numel() for t in args if isinstance(t, Tensor) and t.dtype.itemsize == 1]
+            self.integers = max(given, default=0)
             return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class Recorder(triton.AsyncCompileMode):
+    """While it is entered, a launch compiles nothing and launches nothing: `jobs` has what would have compiled it, and
+    how many integers its operator multiplied.
+    """
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        super().__init__(None)
+        self.rehearsal, self.jobs = rehearsal, dict[str, tuple[Callable[[], Any], int]]()
+
+    def submit(self, key: str, compile_fn: Callable[[], Any], *_: object) -> None:
+        self.jobs.setdefault(key, (compile_fn, self.rehearsal.integers))
 
 
 def without_contents(model: Transformer) -> Transformer:
@@ -130,7 +137,7 @@ def rehearse(run: Run) -> None:
     def step(tokens: int, end: int, select: Tensor | None = None) -> Tensor:
         return model(ids(b, tokens), ids(b, tokens), cache, end=end, select=select)[:, -1]
 
-    for tokens in run.prefills:  # first, as what takes longest to compile is begun first
+    for tokens in run.prefills:
         if tokens <= ROWS:
             step(tokens, tokens, ids(b))
     for tokens in sorted(run.tokens, reverse=True):
@@ -161,18 +168,33 @@ def prefill(model: Transformer, cache: KVCache, tokens: Tensor) -> None:
 
 
 def record(driver: StandIn, runs: Sequence[Run]) -> list[Callable[[], Any]]:
-    """What compiles each kernel of these runs that is not on disk. Triton's driver is the stand-in from here on."""
+    """What compiles each kernel of these runs that is not on disk, as it is to begin: those of the largest matrices of
+    integers first, which take up to 16 s. Triton's driver is the stand-in from here on.
+    """
     triton.runtime.driver.set_active(driver)
-    recorder = Recorder()
+    rehearsal = Rehearsal()
+    recorder = Recorder(rehearsal)
     for run in runs:
-        with contextlib.suppress(Exception), recorder, Rehearsal(), torch.inference_mode():
+        with contextlib.suppress(Exception), recorder, rehearsal, torch.inference_mode():
             rehearse(run)  # what it has come to, if not to its end, is worth having
 
     def missing(key: str) -> bool:
         folder = Path(get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).cache_dir)
         return not any(folder.glob("__grp__*"))  # which is written last
 
-    return [job for key, job in recorder.jobs.items() if missing(key)]
+    jobs = [job for key, job in recorder.jobs.items() if missing(key)]
+    return [job for job, _ in sorted(jobs, key=lambda pair: -pair[1])]
+
+
+def name_kernels() -> None:
+    """Give every kernel its name, in one order. For Triton looks at a function when it is first needed, and then counts
+    the constants of those that this one calls only if it has looked at them before: what a rehearsal finds in another
+    order than the run would have other names.
+    """
+    for file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
+        for function in vars(importlib.import_module(f"decode_kernels.{file.stem}")).values():
+            if isinstance(function, triton.JITFunction):
+                _ = function.cache_key
 
 
 # -- processes ----------------
@@ -222,6 +244,7 @@ def compiling_ahead(
     # else torch.compile sets them, when it is first used, and the names on disk are others from there on
     os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
     os.environ.setdefault("TRITON_PTXAS_PATH", triton.knobs.nvidia.ptxas.path)
+    name_kernels()
     report, end = os.pipe()
 
     def rehearsal() -> None:

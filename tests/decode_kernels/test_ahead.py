@@ -104,6 +104,22 @@ run = decode_kernels.Run(model, 1, 256, (1, 4, 8, 13), (5, 200), Structure(False
 jobs = ahead.record(ahead.StandIn(90, 227 << 10), [run])
 print(len(jobs), *{"sympy", "torch._dynamo"} & sys.modules.keys())
 """
+NAMES = """
+import importlib, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/scripts"]
+import triton
+import machine_code
+from decode_kernels import ahead
+
+triton.runtime.driver.set_active(machine_code.Driver(90))
+with ahead.compiling_ahead(ahead.StandIn(90, 0), [], 1, lambda line: None):
+    pass
+names = set()
+for file in sys.argv[2:]:
+    found = vars(importlib.import_module(f"decode_kernels.{file}")).values()
+    names |= {(f.__name__, f.cache_key) for f in found if isinstance(f, triton.JITFunction)}
+print(*sorted(names))
+"""
 FAILURES = """
 import os, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/scripts"]
@@ -150,9 +166,9 @@ def environment(folder):
     return env | {"TRITON_CACHE_DIR": str(folder)}
 
 
-def start(folder, program):
+def start(folder, program, *more):
     """A process of its own: this one may drive a GPU, or interpret its kernels."""
-    argv = [sys.executable, "-c", program, str(ROOT)]
+    argv = [sys.executable, "-c", program, str(ROOT), *more]
     return subprocess.run(argv, capture_output=True, text=True, env=environment(folder))
 
 
@@ -165,6 +181,13 @@ def test_a_run_compiles_nothing_more(tmp_path):
         assert int(launched) > 5, done.stdout  # and no names behind it, of kernels that were not there
         counts.append(int(compiled.strip() or 0))
     assert counts[0] > 20 and counts[1] == 0 and min(counts[2:]) > 5, counts
+
+
+def test_a_kernel_has_one_name_whatever_is_launched_first(tmp_path):
+    """Triton's own depends on it, where a function that others call reads a constant of its module."""
+    files = ["dense", "quantized", "sums"]
+    one, other = (start(tmp_path, NAMES, *order) for order in (files, files[::-1]))
+    assert one.returncode == 0 and one.stdout == other.stdout and "_quantized_kernel" in one.stdout, one.stderr
 
 
 def test_no_failure_ends_a_run(tmp_path):
