@@ -29,7 +29,7 @@ from linear import Linear
 from machine import Stats, pick_device, to_host
 from model import KVCache, ModelConfig, Transformer
 from sampling import SamplingParams, Structure, sample
-from speculative import RESUMED, Program, Read, Speculation, Write, recent
+from speculative import RESUMED, FastRounds, Program, Read, Speculation, Write, recent
 from tokenizer import Answer, Ids, Increment, Tokenizer, draft_mismatch, encode_all
 
 try:  # with the folder deleted everything works, only slower
@@ -269,11 +269,11 @@ class Engine:
         if (kind_of_run := (rows, slots, structure, speculation)) in self._kernels:
             return
         self._kernels.add(kind_of_run)
-        prefill, tokens = min(self.prefill_chunk or longest, longest), speculation.tokens if speculation else (1,)
-        sampling = structure if self.fused(structure) else None
-        runs = [decode_kernels.Run(self.model, rows, slots, tokens, (prefill,), sampling)]
-        if speculation and isinstance(draft := speculation.draft, Engine) and draft.use_kernels:
-            runs.append(decode_kernels.Run(draft.model, rows, slots, (1, 2), (longest, RESUMED), None))
+        prefill, draft = min(self.prefill_chunk or longest, longest), speculation and speculation.draft
+        tokens, drafts = (speculation.tokens, draft is not None) if speculation else ((1,), None)
+        runs = [decode_kernels.Run(self.model, rows, slots, tokens, (prefill,), structure, drafts)]
+        if isinstance(draft, Engine) and draft.use_kernels:
+            runs.append(decode_kernels.Run(draft.model, rows, slots, (1, 2), (longest, RESUMED), structure, drafts))
         with self.stats.compiling(), decode_kernels.compiling_ahead(runs, self.device, tell):
             if speculation and self.compile:
                 speculation.compile(structure)
@@ -345,10 +345,10 @@ class Engine:
         slots, least = self.state.out.shape[1], 512 if self.cuda else 256  # a smaller one is one more to compile
         return slots if self.use_kernels else min(slots, max(least, 1 << position.bit_length()))
 
-    def fused(self, structure: Structure) -> bool:
-        """Whether drawing a token and the end of a step are kernels here."""
-        rows = len(self.state.token)
-        return self.use_kernels and decode_kernels.samples(self.dtype, self.vocab_size, rows, structure)
+    def fused(self, structure: Structure) -> FastRounds | None:
+        """Kernels for what surrounds the models in a round, where drawing and the end of a step are kernels too."""
+        rows, able = len(self.state.token), self.use_kernels
+        return decode_kernels.fast_rounds(self.dtype, self.vocab_size, rows, structure) if able else None
 
     def sampler(self, structure: Structure) -> Callable[..., Tensor]:
         """`sampling.sample`, or the kernel that does the same."""
@@ -358,7 +358,7 @@ class Engine:
         """The program of one decode step for rows at `position` at most; built on first use."""
         programs, end = recent(self._programs, structure), self.attended(position)
         if end not in programs:
-            state, fused, model = self.state, self.fused(structure), self.model
+            state, fused, model = self.state, bool(self.fused(structure)), self.model
             draw, end_step_ = self.sampler(structure), decode_kernels.advance_ if fused else advance_
             if listed := not fused and shortlist.serves(structure, self.vocab_size, model.tp.size):
                 draw = partial(shortlist.sample, first=model.first_id, gather=model.tp.all_gather)
@@ -415,13 +415,13 @@ class Engine:
         step = self._tried(step, park, capture=self.cuda)
         return run.settle(step) if isinstance(run, CompiledModules) and not self.cuda else step
 
-    def shared(self, ending: Function) -> Function:
-        """What several programs end with: compiled once for all of them, where what comes before it is kernels."""
-        return compiled(ending, "ending") if self.compile and self.cuda and self.use_kernels else ending
+    def shared(self, ending: Function, structure: Structure) -> Function:
+        """What several programs end with: compiled once for all of them, where it is none but the model is kernels."""
+        return compiled(ending, "ending") if self.compile and self.use_kernels and not self.fused(structure) else ending
 
-    def small_program(self, fn: Program, park: Program) -> Program:
-        """The same for a step that does not run the model: compiled as a whole where this engine compiles."""
-        return self._tried(compiled(fn, "small") if self.compile else fn, park, capture=self.cuda)
+    def small_program(self, fn: Program, park: Program, fused: bool = False) -> Program:
+        """The same for a step that does not run the model: a kernel, or compiled as a whole."""
+        return self._tried(fn if fused or not self.compile else compiled(fn, "small"), park, capture=self.cuda)
 
     def _tried(self, step: Program, park: Program, capture: bool) -> Program:
         if not self.compile:

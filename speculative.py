@@ -67,12 +67,12 @@ def accept(
     return F.pad(drafted, (0, 1)).scatter(1, count, token[:, None]), count + 1
 
 
-def lookup(history: Tensor, position: Tensor, K: int, longest: int = 3) -> Tensor:
+def look_up_(history: Tensor, position: Tensor, K: int, longest: int = 3) -> None:
     """Prompt lookup (Saxena 2023): the K tokens behind the latest earlier place where the last n ids stand, n = 3, 2,
     1.
 
-    history int64 [B, S], position int64 [B, 1] of its last valid id. Returns int64 [B, K]; without a match, what stands
-    behind position 0, which is as good a guess as any. No host synchronisation.
+    history int64 [B, S], position int64 [B, 1] of its last valid id, behind which the tokens are written; without a
+    match, what stands behind position 0, which is as good a guess as any. No host synchronisation.
     """
     slots = torch.arange(history.shape[1], device=history.device)
     start = torch.zeros_like(position)
@@ -81,8 +81,9 @@ def lookup(history: Tensor, position: Tensor, K: int, longest: int = 3) -> Tenso
         match = match & (slots >= n) & (history.roll(n, 1) == history.gather(1, (position - n).clamp(min=0)))
         start = torch.where(match.any(1, keepdim=True), (slots * match).amax(1, keepdim=True), start)
     # behind the newest id the copy continues from the match itself, as a repeating text does
-    ahead = torch.arange(K, device=history.device) % (position - start).clamp(min=1)
-    return history.gather(1, start + 1 + ahead)
+    ahead = torch.arange(K, device=history.device)
+    found = history.gather(1, start + 1 + ahead % (position - start).clamp(min=1))
+    history.scatter_(1, position + 1 + ahead, found)
 
 
 class Chooser:
@@ -140,6 +141,15 @@ class Rows(Protocol):
     step: Tensor  # int64 [1], the column of `out` that comes next
 
 
+class FastRounds(Protocol):
+    """Kernels for what surrounds the models in a round; `decode_kernels/rounds.py` says what each takes."""
+
+    look_up_: Ending  # the function of that name
+    propose_: Ending  # the end of a draft's step
+    verify: Callable[..., Tensor]  # `accept`, at every position by itself
+    settle_: Ending  # the end of a round: what of that comes out
+
+
 class Stepper(Protocol):
     """What speculation needs of an engine."""
 
@@ -164,11 +174,14 @@ class Stepper(Protocol):
     def program(self, read: Read, write: Write, end: int, park: Program, fused: bool = False) -> Program:
         """One step that reads, runs the model over `end` slots, and writes. park: see `park`, called before trials."""
 
-    def shared(self, ending: Ending) -> Ending:
+    def shared(self, ending: Ending, structure: Structure) -> Ending:
         """What several programs end with, as fast as it can be."""
 
-    def small_program(self, fn: Program, park: Program) -> Program:
+    def small_program(self, fn: Program, park: Program, fused: bool = False) -> Program:
         """A step that does not run the model."""
+
+    def fused(self, structure: Structure) -> FastRounds | None:
+        """Kernels for this kind of sampling, where the model's are used."""
 
     def decode(self, position: int, structure: Structure) -> Program:
         """A plain step for rows at `position`."""
@@ -242,9 +255,8 @@ class Speculation:
         """Buffers for as many rows and slots as the target has."""
         target, draft = self.target, self.draft
         if draft is not None:
-            draft.reserve(
-                len(target.state.out), self._draft_context(), target.state.out.shape[1] - self._draft_context()
-            )
+            (rows, slots), context = target.state.out.shape, self._draft_context()
+            draft.reserve(rows, context, slots - context)
         owner = (target.state, draft and draft.state, self.simulated)
         if owner != self.owner:
             self._allocate()
@@ -258,19 +270,17 @@ class Speculation:
     def compile(self, structure: Structure) -> None:
         """What torch.compile makes of the programs, run on zeros: it needs nothing that a model computes."""
         self.reserve()
-        rows, settle = len(self.log), self._ending(self.target, structure, self._end_of_round)
-        K = next(K for K in self.choices if self._shares(K))
-        logits = self.q.new_zeros(rows, K + 1, self.vocab, dtype=self.target.dtype)
-        offsets = self.offsets[1 : K + 2].clone()
-        if self.rests:  # for any K
-            torch._dynamo.maybe_mark_dynamic(logits, 1)
-            torch._dynamo.maybe_mark_dynamic(offsets, 0)
         self._park()
-        settle(logits, offsets)
-        if self.draft is not None:
+        if self.target.fused(structure) is None:
+            offsets = self.offsets[1:].clone()
+            logits = self.q.new_zeros(len(self.log), len(offsets), self.vocab, dtype=self.target.dtype)
+            if self.rests:  # for any K
+                torch._dynamo.maybe_mark_dynamic(logits, 1)
+                torch._dynamo.maybe_mark_dynamic(offsets, 0)
+            self._ending(self.target, structure, self._end_of_round)(logits, offsets)
+        if self.draft is not None and self.draft.fused(structure) is None:
             guess = self._ending(self.draft, structure, self._end_of_draft)
-            guess(self.q.new_zeros(rows, self.draft.vocab_size, dtype=self.draft.dtype))
-        self._park()
+            guess(self.q.new_zeros(len(self.log), self.draft.vocab_size, dtype=self.draft.dtype))
 
     def _shares(self, K: int) -> bool:
         """Whether K's end is compiled with those of others. 1 would be a special case, which takes 5 s to compile for
@@ -335,21 +345,18 @@ class Speculation:
         if end not in built:
             draft, offsets = self.draft, self.offsets
             if draft is None:
-                drafts = [self._lookup()]
+                drafts = [self._lookup(structure)]
             else:  # two rows first: after a run accepted to its end, the draft has not seen the last token but one
                 drafts = [self._propose(draft, shift, end, structure) for shift in (offsets[:2], offsets[1:2])]
             verify = {K: self._verify(offsets[1 : K + 2], end, structure) for K in self.choices}
             built[end] = Programs(drafts, verify)
         return built[end]
 
-    def _lookup(self) -> Program:
-        state, history, offsets = self.target.state, self.history, self.offsets
-
-        def guess() -> None:
-            found = lookup(history, state.position, len(offsets) - 2)
-            history.scatter_(1, state.position + offsets[2:], found)
-
-        return self.target.small_program(guess, self._park)
+    def _lookup(self, structure: Structure) -> Program:
+        state, history, most = self.target.state, self.history, len(self.offsets) - 2
+        fast = self.target.fused(structure)
+        guess = fast.look_up_ if fast else look_up_
+        return self.target.small_program(lambda: guess(history, state.position, most), self._park, bool(fast))
 
     def _propose(self, draft: Stepper, shift: Tensor, end: int, structure: Structure) -> Program:
         """The tokens at `shift` [1 or 2] from the newest one -> the next into history, its distribution into q."""
@@ -365,6 +372,9 @@ class Speculation:
     def _end_of_draft(self, structure: Structure) -> Callable[[Tensor], None]:
         """What follows the draft model, for logits [B, V] of its last token."""
         state, history, proposed, drafted, V = self.target.state, self.history, self.q, self.drafted, self.vocab
+        if self.draft is not None and (fast := self.draft.fused(structure)):
+            rest = structure.top_k or 1, state.knobs, state.seeds, state.position, drafted, history, proposed
+            return lambda logits: fast.propose_(logits, *rest)
 
         def guess(logits: Tensor) -> None:
             probs, ids = distribution(logits[:, :V], structure, state.knobs)
@@ -380,7 +390,7 @@ class Speculation:
         """What `make` makes, shared by all programs of that engine."""
         key = engine, structure
         if key not in self.endings:
-            self.endings[key] = engine.shared(make(structure))
+            self.endings[key] = engine.shared(make(structure), structure)
         return self.endings[key]
 
     def _verify(self, offsets: Tensor, end: int, structure: Structure) -> Program:
@@ -402,6 +412,10 @@ class Speculation:
         target, state, history, log = self.target, self.target.state, self.history, self.log
         V, last, q = self.vocab, self.history.shape[1] - self.margin, self.q if self.draft else None
         rate, done = self.simulated, self.drafted
+        if fast := target.fused(structure):
+            given = structure.top_k or 1, state.knobs, state.seeds, state.position, history, q, rate
+            then = last, state.token, state.position, history, done, log
+            return lambda logits, _: fast.settle_(target.broadcast(fast.verify(logits, *given)), *then)
 
         def settle(logits: Tensor, offsets: Tensor) -> None:
             K, positions = len(offsets) - 1, state.position + offsets + 1  # of the tokens that come out

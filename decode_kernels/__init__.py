@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from model import Transformer
 from sampling import Structure
+from speculative import FastRounds
 from tp import FastCollectives
 
 Letters = tuple[Tensor | int, ...] | None  # where a product whose result is summed over ranks sends it: `dense.run`
@@ -75,7 +76,8 @@ def use_(model: nn.Module, on: bool = True) -> None:
 
 class Run(NamedTuple):
     """What will be run: the model over `slots` cache slots of every row, with so many new tokens of a row in a step,
-    and prefills of so many; structure: of the sampling, where that is a kernel.
+    and prefills of so many; structure: of the sampling, which may be a kernel. drafts: whether a model drafts tokens,
+    this one or another, for this one or another; None where nobody speculates.
     """
 
     model: Transformer
@@ -83,7 +85,8 @@ class Run(NamedTuple):
     slots: int
     tokens: Iterable[int]
     prefills: Iterable[int]
-    structure: Structure | None
+    structure: Structure
+    drafts: bool | None = None
 
 
 def compiling_ahead(
@@ -120,6 +123,15 @@ def sample(
     from decode_kernels import step
 
     return step.sample(logits, knobs, seeds, positions, 1 if structure.greedy else structure.top_k)
+
+
+def fast_rounds(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure) -> FastRounds | None:
+    """What surrounds the models in a round, where `samples`."""
+    if not samples(dtype, vocabulary, rows, structure):
+        return None
+    from decode_kernels import rounds
+
+    return rounds
 
 
 def advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:

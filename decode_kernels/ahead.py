@@ -50,6 +50,7 @@ from decode_kernels import ROWS, Run, launch
 from decode_kernels import prefill as prefilling
 from linear import QuantizedLinear
 from model import MLP, Attention, Experts, KVCache, Transformer
+from speculative import FastRounds
 
 META = torch.device("meta")
 PATIENCE = 120  # seconds without any kernel's becoming ready, after which the children are given up
@@ -143,11 +144,33 @@ def rehearse(run: Run) -> None:
     for tokens in sorted(run.tokens, reverse=True):
         logits = step(tokens, run.slots)
     token = model.tp.broadcast(ids(b))
-    if run.structure is not None:
+    if fast := decode_kernels.fast_rounds(logits.dtype, logits.shape[-1], b, run.structure):
         token = decode_kernels.sample(logits, run.structure, torch.empty(4, device=META), ids(b), ids(b))
         decode_kernels.advance_(token, ids(b, 1), ids(b, 1), ids(1), ids(b, run.slots))
+        if run.drafts is not None:
+            end_round(fast, run, logits)
     if max(run.prefills) * b > ROWS:
         prefill(model, cache, ids(b, ROWS + 1))
+
+
+def end_round(fast: FastRounds, run: Run, logits: Tensor) -> None:
+    """What a round adds to the steps of its models, of which this one gave these logits [B, V]. What only the other one
+    needs is the same, if both have the same ids.
+    """
+    (b, v), top_k = logits.shape, run.structure.top_k or 1
+
+    def ids(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=META)
+
+    of_rows, history, drafted = (torch.empty(4, device=META), ids(b), ids(b, 1)), ids(b, run.slots), ids(1)
+    q = torch.empty(b, 1, v, device=META) if run.drafts else None
+    if run.drafts:
+        fast.propose_(logits, top_k, *of_rows, drafted, history, q)
+    else:
+        fast.look_up_(history, ids(b, 1), max(run.tokens) - 1)
+    for tokens in run.tokens:
+        verified = fast.verify(logits.new_empty(b, tokens, v), top_k, *of_rows, history, q, None)
+        fast.settle_(run.model.tp.broadcast(verified), 0, ids(b, 1), ids(b, 1), history, drafted, ids(b, 1))
 
 
 def prefill(model: Transformer, cache: KVCache, tokens: Tensor) -> None:

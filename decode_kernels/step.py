@@ -160,10 +160,61 @@ def _mix(x):
 
 
 @triton.jit
-def _exponential(bits):
-    """-log(1 - u) of a uniform u made of 63 random bits, accurate for small u, where a float's 1 - u is not."""
-    u = tl.minimum(tl.maximum(bits.to(tl.float32) * 1.0842021724855044e-19, 1.0842021724855044e-19), 1 - 2.0**-24)
-    return tl.where(u < 0.015625, u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25))), -tl.log(1 - u))
+def key_of(seed, position, stream):
+    """What the random numbers of a row at a position have in common, as in `sampling.uniform`."""
+    return _mix(_mix(seed * -0x61C8864680B583EB + stream) ^ position)
+
+
+@triton.jit
+def uniform(key, lane):
+    """63 random bits as a float in (0, 1), which keeps the relative precision of small values."""
+    bits = _mix(_mix(key + lane)) & 0x7FFFFFFFFFFFFFFF
+    return tl.minimum(tl.maximum(bits.to(tl.float32) * 1.0842021724855044e-19, 1.0842021724855044e-19), 1 - 2.0**-24)
+
+
+@triton.jit
+def race(token, weight, key, V: tl.constexpr):
+    """One of these tokens, each with a probability in proportion to its weight; V if no weight is a number."""
+    u = uniform(key, token)
+    # -log(1 - u), accurate for small u, where a float's 1 - u is not
+    e = tl.where(u < 0.015625, u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25))), -tl.log(1 - u))
+    score = weight / e
+    return tl.min(tl.where(score == tl.max(score), token, V))  # the first among equals
+
+
+@triton.jit
+def candidates(
+    logits_ptr,
+    key_ptr,
+    chosen_ptr,
+    knobs_ptr,
+    row,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INF: tl.constexpr,
+):
+    """(ids of the tokens in the K blocks with the largest maxima; of each exp((l - max l) / T), but 0 for what top-k
+    and min-p leave out; whether all logits of the row are finite).
+    """
+    BLOCKS: tl.constexpr = (V + 15) // 16
+    CHOSEN: tl.constexpr = min(K, BLOCKS)
+    block = tl.arange(0, MAXIMA)
+    key = tl.load(key_ptr + row * BLOCKS + block, block < BLOCKS, 0)
+    inverse_temperature, min_p = tl.load(knobs_ptr), tl.load(knobs_ptr + 2)
+    finite = tl.max(key) < 65535
+    chosen, place = _k_largest(key, CHOSEN)
+    tl.store(chosen_ptr + row * CHOSEN + place, block, chosen)
+    tl.debug_barrier()  # the program reads what its other lanes have written
+    j = tl.arange(0, WIDTH * 16)
+    token = tl.load(chosen_ptr + row * CHOSEN + j // 16, j < CHOSEN * 16, 0) * 16 + j % 16
+    valid = (j < CHOSEN * 16) & (token < V)
+    x = tl.load(logits_ptr + row * V + token, valid, 0)
+    chosen, _ = _k_largest(tl.where(valid, _sortable_keys(x, INF), 0), K)
+    top = tl.max(tl.where(valid, x.to(tl.float32), float("-inf")))
+    p = tl.exp((x.to(tl.float32) - top) * inverse_temperature)
+    return token, tl.where(chosen & valid & (p >= min_p), p, 0.0), finite
 
 
 @triton.jit
@@ -184,32 +235,27 @@ def _sample_kernel(
     INF: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row: the K blocks with the largest maxima, the K largest logits in them, and their race."""
-    BLOCKS: tl.constexpr = (V + 15) // 16
-    CHOSEN: tl.constexpr = min(K, BLOCKS)
+    """One row: its candidates, and their race."""
     row = tl.program_id(0)
     launch.launch_next(PDL)
     launch.wait_for_previous(PDL)
-    block = tl.arange(0, MAXIMA)
-    key = tl.load(key_ptr + row * BLOCKS + block, block < BLOCKS, 0)
-    noise = tl.load(seeds_ptr + row * seed_stride) * -0x61C8864680B583EB
-    noise = _mix(_mix(noise) ^ tl.load(pos_ptr + row * pos_stride))
-    inverse_temperature, min_p = tl.load(knobs_ptr), tl.load(knobs_ptr + 2)
-    largest = tl.max(key)
-    chosen, place = _k_largest(key, CHOSEN)
-    tl.store(chosen_ptr + row * CHOSEN + place, block, chosen)
-    tl.debug_barrier()  # the program reads what its other lanes have written
-    j = tl.arange(0, WIDTH * 16)
-    token = tl.load(chosen_ptr + row * CHOSEN + j // 16, j < CHOSEN * 16, 0) * 16 + j % 16
-    valid = (j < CHOSEN * 16) & (token < V)
-    x = tl.load(logits_ptr + row * V + token, valid, 0)
-    chosen, _ = _k_largest(tl.where(valid, _sortable_keys(x, INF), 0), K)
-    top = tl.max(tl.where(valid, x.to(tl.float32), float("-inf")))
-    p = tl.exp((x.to(tl.float32) - top) * inverse_temperature)
-    e = _exponential(_mix(_mix(noise + token)) & 0x7FFFFFFFFFFFFFFF)
-    score = tl.where(chosen & (p >= min_p), p / e, -1.0)
-    token = tl.min(tl.where(score == tl.max(score), token, V))  # the first among equals
-    tl.store(out_ptr + row, tl.where(largest == 65535, -1, token).to(tl.int64))
+    key = key_of(tl.load(seeds_ptr + row * seed_stride), tl.load(pos_ptr + row * pos_stride), 0)
+    token, p, finite = candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, V, K, MAXIMA, WIDTH, INF)
+    tl.store(out_ptr + row, tl.where(finite, race(token, p, key, V), -1).to(tl.int64))
+
+
+def largest_of_blocks(logits: Tensor, top_k: int) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, int]]:
+    """The first step, for logits [rows, V], contiguous: what a kernel with `candidates` takes first, its constants."""
+    rows, v = logits.shape
+    blocks, per_program = triton.cdiv(v, 16), 64
+    chosen = min(top_k, blocks)
+    key = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
+    infinity = 0x7F80 if logits.dtype == torch.bfloat16 else 0x7C00
+    _block_max_kernel[(triton.cdiv(blocks, per_program), rows)](
+        logits, key, V=v, BLOCKS=per_program, INF=infinity, **launch.options(4)
+    )
+    sizes = {"MAXIMA": triton.next_power_of_2(blocks), "WIDTH": triton.next_power_of_2(chosen)}
+    return (logits, key, key.new_empty(rows, chosen)), {"V": v, "K": top_k, "INF": infinity} | sizes
 
 
 def _sample_shape(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int) -> Tensor:
@@ -222,33 +268,10 @@ def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_
 
     knobs float32 [3]: 1 / temperature, top_p (not used), min_p. seeds int64 [B] or [1], positions int64 [B].
     """
-    logits, (b, v) = logits.contiguous(), logits.shape
-    blocks = triton.cdiv(v, 16)
-    chosen, per_program = min(top_k, blocks), 64
-    key = torch.empty(b, blocks, dtype=torch.int32, device=logits.device)
-    chosen_blocks = torch.empty(b, chosen, dtype=torch.int32, device=logits.device)
-    out = torch.empty(b, dtype=torch.int64, device=logits.device)
-    infinity = 0x7F80 if logits.dtype == torch.bfloat16 else 0x7C00
-    _block_max_kernel[(triton.cdiv(blocks, per_program), b)](
-        logits, key, V=v, BLOCKS=per_program, INF=infinity, **launch.options(4)
-    )
-    _sample_kernel[(b,)](
-        logits,
-        key,
-        chosen_blocks,
-        knobs,
-        seeds,
-        positions,
-        out,
-        seeds.expand(b).stride(0),
-        positions.stride(0),
-        V=v,
-        K=top_k,
-        MAXIMA=triton.next_power_of_2(blocks),
-        WIDTH=triton.next_power_of_2(chosen),
-        INF=infinity,
-        **launch.options(16),
-    )
+    tensors, constants = largest_of_blocks(logits.contiguous(), top_k)
+    b, out = len(logits), _sample_shape(logits, knobs, seeds, positions, top_k)
+    strides = seeds.expand(b).stride(0), positions.stride(0)
+    _sample_kernel[(b,)](*tensors, knobs, seeds, positions, out, *strides, **constants, **launch.options(16))
     return out
 
 

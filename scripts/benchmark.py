@@ -385,7 +385,7 @@ def measure_rows(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any
 
 def rows_program(engine: Engine, rows: int, end: int, structure: Structure, chosen: torch.Tensor) -> Program:
     """A step of `rows` new tokens over `end` slots, each sampled into `chosen`."""
-    state, fused = engine.state, engine.fused(structure)
+    state, fused = engine.state, bool(engine.fused(structure))
     tokens = torch.randint(engine.vocab_size, (1, rows), device=engine.device)
     later = torch.arange(rows, device=engine.device)
     draw = engine.sampler(structure)

@@ -57,7 +57,7 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas_version
 
 from decode_kernels import attention as attending
-from decode_kernels import dense, prefill, quantized, reduce, sums
+from decode_kernels import dense, prefill, quantized, reduce, rounds, sums
 from decode_kernels import step as ends
 from decode_kernels.ahead import StandIn
 
@@ -201,6 +201,25 @@ def step(vocabulary: int, width: int, half: int, top_k: int) -> Callable[[], obj
     return run
 
 
+def round_(vocabulary: int, top_k: int, drafts: bool) -> Callable[[], object]:
+    """What surrounds the models in a round of speculation, by a draft or by looking up."""
+
+    def run() -> None:
+        logits, token, history = torch.empty(1, 4, vocabulary, dtype=torch.bfloat16), ids(1), ids(256)
+        of_rows, q = (torch.empty(4), token[0], token), torch.empty(1, 5, vocabulary)
+        if drafts:
+            rounds.propose_(logits[:, 0], top_k, *of_rows, token[0], history, q)
+        else:
+            rounds.look_up_(history, token, 3)
+        verified = rounds.verify(logits, top_k, *of_rows, history, q if drafts else None, None)
+        rounds.settle_(verified, 255, token, token, history, token[0], ids(6))
+
+    def ids(n: int) -> Tensor:
+        return torch.zeros(1, n, dtype=torch.int64)
+
+    return run
+
+
 def exchange(n: int, size: int, add: bool) -> Callable[[], object]:
     """The sum over ranks of n bf16 numbers, or their gather."""
 
@@ -264,6 +283,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "qwen3-8b prefill": many_tokens(32, 8, 128, 12288, norm=True),
         "llama-2-7b step": step(32000, 4096, 64, 200),
         "llama-3.1-8b step, greedy": step(128256, 4096, 64, 1),
+        "llama-2-7b round, looked up": round_(32000, 200, drafts=False),
+        "llama-3.1-8b round of a draft, greedy": round_(128256, 1, drafts=True),
         "llama-2-7b sum over 2 ranks": exchange(4096, 2, True),
         "llama-2-70b gather over 8 ranks": exchange(4000, 8, False),
         "llama-2-7b o bf16 1, summed over 2 ranks": summed(2048, 4096, 16, 2),
@@ -286,6 +307,8 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "mistral-7b attention 2 x 9 of 8192",
     "llama-3.1-8b prefill",
     "llama-2-7b step",
+    "llama-2-7b round, looked up",
+    "llama-3.1-8b round of a draft, greedy",
     "llama-2-7b sum over 2 ranks",
     "llama-2-7b o bf16 1, summed over 2 ranks",
 )

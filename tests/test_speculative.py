@@ -21,7 +21,7 @@ import generate
 import speculative
 from engine import DEFAULT_CHECKPOINT, Engine
 from sampling import SamplingParams, distribution, draw, penalise
-from speculative import CHOICES, DRAFT, Chooser, Speculation, accept, lookup, spread
+from speculative import CHOICES, DRAFT, Chooser, Speculation, accept, look_up_, spread
 from tokenizer import Ids
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,7 +181,11 @@ def test_lookup_finds_the_latest_longest_match():
     for length in (1, 2, 3, 4, 5, 9, 20, 33):
         history = torch.full((64, 40), 0)
         history[:, :length] = torch.randint(3, (64, length), generator=g)
-        found = lookup(history, torch.full((64, 1), length - 1), 6).tolist()
+        before = history.clone()
+        look_up_(history, torch.full((64, 1), length - 1), 6)
+        found = history[:, length : length + 6].tolist()
+        history[:, length : length + 6] = 0
+        assert torch.equal(history, before)
         wanted = [plain_lookup(row[:length], 6) for row in history.tolist()]
         if length == 1:
             wanted = [[0] * 6] * 64
@@ -290,7 +294,7 @@ def test_compiled_is_eager_and_choosing_another_k_compiles_nothing(monkeypatch):
 
 def test_what_follows_the_model_is_compiled_once_for_all_numbers_of_drafts(monkeypatch):
     """As it is where the model is kernels; here it is only traced."""
-    monkeypatch.setattr(Engine, "shared", lambda self, end: torch.compile(end, backend="eager", fullgraph=True))
+    monkeypatch.setattr(Engine, "shared", lambda self, end, _: torch.compile(end, backend="eager", fullgraph=True))
     engine = engine_of(peaked(2, 40), "model", None)
     engine.reserve(2, 60, engine.speculation.margin)
     speculation, structure, gen = engine.speculation, OPTIONS["all"].structure, torch.Generator().manual_seed(0)

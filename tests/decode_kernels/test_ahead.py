@@ -105,20 +105,21 @@ jobs = ahead.record(ahead.StandIn(90, 227 << 10), [run])
 print(len(jobs), *{"sympy", "torch._dynamo"} & sys.modules.keys())
 """
 NAMES = """
-import importlib, sys
+import importlib, os, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/scripts"]
 import triton
 import machine_code
 from decode_kernels import ahead
 
+def names(files):
+    found = [f for file in files for f in vars(importlib.import_module(f"decode_kernels.{file}")).values()]
+    print(*sorted({f.__name__ + f.cache_key for f in found if isinstance(f, triton.JITFunction)}), flush=True)
+
 triton.runtime.driver.set_active(machine_code.Driver(90))
 with ahead.compiling_ahead(ahead.StandIn(90, 0), [], 1, lambda line: None):
     pass
-names = set()
-for file in sys.argv[2:]:
-    found = vars(importlib.import_module(f"decode_kernels.{file}")).values()
-    names |= {(f.__name__, f.cache_key) for f in found if isinstance(f, triton.JITFunction)}
-print(*sorted(names))
+for files in (("dense", "quantized", "sums"), ("sums", "quantized", "dense")):
+    os.waitpid(ahead.fork(lambda: names(files)), 0)
 """
 FAILURES = """
 import os, signal, sys
@@ -166,9 +167,9 @@ def environment(folder):
     return env | {"TRITON_CACHE_DIR": str(folder)}
 
 
-def start(folder, program, *more):
+def start(folder, program):
     """A process of its own: this one may drive a GPU, or interpret its kernels."""
-    argv = [sys.executable, "-c", program, str(ROOT), *more]
+    argv = [sys.executable, "-c", program, str(ROOT)]
     return subprocess.run(argv, capture_output=True, text=True, env=environment(folder))
 
 
@@ -185,9 +186,9 @@ def test_a_run_compiles_nothing_more(tmp_path):
 
 def test_a_kernel_has_one_name_whatever_is_launched_first(tmp_path):
     """Triton's own depends on it, where a function that others call reads a constant of its module."""
-    files = ["dense", "quantized", "sums"]
-    one, other = (start(tmp_path, NAMES, *order) for order in (files, files[::-1]))
-    assert one.returncode == 0 and one.stdout == other.stdout and "_quantized_kernel" in one.stdout, one.stderr
+    done = start(tmp_path, NAMES)
+    one, other = done.stdout.splitlines()
+    assert one == other and "_quantized_kernel" in one, done.stderr
 
 
 def test_no_failure_ends_a_run(tmp_path):

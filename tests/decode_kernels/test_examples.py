@@ -10,16 +10,17 @@ import torch
 from kernel_checks import DEVICE, HAS_TRITON, compiled, needs_compiler, needs_kernels
 
 from decode_kernels import tiles
+from speculative import look_up_
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from decode_kernels import attention, dense, launch, quantized, step
+    from decode_kernels import attention, dense, launch, quantized, rounds, step
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install -e '.[interpreter]'")
 FOLDER = Path(__file__).resolve().parents[2] / "decode_kernels"
-KERNELS = ("attention.py", "dense.py", "quantized.py", "step.py")
+KERNELS = ("attention.py", "dense.py", "quantized.py", "step.py", "rounds.py")
 
 
 def said(module, *sentences):
@@ -244,6 +245,32 @@ def test_keys_and_the_k_largest_equals_twin():
     assert place[chosen.bool()].tolist() == [0, 1, 2, 3, 4]
     keys_kernel[(1,)](x.to(DEVICE), key, chosen, place, 8, 4)  # one of the two 1.0 only: the first
     assert chosen.bool().tolist() == [True, False, False, False, True, True, True, False]
+
+
+# -- rounds.py ----------------
+
+
+@needs_kernels
+def test_what_is_looked_up_in_the_example_equals_twin():
+    ids, where = [7, 4, 5, 9, 4, 5, 8, 5, 4, 5], torch.tensor([[9]], device=DEVICE)
+    history = torch.tensor([[*ids, *[0] * 8]], device=DEVICE)
+    twin = history.clone()
+    rounds.look_up_(history, where, 8)
+    look_up_(twin, where, 8)
+    assert torch.equal(history, twin)
+    told, last, found = (" ".join(map(str, part)) for part in (ids[:-2], ids[-2:], history[0, 10:14].tolist()))
+    assert said(rounds, f"the ids {told} and then {last}, whose last is at position 9", f"and {found} is proposed")
+    assert said(rounds, f"then again {' '.join(map(str, history[0, 14:].tolist()))}:")
+
+
+@needs_triton
+def test_a_round_of_the_example_emits_what_the_target_says():
+    q, p = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.2, 0.5, 0.3])
+    accepted, left = (p / q).clamp(max=1)[:2], (p - q).clamp(min=0)
+    assert said(rounds, "q = {}, {}, 0 and p = {:.1f}, {:.1f}, {:.1f}".format(*q.tolist()[:2], *p.tolist()))
+    assert accepted[1] == 1 and said(rounds, f"the first for u < {accepted[0]:.1f}")
+    assert left.count_nonzero() == 1 and said(rounds, f"what is left is 0, 0, {left[2]:.1f}, so the third is drawn")
+    assert torch.allclose(torch.cat((q[:2] * accepted, q[:1] * (1 - accepted[0]))), p)
 
 
 # -- the files ----------------
