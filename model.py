@@ -382,16 +382,14 @@ class Transformer(nn.Module):
         # a factor meets queries and keys, so its square scales the scores
         self.rope_factors = [factor * c.query_scale**0.5 for factor in factors]
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(self, tokens: Tensor, positions: Tensor, which: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """tokens, positions int64 [B, T] -> [B, T, D] and what `rope` returns; each rank looks up its slice of the
         vocabulary and the others add zeros.
         """
-        begun = None if self.fast is None else self.fast(self, tokens, positions)
-        if begun is None:
-            begun = self.look_up(tokens), *self.rope(positions)
-        x, cos, sin = begun
+        begun = None if self.fast is None else self.fast(self, tokens, positions, which)
+        x, cos, sin = (self.look_up(tokens), *self.rope(positions, which)) if begun is None else begun
         scale = self.config.embedding_multiplier
-        return self.tp.all_reduce(x if scale == 1 else x * scale), *widen(cos, sin, self.config.head_dim // 2)
+        return self.tp.all_reduce(x if scale == 1 else x * scale), cos, sin
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """[B, T, D]: zeros for tokens of other ranks' slices."""
@@ -423,10 +421,11 @@ class Transformer(nn.Module):
         look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
         first prefill). run: what calls a layer, or the head; one compiled function serves all layers.
         """
-        x, cos, sin = self.embed(tokens, positions)
-        ropes = [(cos, sin), *(self.rope(positions, i) for i in range(1, len(self.rope_factors)))]
-        for layer, layer_cache, rope in zip(self.layers, cache.layers, self.config.layer_ropes):
-            x = run(layer, x, *ropes[cache.long or rope], positions, layer_cache, end)
+        which = [int(cache.long or rope) for rope in self.config.layer_ropes]
+        x, cos, sin = self.embed(tokens, positions, which[0])
+        ropes = {i: (cos, sin) if i == which[0] else self.rope(positions, i) for i in dict.fromkeys(which)}
+        for layer, layer_cache, i in zip(self.layers, cache.layers, which):
+            x = run(layer, x, *ropes[i], positions, layer_cache, end)
         if select is not None:
             x = x.flatten(0, 1).index_select(0, select)[:, None]
         logits = run(self.lm_head, x, norm=self.norm)  # of ranks whose shares of the vocabulary may be padded

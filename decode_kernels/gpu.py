@@ -137,9 +137,10 @@ def attend(
     return attending.attend(attention, qkv, cos, sin, positions, cache)
 
 
-def begin(model: Transformer, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`Transformer.fast`: the embedding and the angles of up to 16 tokens a row."""
+def begin(model: Transformer, tokens: Tensor, positions: Tensor, which: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`Transformer.fast`: the embedding and the angles, of one of the rotations, of up to 16 tokens a row."""
     table = model.embed_tokens.weight
     if not serves(table) or tokens.shape[1] > ROWS:
         return None
-    return step.embed(tokens, positions, table, model.inv_freq[0], model.rope_factors[0], model.first_id)
+    half = model.config.head_dim // 2
+    return step.embed(tokens, positions, table, model.inv_freq[which], model.rope_factors[which], model.first_id, half)

@@ -56,6 +56,7 @@ def _embed_kernel(
     first,
     ids,
     D: tl.constexpr,
+    TURNED: tl.constexpr,
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
     ANGLES: tl.constexpr,
@@ -68,28 +69,28 @@ def _embed_kernel(
     d = tl.arange(0, WIDTH)
     x = tl.load(table_ptr + token * D + d, (token >= 0) & (token < ids) & (d < D), 0)
     i = tl.arange(0, ANGLES)
-    angle = tl.load(pos_ptr + row).to(tl.float32) * tl.load(freq_ptr + i, i < HALF, 0)
+    angle = tl.load(pos_ptr + row).to(tl.float32) * tl.load(freq_ptr + i, i < TURNED, 0)
     tl.store(x_ptr + row * D + d, x, d < D)
-    tl.store(cos_ptr + row * HALF + i, tl.cos(angle) * factor, i < HALF)
+    tl.store(cos_ptr + row * HALF + i, tl.where(i < TURNED, tl.cos(angle) * factor, 1.0), i < HALF)
     tl.store(sin_ptr + row * HALF + i, tl.sin(angle) * factor, i < HALF)
 
 
 def _embed_shape(
-    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int
+    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int, half: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cos, sin = (inv_freq.new_empty(*tokens.shape, 1, inv_freq.shape[0]) for _ in range(2))
+    cos, sin = (inv_freq.new_empty(*tokens.shape, 1, half) for _ in range(2))
     return table.new_empty(*tokens.shape, table.shape[1]), cos, sin
 
 
 @launch.operator("embed", _embed_shape)
 def embed(
-    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int
+    tokens: Tensor, positions: Tensor, table: Tensor, inv_freq: Tensor, factor: float, first: int, half: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """tokens, positions int64 [B, T], table [V, D], inv_freq float32 [H] -> (rows of the table [B, T, D], cos and sin
-    float32 [B, T, 1, H], times factor). The table may be a slice of a larger one that begins with the id `first`: ids
-    outside get zeros.
+    float32 [B, T, 1, half], times factor; behind the first H 1 and 0). The table may be a slice of a larger one that
+    begins with the id `first`: ids outside get zeros.
     """
-    x, cos, sin = _embed_shape(tokens, positions, table, inv_freq, factor, first)
+    x, cos, sin = _embed_shape(tokens, positions, table, inv_freq, factor, first, half)
     options = launch.options(4)
     options.pop("launch_pdl", None)  # it begins when all before it has ended, so that no kernel waits for positions
     _embed_kernel[(tokens.numel(),)](
@@ -104,9 +105,10 @@ def embed(
         first,
         table.shape[0],
         D=table.shape[1],
-        HALF=inv_freq.shape[0],
+        TURNED=inv_freq.shape[0],
+        HALF=half,
         WIDTH=triton.next_power_of_2(table.shape[1]),
-        ANGLES=triton.next_power_of_2(inv_freq.shape[0]),
+        ANGLES=triton.next_power_of_2(half),
         **options,
     )
     return x, cos, sin

@@ -194,7 +194,7 @@ def step(vocabulary: int, width: int, half: int, top_k: int) -> Callable[[], obj
     def run() -> None:
         token = torch.zeros(1, 1, dtype=torch.int64)
         table, logits = (torch.empty(vocabulary, n, dtype=torch.bfloat16) for n in (width, 1))
-        ends.embed(token, token, table, torch.empty(half), 1.0, 0)
+        ends.embed(token, token, table, torch.empty(half), 1.0, 0, half)
         ends.sample(logits.view(1, -1), torch.empty(3), token[0], token[0], top_k)
         ends.advance_(token[0], token, token, token[0], torch.zeros(1, 256, dtype=torch.int64))
 

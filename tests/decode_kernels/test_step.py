@@ -15,8 +15,8 @@ from tp import TensorParallel
 
 @needs_kernels
 @pytest.mark.parametrize("rank", [None, 1])
-@pytest.mark.parametrize("dim, half, factor", [(64, 32, 1.0), (96, 20, 1.25)])
-def test_embed_equals_twin(rank, dim, half, factor):
+@pytest.mark.parametrize("dim, half, turned, factor", [(64, 32, 32, 1.0), (96, 20, 20, 1.25), (96, 20, 15, 1.25)])
+def test_embed_equals_twin(rank, dim, half, turned, factor):
     gen = torch.Generator().manual_seed(dim)
     sizes = {"hidden_size": dim, "head_dim": 2 * half, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 50, "num_hidden_layers": 1, "intermediate_size": 64, "max_position_embeddings": 1 << 17}
@@ -24,20 +24,23 @@ def test_embed_equals_twin(rank, dim, half, factor):
     model = Transformer(config, TensorParallel(rank or 0, 1 if rank is None else 2)).half().to(DEVICE)
     model.embed_tokens.weight.copy_(torch.randn(model.embed_tokens.weight.shape, generator=gen))
     model.init_rope_(DEVICE)
-    model.rope_factors = [factor]
+    model.inv_freq, model.rope_factors = (
+        torch.stack([model.inv_freq[0] * 2, model.inv_freq[0]])[:, :turned],
+        [1.0, factor],
+    )
     tokens = torch.randint(50, (2, 3), generator=gen).to(DEVICE)
     positions = torch.tensor([[0, 1, 2], [131_069, 131_070, 131_071]], device=DEVICE)
     model.tp = TensorParallel()  # no group to sum over here
     decode_kernels.use_(model)
-    x, cos, sin = model.fast(model, tokens, positions)
+    x, cos, sin = model.fast(model, tokens, positions, 1)
     mine = tokens >= model.first_id
     mine &= tokens < model.first_id + model.vocab_local
     assert mine.any() and mine.all() == (rank is None)
     assert torch.equal(x[mine], model.embed_tokens.weight[(tokens - model.first_id)[mine]]) and not x[~mine].any()
-    exact = positions.double()[..., None, None] * model.inv_freq.double()
-    for got, want, turn in zip((cos, sin), model.rope(positions), (exact.cos(), exact.sin())):
+    exact = positions.double()[..., None, None] * model.inv_freq[1].double()
+    for got, want, turn in zip((cos, sin), model.rope(positions, 1), (exact.cos(), exact.sin())):
         assert got.shape == (2, 3, 1, half) and (got - want).abs().max() < 1e-6
-        assert (got[0] - factor * turn[0]).abs().max() < 1e-6
+        assert (got[0, ..., :turned] - factor * turn[0]).abs().max() < 1e-6
 
 
 SAMPLES = [(1000, 1), (1000, 7), (1024, 200), (4000, 200), (33_000, 200), (300, 256), (70, 50)]
