@@ -392,12 +392,12 @@ class Engine:
         | CPU          | one layer and the head compiled   | eager                  | a plain loop                     |
         | compile off  | eager, a CPU's fastest operators  | eager                  | a plain loop                     |
 
-        (*) Those of which some pieces are plain PyTorch: experts, norms behind a block.
+        (*) Those of which some pieces are plain PyTorch: experts, norms over all heads.
 
         park: makes the state such that a trial step writes to slots which belong to no kept prefix.
         """
         model, cache, run = self.model, self.cache, nn.Module.__call__
-        plain, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.post_norms
+        plain, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.qk_norm_whole
         if self.compile and not self.cuda:
             run = CompiledModules([*model.layers, model.lm_head], f"layer_{end}", guards=False)
         elif self.compile and self.use_kernels:

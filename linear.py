@@ -23,6 +23,8 @@ Experts: TypeAlias = Tensor | int | None  # int64 [M]: row m meets matrix expert
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), computed in float32 and cast last."""
 
+    fast: Any = None  # residual + norm(x), for `model.add_to`; None: plain PyTorch
+
     def __init__(
         self, size: int, eps: float, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:

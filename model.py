@@ -196,26 +196,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
-def angles(positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos, sin float32 [B, T, 1, Dh/2] of positions int64 [B, T]: a few hundred numbers, cheaper than a table."""
-    angle = positions[:, :, None, None] * inv_freq
-    cos, sin = angle.cos(), angle.sin()
-    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
-
-
-def widen(cos: Tensor, sin: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """cos, sin [..., half]: the pairs of a head for which there are none do not turn."""
-    rest = half - cos.shape[-1]
+def angles(positions: Tensor, inv_freq: Tensor, factor: float = 1.0, half: int = 0) -> tuple[Tensor, Tensor]:
+    """cos, sin float32 [B, T, 1, Dh/2] of positions int64 [B, T]: a few hundred numbers, cheaper than a table. Of a
+    head with `half` pairs those for which there is no frequency do not turn.
+    """
+    angle, rest = positions[:, :, None, None] * inv_freq, max(half - inv_freq.shape[0], 0)
+    cos, sin = (angle.cos(), angle.sin()) if factor == 1 else (angle.cos() * factor, angle.sin() * factor)
     return (F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))) if rest else (cos, sin)
 
 
 def add_to(x: Tensor, proj: Linear, y: Tensor, post_norm: RMSNorm | None, tp: TensorParallel, fast: FastSum) -> Tensor:
-    """x + proj(y), summed over ranks; with a norm behind the block x + post_norm(proj(y)), which no kernel fuses."""
+    """x + proj(y), summed over ranks; with a norm behind the block x + post_norm(proj(y)), which no product fuses."""
     # without that norm the residual enters the sum over ranks, once, through rank 0
     added = x if tp.rank == 0 and post_norm is None else None
-    total = None if fast is None else fast(proj, y, added)
-    total = tp.all_reduce(proj(y, residual=added)) if total is None else total
-    return total if post_norm is None else x + post_norm(total)
+    out = None if fast is None else fast(proj, y, added)
+    out = tp.all_reduce(proj(y, residual=added)) if out is None else out
+    return out if post_norm is None else post_norm.fast(post_norm, out, x) if post_norm.fast else x + post_norm(out)
 
 
 class Attention(nn.Module):
@@ -267,9 +263,16 @@ class Attention(nn.Module):
         return (heads * (square + norm.eps).rsqrt() * norm.weight).to(x.dtype).view_as(x)
 
 
+def gated(h: Tensor) -> Tensor:
+    """gelu(gate) * up of h [..., 2 F], the gates first."""
+    gate, up = h.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020), norm before and residual after fused in; or gelu instead of silu."""
 
+    fast: Callable[[Tensor], Tensor] | None = None  # instead of `gated`
     fast_sum: FastSum = None  # for `add_to`
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
@@ -283,9 +286,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         h = self.gate_up_proj(x, norm=norm, silu_mul=self.silu)
-        if not self.silu:
-            gate, up = h.chunk(2, dim=-1)
-            h = F.gelu(gate, approximate="tanh") * up
+        h = h if self.silu else (self.fast or gated)(h)
         return add_to(x, self.down_proj, h, self.post_norm, self.tp, self.fast_sum)
 
 
@@ -302,6 +303,12 @@ class Experts(nn.Module):
         return self.down_proj(self.gate_up_proj(x, silu_mul=True, experts=experts), experts=experts)
 
 
+def route(logits: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """logits [M, E] -> weights float32 and ids of the chosen experts, both [M, k]."""
+    weights, chosen = torch.softmax(logits.float(), -1).topk(k, -1)
+    return weights / weights.sum(-1, keepdim=True) if normalise else weights, chosen
+
+
 class MoE(nn.Module):
     """Sparse mixture of experts (Mixtral, Jiang et al. 2024): the router picks num_experts_per_tok experts for each
     row.
@@ -311,6 +318,8 @@ class MoE(nn.Module):
     choice there either, so it can be captured. A prefill goes expert by expert, which needs one host synchronisation.
     """
 
+    fast: Callable[..., tuple[Tensor, Tensor]] | None = None  # instead of `route`
+
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.tp, self.top_k, self.normalise = tp, config.num_experts_per_tok, config.norm_topk_prob
@@ -319,9 +328,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         h = norm(x).flatten(0, 1)  # [M, D]
-        weights, chosen = torch.softmax(self.gate(h).float(), -1).topk(self.top_k, -1)  # [M, k]
-        if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = (self.fast or route)(self.gate(h), self.top_k, self.normalise)  # [M, k]
         if h.shape[0] <= DECODE_TOKENS:
             y = self.experts(h.repeat_interleave(self.top_k, 0), chosen.flatten()).view(*chosen.shape, -1)
             y = (y * weights.unsqueeze(-1)).sum(1)
@@ -388,8 +395,7 @@ class Transformer(nn.Module):
         """
         begun = None if self.fast is None else self.fast(self, tokens, positions, which)
         x, cos, sin = (self.look_up(tokens), *self.rope(positions, which)) if begun is None else begun
-        scale = self.config.embedding_multiplier
-        return self.tp.all_reduce(x if scale == 1 else x * scale), cos, sin
+        return self.tp.all_reduce(x if (scale := self.config.embedding_multiplier) == 1 else x * scale), cos, sin
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """[B, T, D]: zeros for tokens of other ranks' slices."""
@@ -401,7 +407,7 @@ class Transformer(nn.Module):
 
     def rope(self, positions: Tensor, which: int = 0) -> tuple[Tensor, Tensor]:
         """cos, sin float32 [B, T, 1, Dh / 2] of one of the rotations."""
-        return widen(*angles(positions, self.inv_freq[which], self.rope_factors[which]), self.config.head_dim // 2)
+        return angles(positions, self.inv_freq[which], self.rope_factors[which], self.config.head_dim // 2)
 
     def forward(
         self,

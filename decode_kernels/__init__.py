@@ -12,7 +12,7 @@ How they come near the memory's speed (measurements in benchmarks/NOTES.md):
   tensor cores multiply, at the price of products that nobody wants: converting and adding took longer than reading.
   More rows: the wanted products alone, the loads of the next steps passing through shared memory meanwhile.
 - int8 and int4 weights: a GPU has no time to make floats of them. The activations become integers instead, two int8
-  digits of a block floating-point number that is finer than bf16 (`quantized._digits_kernel`), and the tensor cores
+  digits of a block floating-point number that is finer than bf16 (`digits.py`), and the tensor cores
   multiply integers exactly. One row uses two of their eight columns, four rows use all: up to eight rows are nearly
   free.
 - Registers are operands: weights are packed so that the 16 bytes which a lane loads are what m16n8k32 wants there.
@@ -112,7 +112,7 @@ def connect(model: Transformer) -> FastCollectives | None:
 def samples(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure) -> bool:
     """Whether `sample` and `advance_` serve such logits of a model on which `use_` was called."""
     greedy, top_k, use_top_p, _, penalty = structure
-    able = rows <= 1024 and top_k < vocabulary <= 1 << 18 and dtype in (torch.bfloat16, torch.float16)
+    able = rows <= 1024 and top_k < vocabulary <= 1 << 19 and dtype in (torch.bfloat16, torch.float16)
     return able and not penalty and (greedy or (not use_top_p and 0 < top_k <= 256))
 
 

@@ -10,7 +10,7 @@ Knows heads, caches, RoPE and the norms of q and k. Refuses to know layers and p
 its part of the cache once, for all query heads of a KV head and all new tokens: these are its rows. The prefix is split
 over programs (flash-decoding, Dao et al. 2023) and in a program over warps, in steps of 16 slots a warp. Each warp
 keeps the online softmax (Milakov and Gimelshein 2018) of its own slots: the largest score m, the sum of 2^(s - m), and
-the sum of 2^(s - m) v. At the end warps are joined in registers, and splits by the one that ends last.
+the sum of 2^(s - m) v. At the end warps are joined in registers, and splits by a kernel of their own.
 
 Worked example of joining. One warp has seen the scores 1 and 3 (in units of log 2, as everywhere here), another one 2:
 
@@ -38,11 +38,13 @@ of their own. Queries and new keys are rotated once a program and pass to its wa
 Before the wait for the kernel that computes q, k and v, everything else is loaded: the position, the first step of the
 cache, angles and norms. The loop carries 16-bit numbers in pairs, as 32-bit words, which costs no conversions, and asks
 for a step before it multiplies the one before: that takes 240 registers, and reads 4.3 TB/s at 32,000 slots of
-Llama-2-7B on an H200, where asking the second-level cache instead read 2.9.
+Llama-2-7B on an H200, where asking the second-level cache instead read 2.9. Before the wait that cache is asked for one
+step more; two cost 0.7% of a step at 8,192 slots.
 
 **Splits.** How many take part depends on the position, which is read on the device: one graph serves every position.
-Each leaves its mean and the logarithm of its sum in memory and counts itself. The last one adds all of them up, in
-their order, so that no bit depends on which is last:
+Each leaves its mean and the logarithm of its sum in memory, and `_join_kernel` adds them up. That costs the step of
+Llama-3.1-8B 1.4% less at 2,048 to 16,384 slots than a split that waits for the others and adds them up itself, if
+there is one at all, and the digits that int8 and int4 weights want of the result (`digits.py`) come with it:
 
     two splits with means y1, y2 and sums of 6 and 2: lse = log2 6 = 2.585 and log2 2 = 1, weights 2^(lse - 2.585)
     y = (y1 * 1 + y2 * 1/3) / (1 + 1/3) = (6 y1 + 2 y2) / 8
@@ -51,14 +53,13 @@ their order, so that no bit depends on which is last:
 # ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def"
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels import INTERPRETED, launch, tiles
+from decode_kernels import INTERPRETED, ROWS, launch, tiles
+from decode_kernels.digits import Digits, Left, empty_digits, fill_digits_, store_digits
 from model import Attention, LayerCache
 
 
@@ -73,8 +74,9 @@ def _attention_kernel(
     q_norm_ptr,
     k_norm_ptr,
     out_ptr,
+    digits_ptr,
+    unit_ptr,
     part_ptr,
-    count_ptr,
     eps,
     scale,
     slots,
@@ -87,9 +89,10 @@ def _attention_kernel(
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WARPS: tl.constexpr,
-    AHEAD: tl.constexpr,
     ALONE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -106,7 +109,7 @@ def _attention_kernel(
     b, head = bh // KV_HEADS, bh % KV_HEADS
     launch.launch_next(PDL)
     first = tl.load(pos_ptr + b * T).to(tl.int32)  # written before this pass began: no need to wait
-    begin, end, used = _split_of_prefix(first, split, T, WINDOW, SPLITS, STEP, ALONE)
+    begin, end, used = _split_of_prefix(first, split, T, WINDOW, SPLITS, STEP)
     if (split > 0) & (begin >= end):
         return
 
@@ -117,7 +120,7 @@ def _attention_kernel(
     late = tl.maximum(begin, end - STEP) if T == 1 else begin
     if EARLY or T == 1:
         k, v = _load_step(cache, late, end, HALF)
-    for i in tl.static_range(T > 1, 2 if DEEP else AHEAD):
+    for i in tl.static_range(T > 1, 1 + (T > 1) if DEEP else AHEAD):
         _prefetch(k_ptr, v_ptr, begin + i * STEP, late if T == 1 else end, DIM, STEP * WIDTH // 64, ASM)
 
     # queries of the rows r and keys of the new tokens n: halves of heads, their numbers in the order of the operands
@@ -180,29 +183,22 @@ def _attention_kernel(
         if not DEEP or launch.always_true(eps, 1):
             m, total, acc = _attend(q, old_k, old_v, scale, seen, m, total, acc, ASM)
     y, lse = _join_warps(m, total, acc)
-    if SPLITS == 1 or used == 1:
-        _store_rows(out_ptr, y, bh, top_row, T, HEADS, KV_HEADS, DIM)
+    if SPLITS == 1 or (ALONE and used == 1):
+        _store_rows(out_ptr, digits_ptr, unit_ptr, y, bh, top_row, T, HEADS, KV_HEADS, DIM)
     else:
-        group = bh * (ROWS // BLOCK) + tl.program_id(2)
-        COLUMNS: tl.constexpr = BLOCK if T * GROUP >= BLOCK else triton.next_power_of_2(T * GROUP)
-        part_ptr += group * (SPLITS * (WIDTH + 1) * COLUMNS)
-        if _store_part(part_ptr, count_ptr + group, y, lse, split, used, COLUMNS):
-            joined = _join_splits(part_ptr, used, SPLITS, WIDTH, COLUMNS, WARPS)
-            _store_rows(out_ptr, joined, bh, top_row, T, HEADS, KV_HEADS, DIM)
+        part_ptr += ((bh * (ROWS // BLOCK) + tl.program_id(2)) * SPLITS + split) * ((WIDTH + 1) * COLUMNS)
+        _store_part(part_ptr, y, lse, COLUMNS)
 
 
 @triton.jit
-def _split_of_prefix(
-    first, split, T: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, ALONE: tl.constexpr
-):
+def _split_of_prefix(first, split, T: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr):
     """(the first slot of this split, the first behind it, how many splits have any) of the slots to which T new tokens
-    from position `first` on attend: the old ones, and a single new token, which is put among them. Up to ALONE slots
-    are one split; more of them are shared by as many as there are, with a step each at least.
+    from position `first` on attend: the old ones, and a single new token, which is put among them. They are shared by
+    all splits, with a step each at least.
     """
     begin = 0 if WINDOW == 0 else tl.maximum(first - WINDOW + 1, 0)
     end = first + (T == 1)
     share = tl.maximum(tl.cdiv(end - begin, SPLITS), STEP)
-    share = tl.where(end - begin <= ALONE, ALONE, share)
     used = tl.maximum(tl.cdiv(end - begin, share), 1)
     begin += split * share
     return begin, tl.minimum(begin + share, end), used
@@ -378,68 +374,95 @@ def _order_of_dimensions(WIDTH: tl.constexpr):
 
 @triton.jit
 def _store_rows(
-    out_ptr, y, bh, top_row, T: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr
+    out_ptr,
+    digits_ptr,
+    unit_ptr,
+    y,
+    bh,
+    top_row,
+    T: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
 ):
-    """The results y [WIDTH, rows] of one KV head, from row `top_row` on."""
+    """The results y [WIDTH, rows] of one KV head, from row `top_row` on, and, of heads of 128, their digits."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    out_ptr += (bh // KV_HEADS * T * HEADS + bh % KV_HEADS * GROUP) * DIM
     d = _order_of_dimensions(y.shape[0])
-    r = top_row + tl.arange(0, y.shape[1])
-    where = (r // GROUP * HEADS + r % GROUP) * DIM
-    tl.store(out_ptr + where + d, y.to(out_ptr.dtype.element_ty), (r < T * GROUP) & (d < DIM))
+    r = (top_row + tl.arange(0, y.shape[1]))[None]
+    token, head = bh // KV_HEADS * T + r // GROUP, bh % KV_HEADS * GROUP + r % GROUP
+    y = y.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (token * HEADS + head) * DIM + d, y, (r < T * GROUP) & (d < DIM))
+    if digits_ptr is not None:
+        y = y.to(tl.float32)
+        largest, total = tl.max(tl.abs(y), 0)[None], tl.sum(y, 0)[None]
+        store_digits(y, largest, total, d, token * 2, head, r < T * GROUP, digits_ptr, unit_ptr, HEADS)
 
 
 @triton.jit
-def _store_part(part_ptr, count_ptr, y, lse, split, used, COLUMNS: tl.constexpr):
-    """Leaves what this split has found for `_join_splits`: y [WIDTH, COLUMNS], then the logarithm of the sum for every
-    row. Says whether it is the last of `used` splits; then it can read what all have left.
+def _store_part(part_ptr, y, lse, COLUMNS: tl.constexpr):
+    """Leaves what a split has found for `_join_kernel`: y [WIDTH, COLUMNS] transposed and in the order of the head,
+    then the logarithm of the sum for every row.
     """
     WIDTH: tl.constexpr = y.shape[0]
     j, r = tl.arange(0, WIDTH)[:, None], tl.arange(0, y.shape[1])
-    part_ptr += split * ((WIDTH + 1) * COLUMNS)
-    tl.store(part_ptr + j * COLUMNS + r, y, r < COLUMNS)
+    tl.store(part_ptr + r * WIDTH + _order_of_dimensions(WIDTH), y, r < COLUMNS)
     tl.store(part_ptr + WIDTH * COLUMNS + j + r, lse, (j == 0) & (r < COLUMNS))
-    tl.debug_barrier()  # every warp has stored
-    last = tl.atomic_add(count_ptr, 1) == used - 1
-    tl.store(count_ptr, 0, last)
-    return last
 
 
 @triton.jit
-def _join_splits(part_ptr, used, SPLITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """The mean [WIDTH, COLUMNS] of what `used` splits have found, weighted by their sums. They are added in their
-    order, whichever has ended last.
-    """
-    SIZE: tl.constexpr = (WIDTH + 1) * COLUMNS
-    ALL: tl.constexpr = triton.next_power_of_2(SPLITS)
-    MOST: tl.constexpr = 2048 * WARPS  # numbers at a time, for want of registers
-    CHUNK: tl.constexpr = ALL if ALL * WIDTH * COLUMNS < MOST else MOST // (WIDTH * COLUMNS)
-    y, total = tl.zeros([WIDTH, COLUMNS], tl.float32), tl.zeros([WIDTH, COLUMNS], tl.float32)
-    top, i = tl.full([WIDTH, COLUMNS], -1e30, tl.float32), 0
-    while i < used:
-        s = i + tl.arange(0, CHUNK)[:, None, None]
-        at = part_ptr + s * SIZE + tl.arange(0, COLUMNS)
-        lse = tl.max_contiguous(tl.broadcast_to(at + WIDTH * COLUMNS, [CHUNK, WIDTH, COLUMNS]), [1, 8, 128])
-        lse = tl.load(lse, s < used, -1e30)
-        part = tl.max_contiguous(at + tl.arange(0, WIDTH)[:, None] * COLUMNS, [1, 8, 128])
-        part = tl.load(part, s < used, 0)
-        higher = tl.maximum(top, tl.max(lse, 0))
-        fade, weight = tl.exp2(top - higher), tl.exp2(lse - higher)
-        y, total = y * fade + tl.sum(part * weight, 0), total * fade + tl.sum(weight, 0)
-        top, i = higher, i + CHUNK
-    return y / total
+def _join_kernel(
+    pos_ptr,
+    out_ptr,
+    digits_ptr,
+    unit_ptr,
+    part_ptr,
+    T: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    ALONE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """128 results of one token: the mean of what the splits have found, weighted by their sums, and its digits."""
+    K: tl.constexpr = HEADS * DIM
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    token, chunk = tl.program_id(0), tl.program_id(1)
+    launch.launch_next(PDL)
+    first = tl.load(pos_ptr + token // T * T).to(tl.int32)
+    _, _, used = _split_of_prefix(first, 0, T, WINDOW, SPLITS, 16 * WARPS)
+    split = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None, None]
+    k = chunk * 128 + tl.arange(0, 16)[:, None] * 8
+    real = (k < K) & (split < used)
+    r = token % T * GROUP + k // DIM % GROUP
+    group = (token // T * KV_HEADS + k // (DIM * GROUP)) * (ROWS // BLOCK) + r // BLOCK
+    part_ptr += (group * SPLITS + split) * ((WIDTH + 1) * COLUMNS)
+    j = tl.arange(0, 8)
+    launch.wait_for_previous(PDL)
+    if not ALONE or used > 1:
+        lse = tl.load(tl.max_contiguous(part_ptr + WIDTH * COLUMNS + r % BLOCK, [1, 8, 1]), real, -1e30)
+        # a lane has four numbers of every split and adds them up alone
+        at = tl.max_contiguous(part_ptr + (r % BLOCK * WIDTH + k % DIM) + j, [1, 8, 128])
+        y = tl.load(tl.multiple_of(at, [1, 1, 16]), real, 0)
+        weight = tl.exp2(lse - tl.max(lse, 0)[None])
+        y = (tl.sum(y * weight, 0) / tl.sum(weight, 0)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * K + k + j, y, k < K)
+        if digits_ptr is not None:
+            y, d = y.to(tl.float32), tl.arange(0, 16)[:, None] * 8 + j
+            largest, total, chunks = tl.max(tl.abs(y)), tl.sum(y), (K + 127) // 128
+            store_digits(y, largest, total, d, token * 2, chunk, None, digits_ptr, unit_ptr, chunks)
 
 
 def _attention_shape(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, *others: object
 ) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[1] * k_cache.shape[3])
-
-
-@functools.cache
-def _counts(device: torch.device) -> Tensor:
-    """For every KV head how many of its splits have ended: all zero between two launches, so all share it."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
 @launch.operator("attention", _attention_shape, ("k_cache", "v_cache"))
@@ -461,51 +484,71 @@ def attention(
     which get the new keys and values in place; q_norm, k_norm [Dh] or None; window 0: none. The length is read on the
     device, so one captured graph serves every position, and slots behind it cost nothing.
     """
-    (b, t), (kv_heads, slots, dim) = positions.shape, k_cache.shape[1:]
-    assert k_cache.is_contiguous() and v_cache.is_contiguous()
-    qkv = qkv.contiguous()
-    heads = qkv.shape[1] // dim - 2 * kv_heads
-    width = max(64, triton.next_power_of_2(dim))
+    return run(qkv, (cos, sin), positions, (k_cache, v_cache), (q_norm, k_norm), eps, window)
+
+
+def run(
+    qkv: Tensor,
+    angles: tuple[Tensor, Tensor],
+    positions: Tensor,
+    caches: tuple[Tensor, Tensor],
+    norms: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    window: int,
+    digits: Digits | None = None,
+) -> Tensor:
+    """`attention`; with digits those of the result are filled, too."""
+    (b, t), (kv_heads, slots, dim) = positions.shape, caches[0].shape[1:]
+    assert all(cache.is_contiguous() for cache in caches)
+    heads, width = qkv.shape[1] // dim - 2 * kv_heads, max(64, triton.next_power_of_2(dim))
     rows = t * heads // kv_heads
     block, warps, splits = tiles.attention_tile(rows, b * kv_heads, slots, width)
-    rows = triton.cdiv(rows, block) * block
-    out = torch.empty(b * t, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    groups, size = b * kv_heads * (rows // block), splits * block * (width + 1)
-    count = None if splits == 1 else _counts(qkv.device).narrow(0, 0, groups)
-    part = None if splits == 1 else torch.empty(groups * size, dtype=torch.float32, device=qkv.device)
+    columns, blocks = min(block, triton.next_power_of_2(rows)), triton.cdiv(rows, block)
+    out = qkv.new_empty(b * t, heads * dim)
+    filled = digits[:2] if digits is not None and (splits > 1 or dim == 128) else (None, None)
+    size = b * kv_heads * blocks * splits * columns * (width + 1)
+    part = None if splits == 1 else out.new_empty(size, dtype=torch.float32)
     sizes = {"T": t, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WIDTH": width, "WINDOW": window}
-    sizes |= {"SPLITS": splits, "ROWS": rows}
-    _attention_kernel[(b * kv_heads, splits, rows // block)](
-        qkv,
-        cos,
-        sin,
+    sizes |= {"SPLITS": splits, "ROWS": blocks * block, "BLOCK": block, "COLUMNS": columns, "WARPS": warps}
+    # a prefix of one split is not joined, unless its digits are to be those of several heads
+    sizes |= {"ALONE": digits is None or dim == 128}
+    _attention_kernel[(b * kv_heads, splits, blocks)](
+        qkv.contiguous(),
+        *angles,
         positions,
-        k_cache,
-        v_cache,
-        q_norm,
-        k_norm,
+        *caches,
+        *norms,
         out,
+        *(filled if dim == 128 else (None, None)),
         part,
-        count,
         eps,
         dim**-0.5 * 1.4426950408889634,  # exp(x) = exp2(x log2(e))
         slots,
-        BLOCK=block,
-        WARPS=warps,
         AHEAD=tiles.ATTENTION_AHEAD,
-        ALONE=tiles.ATTENTION_ALONE,
         ASM=not INTERPRETED,
         **sizes,
         **launch.options(warps),
     )
+    if splits > 1:
+        grid = (b * t, triton.cdiv(heads * dim, 128))
+        _join_kernel[grid](positions, out, *filled, part, **sizes, **launch.options(1))
+    elif digits is not None and dim != 128:
+        fill_digits_(out, None, digits)
     return out
 
 
-def attend(module: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
-    """The same for a module: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh]."""
+def attend(
+    module: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, left: Left | None
+) -> Tensor:
+    """The same for a module: qkv [B, T, (H + 2 Hkv) Dh] -> [B, T, H Dh], whose digits it leaves, if that is wanted."""
     b, t, _ = qkv.shape
     q_norm, k_norm = (None if norm is None else norm.weight for norm in (module.q_norm, module.k_norm))
     eps = 0.0 if module.q_norm is None else module.q_norm.eps
     qkv, cos, sin = (x.reshape(b * t, -1).contiguous() for x in (qkv, cos, sin))
-    y = attention(qkv, cos, sin, positions.contiguous(), cache.k, cache.v, q_norm, k_norm, eps, module.window)
+    positions, norms = positions.contiguous(), (q_norm, k_norm)
+    if left is None or b * t > ROWS or torch.compiler.is_compiling():
+        return attention(qkv, cos, sin, positions, cache.k, cache.v, *norms, eps, module.window).view(b, t, -1)
+    digits = empty_digits(qkv, b * t, module.o_proj.in_features, norm=False)
+    y = run(qkv, (cos, sin), positions, (cache.k, cache.v), norms, eps, module.window, digits)
+    left.keep(y, digits)
     return y.view(b, t, -1)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decode_kernels import INTERPRETED, ROWS, Letters, dense, prefill, quantized, step
+from decode_kernels import INTERPRETED, ROWS, Letters, blocks, dense, prefill, quantized, step
 from decode_kernels import attention as attending
+from decode_kernels.digits import Left
 from linear import Experts, Linear, QuantizedLinear, RMSNorm
-from model import Attention, LayerCache, Transformer
+from model import MLP, Attention, LayerCache, MoE, Transformer, gated, route
 
 
 def use_(model: nn.Module, on: bool) -> None:
@@ -26,8 +27,14 @@ def use_(model: nn.Module, on: bool) -> None:
             module.fast = DENSE if on else None
         elif isinstance(module, Attention):
             module.fast = attend if on and not module.qk_norm_whole else None
+        elif isinstance(module, (RMSNorm, MLP, MoE)):
+            module.fast = AROUND[type(module)] if on else None
         elif isinstance(module, Transformer):
             module.fast = begin if on else None
+    for module in model.modules():
+        if isinstance(module, Attention) and module.fast is not None and isinstance(module.o_proj.fast, Quantized):
+            left = Left()
+            module.fast, module.o_proj.fast = partial(attend, left=left), Quantized(module.o_proj.fast.bits, left)
 
 
 def serves(x: Tensor) -> bool:
@@ -80,7 +87,7 @@ class Quantized(Dense):
     """`Linear.fast` for int8 and int4 weights: see `linear.FastQuantized`."""
 
     def __init__(self, bits: int, left: Callable[[Tensor], Any] | None = None) -> None:
-        self.bits, self.left = bits, left  # left(x): the digits of x, if the sum over ranks before has left some
+        self.bits, self.left = bits, left  # left(x): the digits of x, if the kernel that computed it has left some
 
     def covers(self, linear: QuantizedLinear) -> bool:
         """A scale is one of a row, or of a group whose size is a power of two from 32 on."""
@@ -124,17 +131,25 @@ DENSE, INT8, INT4 = Dense(), Quantized(8), Quantized(4)
 
 
 def attend(
-    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
+    attention: Attention,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cache: LayerCache,
+    end: int,
+    left: Left | None = None,
 ) -> Tensor | None:
     """`Attention.fast`: norms, rotation, cache write and attention. Up to 16 new tokens, whose positions must be
-    consecutive in each row, take one kernel, which reads the length on the device.
+    consecutive in each row, take one kernel or two, which read the length on the device; `left` gets the digits of
+    their results.
     """
     b, t, _ = qkv.shape
     if cache.k.dtype == qkv.dtype and prefills(qkv, t):
         return prefill.attend(attention, qkv, cos, sin, positions, cache, end)
     if t > ROWS or attention.head_dim % 8 or attention.head_dim > 256 or not serves(qkv) or cache.k.dtype != qkv.dtype:
         return None
-    return attending.attend(attention, qkv, cos, sin, positions, cache)
+    return attending.attend(attention, qkv, cos, sin, positions, cache, left)
 
 
 def begin(model: Transformer, tokens: Tensor, positions: Tensor, which: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -144,3 +159,26 @@ def begin(model: Transformer, tokens: Tensor, positions: Tensor, which: int) -> 
         return None
     half = model.config.head_dim // 2
     return step.embed(tokens, positions, table, model.inv_freq[which], model.rope_factors[which], model.first_id, half)
+
+
+def few(x: Tensor) -> bool:
+    """Whether `blocks.py` serves so many tokens. A compiler does better here, too."""
+    return x.numel() // x.shape[-1] <= ROWS and serves(x) and not torch.compiler.is_compiling()
+
+
+def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor) -> Tensor:
+    """`RMSNorm.fast`."""
+    return blocks.add_norm(x, norm.weight, norm.eps, residual) if few(x) else residual + norm(x)
+
+
+def gelu(h: Tensor) -> Tensor:
+    """`MLP.fast`."""
+    return blocks.gelu(h) if few(h) else gated(h)
+
+
+def choose_experts(logits: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """`MoE.fast`, also in compiled layers."""
+    return blocks.route(logits, k, normalise) if serves(logits) else route(logits, k, normalise)
+
+
+AROUND: dict[type, Any] = {RMSNorm: add_norm, MLP: gelu, MoE: choose_experts}  # products

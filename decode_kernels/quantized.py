@@ -13,19 +13,9 @@ which is longer than reading them. So the activations become integers instead, a
 their instruction m16n8k32 takes 16 x 32 int8 weights and 32 x 8 int8 activations and adds exactly, in 32 bits. int8
 weights need no instruction besides, int4 weights a mask and half a shift for four of them.
 
-**Activations: two digits.** 128 activations of a row share a unit, a 32,512th (127 * 256) of the largest. Each becomes
-a whole number of units, written as 256 * high + low with both digits in -128..127.
-
-Worked example: 0.3 beside a largest value of 2. The unit is 2 / 32512 = 0.0000615157, and 0.3 is 4876.8 units, rounded
-4877 = 256 * 19 + 13: the digits are 19 and 13, and those of 2 are 127 and 0. Multiplied by weights q = 5 and q = 3:
-
-    high digits: 5 * 19 + 3 * 127 = 476        low digits: 5 * 13 + 3 * 0 = 65
-    together:    (256 * 476 + 65) units = 121921 units = 7.50006, where 5 * 0.3 + 3 * 2 is 7.5
-
-The error of an activation is at most half a unit, a 65,024th part of the largest of the 128, while bf16 rounds the
-largest itself by up to a 512th. One row takes two of the instruction's eight columns, four rows take all, and more rows
-two or four times as many products, but no more bytes. The norm's gain is multiplied into x before; its factor 1 / rms
-is one number a row and is multiplied into y.
+The digits of activations are explained in `digits.py`. One row takes two of the instruction's eight columns, four rows
+take all, and more rows two or four times as many products, but no more bytes. The norm's gain is multiplied into x
+before; its factor 1 / rms is one number a row and is multiplied into y.
 
 **Weights: an operand as it lies in memory.** A lane loads 16 bytes in a row, and they are what the instruction wants in
 that lane, so nothing is exchanged between lanes. `pack` puts 16 rows x 128 columns into 2,048 bytes (int8) in the order
@@ -59,7 +49,7 @@ from torch import Tensor
 
 from decode_kernels import INTERPRETED, Letters, launch, tiles
 from decode_kernels.dense import empty_result, interleave_gates, load_for_result, store_result
-from decode_kernels.letters import LETTERS, receive_sum
+from decode_kernels.digits import Digits, empty_digits, fill_digits_
 
 # -- the layout ----------------
 
@@ -89,61 +79,6 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 # -- the product ----------------
-
-Digits = tuple[Tensor, Tensor, Tensor | None, int]  # digits, units, sums of squares if there is a norm, columns
-Incoming = tuple[Tensor, Tensor, int] | None  # the letters of a sum over ranks: `letters.receive_sum`
-
-
-@triton.jit
-def _digits_kernel(
-    x_ptr,
-    norm_ptr,
-    digits_ptr,
-    unit_ptr,
-    squares_ptr,
-    incoming,  # not None: x is a sum over ranks, which is received and stored, too
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The digits of 128 activations of a row, times the norm's gain if there is a norm, and the sum of their squares.
-
-    They are columns COLUMNS m and COLUMNS m + 1 of `digits` [columns/8, K/128, 2 e, 8 n, 4 t, 2 u, 8]. The units
-    [columns/8, K/128, 8] are at the places of the high digits alone: no lane has to load its neighbour's.
-    """
-    CHUNKS: tl.constexpr = (K + 127) // 128
-    row = tl.program_id(0)
-    chunk = tl.program_id(1)
-    r = tl.arange(0, 16)[:, None]  # eights of a chunk, 8 u + 4 e + t
-    j = tl.arange(0, 8)
-    k = chunk * 128 + r * 8 + j
-    launch.launch_next(PDL)
-    if norm_ptr is not None:
-        gain = tl.load(norm_ptr + k, k < K, 0).to(tl.float32)
-    if incoming is not None:
-        x = receive_sum(incoming, row * CHUNKS + chunk, True, SIZE).reshape(16, 8).to(x_ptr.dtype.element_ty)
-        tl.store(x_ptr + row * K + k, x)
-        x = x.to(tl.float32)
-    else:
-        launch.wait_for_previous(PDL)
-        x = tl.load(x_ptr + row * K + k, k < K, 0).to(tl.float32)
-    if norm_ptr is not None:
-        tl.store(squares_ptr + row * CHUNKS + chunk, tl.sum(x * x))
-        x *= gain
-    unit = tl.maximum(tl.max(tl.abs(x)), 1e-30) / 32512
-    unit += 0 * tl.sum(x)  # NaN if an activation is infinite or NaN: the result must not look finite
-    x = x * (1 / unit)
-    x = (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int32)
-    high = (x + 128) >> 8
-    column = row * COLUMNS
-    block = column // 8 * CHUNKS + chunk
-    at = digits_ptr + block * 1024 + column % 8 * 64 + r // 4 % 2 * 512 + r % 4 * 16 + r // 8 * 8 + j
-    tl.store(at, high.to(tl.int8))
-    tl.store(at + 64, (x - (high << 8)).to(tl.int8))
-    tl.store(unit_ptr + block * 8 + column % 8, unit)
-    if incoming is not None:
-        launch.wait_for_previous(PDL)
 
 
 @triton.jit
@@ -462,28 +397,6 @@ def run(
         **launch.options(tile.warps),
     )
     return out
-
-
-def empty_digits(x: Tensor, rows: int, k: int, norm: bool, separate: bool = False) -> Digits:
-    """For rows of k activations like x, without contents. separate: every row has eight columns of its own."""
-    columns = 8 if separate else max(8, triton.next_power_of_2(rows * 2))
-    chunks, blocks = triton.cdiv(k, 128), rows if separate else columns // 8
-    digits = x.new_empty(blocks, chunks * 1024, dtype=torch.int8)
-    unit = x.new_empty(blocks, chunks, 8, dtype=torch.float32)
-    return digits, unit, x.new_empty(rows, chunks, dtype=torch.float32) if norm else None, columns
-
-
-def fill_digits_(
-    x: Tensor, norm_weight: Tensor | None, empty: Digits, separate: bool = False, incoming: Incoming = None
-) -> Digits:
-    """The digits of x [rows, k]; with incoming letters x is filled, too."""
-    (rows, k), (digits, unit, squares, _) = x.shape, empty
-    grid, spacing = (rows, triton.cdiv(k, 128)), 8 if separate else 2
-    size = 0 if incoming is None else len(incoming[0]) // LETTERS.value
-    _digits_kernel[grid](
-        x, norm_weight, digits, unit, squares, incoming, K=k, COLUMNS=spacing, SIZE=size, **launch.options(1)
-    )
-    return empty
 
 
 @launch.operator("int8_linear", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-1], silu_mul=rest[-2]))

@@ -39,7 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels import ROWS, launch, quantized, reduce
+from decode_kernels import ROWS, launch, reduce
+from decode_kernels.digits import Digits, Left, empty_digits, fill_digits_
 from decode_kernels.gpu import Dense, Quantized, serves
 from decode_kernels.letters import LETTERS, SLICE, receive_sum
 from linear import Linear, QuantizedLinear
@@ -67,7 +68,7 @@ class Sum:
         self.gain, self.box = gain, boxes.box[first : first + size * LETTERS.value]
         self.numbers = torch.full((LETTERS.value // SLICE.value,), place + 1, dtype=torch.int32, device=self.box.device)
         self.letters = (self.numbers, *(at + 8 * (first + boxes.rank * LETTERS.value) for at in boxes.boxes.tolist()))
-        self.left: tuple[Tensor, quantized.Digits] | None = None  # the sum and its digits
+        self.left = Left()
         boxes.sums.append(self)
 
     def __call__(self, proj: Linear, x: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -78,29 +79,22 @@ class Sum:
             return None
         if len(rows) > ROWS or len(rows) * n > LETTERS.value or torch.compiler.is_compiling():
             return None
-        digits = None if self.gain is None or n % SLICE.value else quantized.empty_digits(rows, len(rows), n, norm=True)
+        digits = None if self.gain is None or n % SLICE.value else empty_digits(rows, len(rows), n, norm=True)
         added = None if residual is None else residual.reshape(-1, n)
         product = fast.product(proj, None, False, self.letters)
         assert product is not None  # only gates and ups may have none
         out = product(rows, proj.bias, None, 0.0, added, False, None)
         return self.receive_(out, digits).view(*x.shape[:-1], n)
 
-    def receive_(self, out: Tensor, digits: quantized.Digits | None = None, tries: int = reduce.TRIES) -> Tensor:
+    def receive_(self, out: Tensor, digits: Digits | None = None, tries: int = reduce.TRIES) -> Tensor:
         """Fill what the product has returned, and the digits."""
         incoming = self.box, self.numbers, tries
         if digits is None:
             grid = (triton.cdiv(out.numel(), SLICE.value),)
             _sum_kernel[grid](incoming, out, out.numel(), SIZE=len(self.letters) - 1, **launch.options(1))
         else:
-            self.left = out, quantized.fill_digits_(out, self.gain, digits, incoming=incoming)
+            self.left.keep(out, fill_digits_(out, self.gain, digits, incoming=incoming))
         return out
-
-    def digits_of(self, x: Tensor) -> quantized.Digits | None:
-        """Those of x, if it is the sum that was computed last."""
-        if self.left is None or (self.left[0].data_ptr(), self.left[0].shape) != (x.data_ptr(), x.shape):
-            return None
-        digits, self.left = self.left[1], None
-        return digits
 
 
 def use_(model: Transformer, on: bool) -> None:
@@ -116,4 +110,4 @@ def use_(model: Transformer, on: bool) -> None:
             fast = reader.fast if norm is not None else None
             block.fast_sum = total = Sum(model.tp.fast, norm.weight if isinstance(fast, Quantized) else None)
             if isinstance(fast, Quantized):
-                reader.fast = Quantized(fast.bits, total.digits_of)
+                reader.fast = Quantized(fast.bits, total.left)

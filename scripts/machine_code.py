@@ -57,9 +57,10 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas_version
 
 from decode_kernels import attention as attending
-from decode_kernels import dense, prefill, quantized, reduce, rounds, sums
+from decode_kernels import blocks, dense, prefill, quantized, reduce, rounds, sums
 from decode_kernels import step as ends
 from decode_kernels.ahead import StandIn
+from decode_kernels.digits import empty_digits
 
 RECORD = ROOT / "tests" / "decode_kernels" / "machine_code.csv"
 Launch = tuple[str, str]  # a kernel's name, the SHA-1 of its code
@@ -145,17 +146,41 @@ def linear(
 
 
 def attention(
-    batch: int, tokens: int, heads: int, kv_heads: int, dim: int, slots: int, *, window: int = 0, norm: bool = False
+    batch: int,
+    tokens: int,
+    heads: tuple[int, int],
+    dim: int,
+    slots: int,
+    *,
+    window: int = 0,
+    norm: bool = False,
+    leave: bool = False,
 ) -> Callable[[], object]:
-    """Attention of new tokens to a cache of that many slots."""
+    """Attention of new tokens, with so many heads and KV heads, to a cache of that many slots; leave: it leaves the
+    digits of its results.
+    """
+    h, kv_heads = heads
 
     def run() -> Tensor:
         make = functools.partial(torch.empty, dtype=torch.bfloat16)
-        qkv = make(batch * tokens, (heads + 2 * kv_heads) * dim)
+        qkv = make(batch * tokens, (h + 2 * kv_heads) * dim)
         angle, positions = torch.empty(batch * tokens, dim // 2), torch.zeros(batch, tokens, dtype=torch.int64)
         gain = make(dim) if norm else None
         caches = make(batch, kv_heads, slots, dim), make(batch, kv_heads, slots, dim)
-        return attending.attention(qkv, angle, angle, positions, *caches, gain, gain, 1e-6, window)
+        digits = empty_digits(qkv, batch * tokens, h * dim, norm=False) if leave else None
+        return attending.run(qkv, (angle, angle), positions, caches, (gain, gain), 1e-6, window, digits)
+
+    return run
+
+
+def around_products(width: int, mlp: int, experts: int, chosen: int) -> Callable[[], object]:
+    """The norm behind a block, GELU and its product, and the choice of experts."""
+
+    def run() -> None:
+        make = functools.partial(torch.empty, dtype=torch.bfloat16)
+        blocks.add_norm(make(1, 1, width), make(width), 1e-6, make(1, 1, width))
+        blocks.gelu(make(1, 1, 2 * mlp))
+        blocks.route(make(1, experts), chosen, True)
 
     return run
 
@@ -237,7 +262,7 @@ def summed(k: int, n: int, bits: int, size: int) -> Callable[[], object]:
         make = functools.partial(torch.empty, dtype=torch.bfloat16)
         boxes = reduce.Mailboxes(reduce.box_of(size, torch.device("cpu")), torch.arange(1, size + 1) << 40, 0)
         total, x, residual = sums.Sum(boxes, make(n) if bits == 4 else None), make(1, k), make(1, n)
-        digits = quantized.empty_digits(x, 1, n, norm=True) if bits == 4 else None
+        digits = empty_digits(x, 1, n, norm=True) if bits == 4 else None
         if bits == 4:
             weight, scale = torch.empty(n // 16, k // 128, 1024, dtype=torch.uint8), make(n, k // 128)
             out = quantized.run(x, weight, scale, None, None, None, 0.0, residual, False, None, 4, total.letters)
@@ -273,14 +298,17 @@ def cases() -> dict[str, Callable[[], object]]:
         "llama-2-7b down int4-g 1": linear(1, (11008, 4096), "int4-g", residual=True),
         "llama-2-7b dequantize int8": dequantize(4096, 4096, 8),
         "llama-2-7b dequantize int4-g128": dequantize(4096, 4096, 4),
-        "llama-2-7b attention 1 of 256": attention(1, 1, 32, 32, 128, 256),
-        "llama-3.1-8b attention 1 of 2048": attention(1, 1, 32, 8, 128, 2048),
-        "llama-3.1-8b attention 5 of 2048": attention(1, 5, 32, 8, 128, 2048),
-        "llama-3.2-1b attention 1 of 256": attention(1, 1, 32, 8, 64, 256),
-        "qwen3-8b attention 1 of 512": attention(1, 1, 32, 8, 128, 512, norm=True),
-        "mistral-7b attention 2 x 9 of 8192": attention(2, 9, 32, 8, 128, 8192, window=4096),
+        "llama-2-7b attention 1 of 256": attention(1, 1, (32, 32), 128, 256),
+        "llama-3.1-8b attention 1 of 2048": attention(1, 1, (32, 8), 128, 2048),
+        "llama-3.1-8b attention 5 of 2048": attention(1, 5, (32, 8), 128, 2048),
+        "llama-3.2-1b attention 1 of 256": attention(1, 1, (32, 8), 64, 256),
+        "qwen3-8b attention 1 of 512": attention(1, 1, (32, 8), 128, 512, norm=True),
+        "llama-2-7b attention 1 of 256, with digits": attention(1, 1, (32, 32), 128, 256, leave=True),
+        "llama-3.1-8b attention 1 of 2048, with digits": attention(1, 1, (32, 8), 128, 2048, leave=True),
+        "mistral-7b attention 2 x 9 of 8192": attention(2, 9, (32, 8), 128, 8192, window=4096),
         "llama-3.1-8b prefill": many_tokens(32, 8, 128, 14336),
         "qwen3-8b prefill": many_tokens(32, 8, 128, 12288, norm=True),
+        "gemma-3-4b and mixtral-8x7b, around products": around_products(2560, 10240, 8, 2),
         "llama-2-7b step": step(32000, 4096, 64, 200),
         "llama-3.1-8b step, greedy": step(128256, 4096, 64, 1),
         "llama-2-7b round, looked up": round_(32000, 200, drafts=False),
@@ -304,6 +332,8 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "llama-2-7b o int4-g32z 1",
     "llama-2-7b dequantize int4-g128",
     "llama-3.1-8b attention 1 of 2048",
+    "llama-3.1-8b attention 1 of 2048, with digits",
+    "gemma-3-4b and mixtral-8x7b, around products",
     "mistral-7b attention 2 x 9 of 8192",
     "llama-3.1-8b prefill",
     "llama-2-7b step",

@@ -8,6 +8,7 @@ from kernel_checks import DEVICE, DTYPES, HAS_TRITON, compiled, needs_compiler, 
 
 import architectures
 import decode_kernels
+from checkpoint import random_model
 from decode_kernels import tiles
 from linear import Linear, RMSNorm
 from model import Attention, LayerCache
@@ -16,7 +17,8 @@ from tp import TensorParallel
 if HAS_TRITON:
     import triton
 
-    from decode_kernels import attention
+    from decode_kernels import attention, gpu
+    from decode_kernels.digits import empty_digits, fill_digits_
 
 # batch, T, H, Hkv, Dh, slots, first positions, window, q and k norm
 ATTENTIONS = [
@@ -32,7 +34,7 @@ ATTENTIONS = [
     (2, 1, 4, 2, 64, 1100, [0, 1040], 0, False),  # one new token: the prefix begins with it; two splits
     (2, 1, 4, 1, 128, 1100, [511, 512], 500, True),  # it is the last slot of a step, and the first
     (2, 1, 16, 1, 256, 300, [63, 64], 0, False),
-    (1, 1, 8, 1, 128, 2048, [1500], 0, False),  # twelve of sixteen splits have slots, and are joined eight at a time
+    (1, 1, 8, 1, 128, 2048, [1500], 0, False),  # twelve of sixteen splits have slots
     (1, 3, 4, 2, 64, 1100, [1024], 100, False),  # of a long prefix a window leaves one split
 ]
 
@@ -131,7 +133,42 @@ def test_attention_equals_twin(dtype, case):
     # rounding may differ, but only in new slots
     changed = (args[4] != wanted_args[4].to(dtype)).any(-1).any(1).nonzero()
     assert all(first[i] <= slot < first[i] + t for i, slot in changed.tolist())
-    assert not attention._counts(DEVICE).any()  # ready for the next launch
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_the_digits_that_attention_leaves_equals_twin(case):
+    """Bit for bit those of its result, and none of them anywhere else."""
+    b, t, h, hkv, dim, slots, first, window, norm = case
+    args = [a if a is None else a.to(DEVICE) for a in make_attention(b, t, h, hkv, dim, slots, first, DTYPES[0], norm)]
+    got, wanted = (empty_digits(args[0], b * t, h * dim, norm=False) for _ in range(2))
+    for x in (*got[:2], *wanted[:2]):
+        x.zero_()
+    y = attention.run(args[0], args[1:3], args[3], args[4:6], args[6:], 1e-5, window, got)
+    fill_digits_(y, None, wanted)
+    assert y.isfinite().all() and torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens, bits, slots", [(1, 4, 256), (1, 8, 512), (3, 4, 512)])
+def test_a_product_of_the_digits_that_attention_leaves_equals_twin(tokens, bits, slots):
+    sizes = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"vocab_size": 64, "num_hidden_layers": 1, "intermediate_size": 256, "max_position_embeddings": 2048}
+    config = architectures.config_from_hf({"model_type": "llama"} | sizes)
+    torch.manual_seed(tokens)
+    module = random_model(config, bits=bits, device=DEVICE, dtype=DTYPES[0]).layers[0].self_attn
+    decode_kernels.use_(module)
+    x = torch.randn(1, tokens, 256, device=DEVICE).to(DTYPES[0])
+    angle = torch.rand(1, tokens, 1, 64, device=DEVICE)
+    positions = torch.arange(tokens, device=DEVICE)[None] + 250
+    cache = cache_of(*(torch.randn(1, 1, slots, 128, device=DEVICE).to(DTYPES[0]) for _ in range(2)))
+    left = module.o_proj.fast.left
+    got = module(x, None, angle.cos(), angle.sin(), positions, cache, slots)
+    assert left.kept is None  # taken
+    module.fast(module, module.qkv_proj(x), angle.cos(), angle.sin(), positions, cache, slots)
+    assert left.kept is not None
+    module.o_proj.fast = gpu.Quantized(bits)
+    assert torch.equal(module(x, None, angle.cos(), angle.sin(), positions, cache, slots), got)
 
 
 @needs_kernels
@@ -175,14 +212,15 @@ def test_attention_compiles_and_leaves_its_neighbours_their_cache(sm, case):
     width, rows = max(64, triton.next_power_of_2(dim)), t * heads // kv_heads
     block, warps, splits = tiles.attention_tile(rows, b * kv_heads, slots, width)
     pointers = {"qkv": "bf16", "cos": "fp32", "sin": "fp32", "pos": "i64", "k": "bf16", "v": "bf16", "out": "bf16"}
-    pointers |= {"part": "fp32", "count": "i32"} if splits > 1 else {}
+    pointers |= {"part": "fp32"} if splits > 1 else {"digits": "i8", "unit": "fp32"} if dim == 128 else {}
     pointers |= {"q_norm": "bf16", "k_norm": "bf16"} if norm else {}
     types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()} | {"eps": "fp32", "scale": "fp32"}
     types["slots"] = "i32"
-    values = dict.fromkeys({"part_ptr", "count_ptr", "q_norm_ptr", "k_norm_ptr"} - types.keys())
+    values = dict.fromkeys({"part_ptr", "digits_ptr", "unit_ptr", "q_norm_ptr", "k_norm_ptr"} - types.keys())
     values |= {"T": t, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WIDTH": width, "WINDOW": window}
     values |= {"SPLITS": splits, "ROWS": -(-rows // block) * block, "BLOCK": block, "WARPS": warps}
-    values |= {"AHEAD": tiles.ATTENTION_AHEAD, "ALONE": tiles.ATTENTION_ALONE, "PDL": sm >= 90, "ASM": True}
+    values |= {"COLUMNS": min(block, triton.next_power_of_2(rows))}
+    values |= {"AHEAD": tiles.ATTENTION_AHEAD, "ALONE": True, "PDL": sm >= 90, "ASM": True}
     kernel = compiled(attention._attention_kernel, types, values, sm, warps)
     assert kernel.metadata.shared <= 48 * 1024
     assert kernel.asm["ptx"].count("shfl.sync") <= 44 and not unhinted(kernel)

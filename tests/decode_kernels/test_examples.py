@@ -16,11 +16,11 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from decode_kernels import attention, dense, launch, quantized, rounds, step
+    from decode_kernels import attention, dense, digits, launch, quantized, rounds, step
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install -e '.[interpreter]'")
 FOLDER = Path(__file__).resolve().parents[2] / "decode_kernels"
-KERNELS = ("attention.py", "dense.py", "quantized.py", "step.py", "rounds.py")
+KERNELS = ("attention.py", "blocks.py", "dense.py", "quantized.py", "rounds.py", "step.py")
 
 
 def said(module, *sentences):
@@ -78,18 +78,16 @@ def test_two_digits():
     x = [round(value / unit) for value in (0.3, 2)]
     high = [(n + 128) >> 8 for n in x]
     low = [n - 256 * h for n, h in zip(x, high)]
-    assert said(
-        quantized, f"The unit is 2 / {127 * 256} = {unit:.10f}, and 0.3 is {0.3 / unit:.1f} units, rounded {x[0]}"
-    )
-    assert said(quantized, f"= 256 * {high[0]} + {low[0]}: the digits are {high[0]} and {low[0]}, and those of 2 are")
-    assert said(quantized, f"those of 2 are {high[1]} and {low[1]}. Multiplied by weights q = 5 and q = 3")
+    assert said(digits, f"The unit is 2 / {127 * 256} = {unit:.10f}, and 0.3 is {0.3 / unit:.1f} units, rounded {x[0]}")
+    assert said(digits, f"= 256 * {high[0]} + {low[0]}: the digits are {high[0]} and {low[0]}, and those of 2 are")
+    assert said(digits, f"those of 2 are {high[1]} and {low[1]}. Multiplied by weights q = 5 and q = 3")
     sums = [5 * digit[0] + 3 * digit[1] for digit in (high, low)]
     assert said(
-        quantized, f"5 * {high[0]} + 3 * {high[1]} = {sums[0]} low digits: 5 * {low[0]} + 3 * {low[1]} = {sums[1]}"
+        digits, f"5 * {high[0]} + 3 * {high[1]} = {sums[0]} low digits: 5 * {low[0]} + 3 * {low[1]} = {sums[1]}"
     )
     whole = 256 * sums[0] + sums[1]
     assert said(
-        quantized, f"(256 * {sums[0]} + {sums[1]}) units = {whole} units = {whole * unit:.5f}, where 5 * 0.3 + 3 * 2 is"
+        digits, f"(256 * {sums[0]} + {sums[1]}) units = {whole} units = {whole * unit:.5f}, where 5 * 0.3 + 3 * 2 is"
     )
 
 
@@ -97,11 +95,11 @@ def test_two_digits():
 def test_digits_of_the_example_equals_twin():
     x = torch.zeros(1, 128)
     x[0, 45], x[0, 2] = 0.3, 2
-    empty = quantized.empty_digits(x.to(DEVICE), *x.shape, norm=False)
-    digits, unit, *_ = quantized.fill_digits_(x.to(DEVICE), None, empty)
-    digits = digits.cpu().view(2, 8, 4, 2, 8)  # e, column, t, u, the column's last three digits
-    assert digits[1, :2, 1, 0, 5].tolist() == [19, 13]  # column 45 = 32 + 8 + 5
-    assert digits[0, :2, 0, 0, 2].tolist() == [127, 0]
+    empty = digits.empty_digits(x.to(DEVICE), *x.shape, norm=False)
+    found, unit, *_ = digits.fill_digits_(x.to(DEVICE), None, empty)
+    found = found.cpu().view(2, 8, 4, 2, 8)  # e, column, t, u, the column's last three digits
+    assert found[1, :2, 1, 0, 5].tolist() == [19, 13]  # column 45 = 32 + 8 + 5
+    assert found[0, :2, 0, 0, 2].tolist() == [127, 0]
     assert unit[0, 0, 0].item() == pytest.approx(2 / 32512)
 
 

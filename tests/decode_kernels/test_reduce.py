@@ -14,7 +14,8 @@ from tp import TensorParallel
 if HAS_TRITON:
     import triton.language as tl
 
-    from decode_kernels import gpu, quantized, reduce, sums
+    from decode_kernels import gpu, reduce, sums
+    from decode_kernels.digits import empty_digits
 
 
 def ranks(size):
@@ -186,16 +187,16 @@ def test_a_product_of_the_digits_that_a_sum_leaves_equals_twin(rows):
     norm.weight.copy_(torch.randn(n, generator=gen))
     totals = [sums.Sum(box, norm.weight) for box in ranks(2)]
     (linears, xs), ((reader, _), _) = shares(2, "int8", rows, 32, n, gen), shares(2, "int4", rows, n, 32, gen)
-    empty = [quantized.empty_digits(norm.weight, rows, n, norm=True) for _ in totals]
+    empty = [empty_digits(norm.weight, rows, n, norm=True) for _ in totals]
     halves = [send(*one, None) for one in zip(totals, linears, xs)]
     for total, half, digits in zip(totals, halves, empty):
         x = total.receive_(half, digits, tries=2)
         assert relative_error(x, linears[0](xs[0]).float() + linears[1](xs[1]).float()) < 6e-3
         reader.fast = gpu.INT4
         wanted = reader(x, norm=norm)
-        reader.fast = gpu.Quantized(4, total.digits_of)
-        assert torch.equal(reader(x.clone(), norm=norm), wanted) and total.left is not None  # of another tensor
-        assert torch.equal(reader(x, norm=norm), wanted) and total.left is None
+        reader.fast = gpu.Quantized(4, total.left)
+        assert torch.equal(reader(x.clone(), norm=norm), wanted) and total.left.kept is not None  # of another tensor
+        assert torch.equal(reader(x, norm=norm), wanted) and total.left.kept is None
 
 
 @needs_kernels
