@@ -3,21 +3,21 @@
 Knows numbers and where they were measured. Refuses to know tensors and Triton.
 
 `choose` takes the first entry of a format's table that a product fits. All were measured with the shapes of Llama-2-7B,
-Llama-3.1-8B, Llama-3.2-1B and Llama-2-70B on an H200, or an H100 where it says so, in the step where a figure is
-of a step (`benchmarks/NOTES.md` has the sweeps, and says why a tile wins: all programs resident at once, everything
-loaded before the wait, few warps). On other GPUs, and for shapes in between, every tile is correct, if not the best.
-For another GPU, put entries measured there in front, with what tells it apart, as `shared` does.
+Llama-3.1-8B, Llama-3.2-1B, Llama-2-70B, Phi-4-mini and Gemma-3-4B on an H200, or an H100 where it says so, in the step
+where a figure is of a step (`benchmarks/NOTES.md` has the sweeps, and says why a tile wins: all programs resident at
+once, everything loaded before the wait, few warps). On other GPUs, and for shapes in between, every tile is correct, if
+not the best. For another GPU, put entries measured there in front, with what tells it apart, as `shared` does.
 
-Worked example: `down` of Llama-2-7B, K = 11008 and N = 4096, int4, one row. Of the table "int4" two of the first five
-entries want gated weights and three K <= 4096; the sixth fits: 16 rows of the matrix in a program, 8 warps, each of
-which has the loads of 4 steps of 128 columns under way. So 256 programs of 8 warps take 86 chunks of 128 columns in 11
-steps.
+Worked example: `down` of Llama-2-7B, K = 11008 and N = 4096, int4, one row. Of the table "int4" three of the first
+seven entries want gated weights and four K <= 4096; the eighth fits: 16 rows of the matrix in a program, 8 warps, each
+of which has the loads of 4 steps of 128 columns under way. So 256 programs of 8 warps take 86 chunks of 128 columns in
+11 steps.
 """
 
 from dataclasses import dataclass
 
 ANY = 1 << 62
-ATTENTION_ALONE = 256  # slots that one program attends to, however many programs there may be
+ATTENTION_ALONE = 256  # slots of a cache that one program attends to, however many programs there may be
 ATTENTION_AHEAD = 4  # steps of the loop over the prefix that the L2 cache is asked for in advance, this one included
 
 
@@ -65,9 +65,17 @@ TABLES = {
         Choice(Tile(4, 512, 2, 2, 2), "7B on two: -17 us", "b846b53", rows=1, k_from=2048, k=2048, n_from=4096, n=4096),
         Choice(Tile(4, 256, 2, 4, 4), "7B on two: -10 us", "b846b53", rows=1, k_from=5504, k=7168, n_from=4096, n=4096),
         Choice(Tile(4, 512, 2, 2, 2), "7B on two: -5 us", "b846b53", rows=1, k_from=4096, k=4096, n=12288, gated=True),
-        Choice(Tile(4, 256, 2, 4, 4), "1B: step 0.66 ms", "e50a671", rows=1, k=2048, gated=True),
-        Choice(Tile(4, 256, 2, 4, 4), "half of 7B: step 1.710 -> 1.666 ms", "0ef840e", rows=1, n=12288, gated=True),
-        Choice(Tile(4, 256, 4, 4, 4), "7B: step 3.243 -> 3.138 ms", "e50a671", rows=1, gated=True),
+        Choice(Tile(4, 256, 2, 4, 4), "7B: -15 us, 8B: -21 us, Phi-4-mini: -11 us", "3fc8ddf", rows=1, gated=True),
+        Choice(Tile(2, 512, 2, 3, 3), "Phi-4-mini: step 1.997 -> 1.912 ms", "3fc8ddf", rows=1, k_from=3072, k=3072),
+        Choice(Tile(8, 256, 2, 5, 5), "Gemma-3-4B: step 2.312 -> 2.130 ms", "3fc8ddf", rows=1, k_from=2560, k=2560),
+        Choice(Tile(4, 256, 4, 5, 5), "Gemma-3-4B: -9 us", "3fc8ddf", rows=1, k_from=10240, k=10240, n=2560),
+        Choice(
+            Tile(2, 256, 4, 6, 6), "Phi-4-mini: -26 us", "3fc8ddf", rows=1, k_from=8192, k=8192, n_from=3072, n=3072
+        ),
+        Choice(Tile(2, 256, 4, 10, 10), "8B: step 3.603 -> 3.531 ms", "3fc8ddf", rows=1, k_from=14336, k=14336, n=4096),
+        Choice(
+            Tile(4, 512, 4, 2, 2), "8B at 8,192: -9 us", "3fc8ddf", rows=1, k_from=4096, k=4096, n_from=6144, n=6144
+        ),
         Choice(Tile(2, 256, 2, 4, 4), "1B: step 0.66 ms", "e50a671", rows=1, k=2048, n=2048),
         Choice(Tile(4, 256, 2, 4, 4), "1B: step 0.66 ms", "e50a671", rows=1, k=2048),
         Choice(Tile(2, 512, 4, 2, 2), "7B: step 3.243 -> 3.138 ms", "e50a671", rows=1, k=4096),
@@ -147,6 +155,10 @@ TABLES = {
         Choice(
             Tile(16, 128, 8, 2, 2), "8B on two: -18 us", "b846b53", rows=1, k=2048, n_from=4096, n=4096, gated=False
         ),
+        Choice(Tile(32, 128, 4, 2, 2), "Phi-4-mini: -39 us", "3fc8ddf", rows=1, k_from=3072, k=3072, gated=True),
+        Choice(
+            Tile(16, 128, 4, 4, 4), "8B at 2,048: -31 us", "3fc8ddf", rows=1, k_from=4096, k=4096, n_from=6144, n=6144
+        ),
         Choice(Tile(32, 128, 2, 2, 2), "step 1.209 -> 1.198 ms", "e50a671", rows=1, k=4096, gated=True),
         Choice(Tile(16, 128, 4, 8, 4), "o: 4.3 us, 1993 GB/s", "189752e", rows=4, k=4096, n=8192, gated=False),
         Choice(Tile(16, 128, 8, 4, 4), "down: 7.9 us, 2932 GB/s", "189752e", rows=4, n=8192, gated=False),
@@ -187,7 +199,8 @@ def attention_tile(rows: int, heads: int, slots: int, width: int) -> tuple[int, 
 
 def _splits(programs: int, places: int, most: int) -> int:
     """Into how many parts to cut every program so that they take few rounds in so many places: the first number, `most`
-    at most, that is within 5% of the best.
+    at most, that is within 7% of the best. So eight programs make 120, not 128, which leaves room for the kernels
+    behind them: 1% less a step of Llama-3.1-8B at 2,048 and 8,192 slots.
     """
     rounds = [-(-programs * s // places) / s for s in range(1, max(1, min(most, places)) + 1)]
-    return next(s for s, r in enumerate(rounds, 1) if r <= 1.05 * min(rounds))
+    return next(s for s, r in enumerate(rounds, 1) if r <= 1.07 * min(rounds))

@@ -127,15 +127,15 @@ def test_where_row_9_column_45_lies():
 def test_a_tile_is_looked_up():
     k, n = 11008, 4096
     tile = tiles.choose("int4", k, n, 1, gated=False)
-    assert tile is tiles.TABLES["int4"][5].tile
-    assert said(tiles, f"the sixth fits: {tile.rows} rows of the matrix in a program, {tile.warps} warps")
+    assert tile is tiles.TABLES["int4"][7].tile
+    assert said(tiles, f"the eighth fits: {tile.rows} rows of the matrix in a program, {tile.warps} warps")
     assert said(tiles, f"the loads of {tile.w_ahead} steps of {tile.columns} columns under way")
     chunks = -(-k // tile.columns)
     told = f"So {n // tile.rows} programs of {tile.warps} warps take {chunks} chunks of {tile.columns} columns in"
     assert said(tiles, f"{told} {-(-chunks // tile.warps)} steps.")
 
 
-SIZES = [1, 1024, 2048, 4096, 4104, 5504, 8192, 8200, 16384, 28672]
+SIZES = [1, 1024, 2048, 2560, 3072, 4096, 4104, 5504, 6144, 8192, 8200, 10240, 14336, 16384, 28672]
 
 
 @pytest.mark.parametrize("table", tiles.TABLES)
