@@ -33,7 +33,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="contexts.py", description="A decode step at several positions.", allow_abbrev=False)
     p.add_argument("--shape", required=True, help="a named shape with random weights")
     p.add_argument("--mode", choices=MODES, default="bf16", help="weights (bf16)")
-    p.add_argument("--positions", type=positions, default=[5, 2048, 8192, 16384, 32000], metavar="P,P")
+    p.add_argument(
+        "--positions", type=positions, default=[5, 2048, 8192, 16384, 32000], metavar="P,P", help="(5 to 32000)"
+    )
     p.add_argument("--repeats", type=at_least(1), default=4, help=f"of {STEPS} steps, whose median counts (4)")
     p.add_argument("--transformers", action="store_true", help="time transformers' steps beside")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: CUDA if there is one")

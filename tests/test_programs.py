@@ -17,13 +17,14 @@ import model
 from sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["benchmark", "download", "evaluate", "golden", "ladder", "machine_code", "plots", "quantize_shape"]
+SCRIPTS = ["benchmark", "contexts", "download", "evaluate", "golden", "ladder", "machine_code", "plots", "quantize_shape"]
 SCRIPTS += ["selftest", "train_demo"]
 PROGRAMS = ["generate.py", "quantize.py", *(f"scripts/{name}.py" for name in SCRIPTS)]
 REFUSED = {  # arguments that no machine could take
     "generate.py": ["--max-new-tokens 0", "--temperature -1", "--top-k -1", "--top-p 0", "--min-p 1", "--no-such-flag"],
     "quantize.py": ["--mode int4 --rows 0", "--mode int5", ""],
     "scripts/benchmark.py": ["--shape tiny --batch 0", "--shape tiny --rows-table 1,17", ""],
+    "scripts/contexts.py": ["--shape tiny --positions 5,0", "--mode int5 --shape tiny", ""],
     "scripts/evaluate.py": ["--row-length 3"],
     "scripts/golden.py": ["no-such-mode"],
     "scripts/ladder.py": ["--new-tokens 1", "--simulated-acceptance 2"],

@@ -204,6 +204,21 @@ def rows_table():
     return by_device(head, body, 4)
 
 
+def contexts_table():
+    """Milliseconds of a step and the share of the bandwidth, by position; transformers' in a row of its own."""
+    rows = latest(records("contexts.csv"), "position")
+    positions = sorted({int(r["position"]) for r in rows})
+    lines = {}
+    for r in rows:
+        name = [*start(r), r["commit"]]
+        cells = {"": f"{float(r['ms']):.3f} ({float(r['mbu']):.0%})"}
+        cells |= {", transformers": f"{float(r['transformers_ms']):.2f}"} if r["transformers_ms"] else {}
+        for suffix, cell in cells.items():
+            lines.setdefault((*name[:2], name[2] + suffix, name[3]), {})[int(r["position"])] = cell
+    body = [[*line[:3], *(found.get(p, "") for p in positions), line[3]] for line, found in lines.items()]
+    return by_device(["device", "shape", "weights", *(f"{p:,}" for p in positions), "commit"], body, 3)
+
+
 def speculation_table():
     """Simulated acceptance on random weights, real acceptance on the embedded pair."""
     names = ("draft", "num_draft_tokens", "acceptance", "temperature")
@@ -267,6 +282,7 @@ def rendered():
     text = placed(placed(text, "first", first_table()), "memory", memory_table())
     made = {"decode": decode_table, "prefill": prefill_table, "rows": rows_table, "quantization": quantization_table}
     made |= {"ladder": ladder_table, "speculative": speculation_table, "acceptance": acceptance_table}
+    made["contexts"] = contexts_table
     for name, make in made.items():
         tables = placed(tables, f"benchmarks/{name}.csv", make())
     return text, tables
