@@ -11,6 +11,7 @@ Legend: M rows of activations, K in_features, N out_features, G groups of K, E e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -23,7 +24,7 @@ Experts: TypeAlias = Tensor | int | None  # int64 [M]: row m meets matrix expert
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), computed in float32 and cast last."""
 
-    fast: Any = None  # residual + norm(x), for `model.add_to`; None: plain PyTorch
+    fast: Callable[..., Tensor] | None = None  # residual + norm(x), for `model.add_to`; None: plain PyTorch
 
     def __init__(
         self, size: int, eps: float, device: torch.device | None = None, dtype: torch.dtype | None = None

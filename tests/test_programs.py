@@ -17,7 +17,17 @@ import model
 from sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["benchmark", "contexts", "download", "evaluate", "golden", "ladder", "machine_code", "plots", "quantize_shape"]
+SCRIPTS = [
+    "benchmark",
+    "contexts",
+    "download",
+    "evaluate",
+    "golden",
+    "ladder",
+    "machine_code",
+    "plots",
+    "quantize_shape",
+]
 SCRIPTS += ["selftest", "train_demo"]
 PROGRAMS = ["generate.py", "quantize.py", *(f"scripts/{name}.py" for name in SCRIPTS)]
 REFUSED = {  # arguments that no machine could take
