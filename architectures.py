@@ -265,8 +265,9 @@ class _Reader:
     default, an integer where there is none.
     """
 
+    # by the type of a default: what the value must be, in words, and the type that JSON may have instead
     KINDS = {float: "a number, 0 or more", bool: "true or false", str: "a string", tuple: "a list", dict: "an object"}
-    ALSO = {float: int, tuple: list}  # types that JSON has for it
+    ALSO = {float: int, tuple: list}
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config, self.seen = config, set(_HARMLESS)
