@@ -76,8 +76,8 @@ def use_(model: nn.Module, on: bool = True) -> None:
 
 class Run(NamedTuple):
     """What will be run: the model over `slots` cache slots of every row, with so many new tokens of a row in a step,
-    and prefills of so many; structure: of the sampling, which may be a kernel. drafts: whether a model drafts tokens,
-    this one or another, for this one or another; None where nobody speculates.
+    and prefills of so many; structure: of the sampling, which may be a kernel. drafts: whether a model
+    drafts the tokens that a round verifies; None where nobody speculates.
     """
 
     model: Transformer

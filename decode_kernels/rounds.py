@@ -12,10 +12,10 @@ again 8 5 4 5: behind the newest id the copy goes on with what it has copied.
 **Proposing.** A token is drawn as in `step.py`; the probabilities q of its candidates are kept for the target.
 
 **Accepting.** The target has logits for T = K + 1 tokens. Its probabilities p of a token are compared with q, which is
-1 for what was looked up: the proposal x is accepted if u q(x) < p(x) for a random u. In its place or, behind the last
-one, besides, a token is drawn with weights max(p - q, 0). Which proposal is the first to be refused is not known yet,
-so one program for each of the T tokens does both, and `_settle_kernel` takes the accepted ones up to the first refusal,
-and the token that was drawn there.
+1 for what was looked up: the proposal x is accepted if u q(x) < p(x) for a random u. In the place of a proposal that is
+refused a token is drawn with weights max(p - q, 0), and behind the last proposal, if all are accepted, with weights p.
+Which proposal is the first to be refused is not known yet, so one program for each of the T tokens does both, and
+`_settle_kernel` takes the accepted ones up to the first refusal, and the token that was drawn there.
 
 Worked example: q = 0.5, 0.5, 0 and p = 0.2, 0.5, 0.3. The second token is always accepted, the first for u < 0.4. If it
 is refused, what is left is 0, 0, 0.3, so the third is drawn. Together they come out with 0.5 * 0.4 = 0.2, 0.5 and
