@@ -31,7 +31,8 @@ sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not ins
 
 from command_line import Parser, at_least, begin
 
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes one program may have, by sm
+# bytes that one program may have, by architecture
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
