@@ -55,6 +55,18 @@ class EngineOptions:
     draft: str | None = None  # speculate with a smaller checkpoint, "ngram", "self-int4" or "self-int8"
     num_draft_tokens: int | None = None  # to propose at a time; None: as many as pay
 
+    def __post_init__(self) -> None:
+        drafts = 1 if self.num_draft_tokens is None else self.num_draft_tokens
+        for name, ok, want in (
+            ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+            ("kernels", self.kernels in ("auto", "triton", "inductor"), "auto, triton or inductor"),
+            ("prefill_chunk", self.prefill_chunk in range(1 << 31), "0 (all tokens) or more"),
+            ("batch_size", self.batch_size in range(1, 1 << 31), "at least 1"),
+            ("num_draft_tokens", drafts in range(1, 16), "1 to 15, or None"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {want}")
+
 
 class State:
     """Everything a decode step reads and writes besides the cache: static device tensors, so that a step takes no
@@ -211,10 +223,8 @@ class Engine:
         rows = self.encode(prompts)
         longest = max(map(len, rows))
         if longest >= self.max_seq_len:
-            raise ValueError(
-                f"the prompt has {longest} tokens; --max-seq-len {self.max_seq_len} (the model's context: "
-                f"{self.context}) leaves no room to continue"
-            )
+            room = f"--max-seq-len {self.max_seq_len} (the model's context: {self.context})"
+            raise ValueError(f"the prompt has {longest} tokens; {room} leaves no room to continue")
         limit = min(max_new_tokens, self.max_seq_len - longest)
         stop_ids = frozenset() if ignore_eos else self.tokenizer.stop_ids
         answers = [Answer(i, self.tokenizer.decoder(row), stop_ids, stop, limit) for i, row in enumerate(rows)]
@@ -487,9 +497,7 @@ class Engine:
         cache, config = self.cache, self.model.config
         if not 0 < max_seq_len <= config.max_position_embeddings:
             kind = " (rope_type dynamic is exact up to there)" if config.ropes[0].rope_type == "dynamic" else ""
-            raise ValueError(
-                f"{max_seq_len} tokens do not fit the model's context of {config.max_position_embeddings}{kind}"
-            )
+            raise ValueError(f"{max_seq_len} tokens do not fit the model's context of {self.context}{kind}")
         slots, long = -(-(max_seq_len + slack) // 128) * 128, config.long(max_seq_len)
         if cache is not None and (cache.batch_size, cache.long) == (batch_size, long) and cache.max_seq_len >= slots:
             return
@@ -518,8 +526,6 @@ def wants_kernels(choice: str, device: torch.device, dtype: torch.dtype) -> bool
     """Whether the kernels run and are wanted. ValueError where they are asked for and do not run."""
     able = decode_kernels is not None and decode_kernels.supported(device) and dtype != torch.float32
     if choice == "triton" and not able:
-        raise ValueError(
-            "--kernels triton needs Triton, bfloat16 or float16, and a CUDA device of capability 8.0 or newer; "
-            f"here: {dtype} on {device}"
-        )
+        need = "Triton, bfloat16 or float16, and a CUDA device of capability 8.0 or newer"
+        raise ValueError(f"--kernels triton needs {need}; here: {dtype} on {device}")
     return choice != "inductor" and able

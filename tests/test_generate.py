@@ -19,7 +19,7 @@ import architectures
 import checkpoint
 import shapes
 from compilation import kind
-from engine import DEFAULT_CHECKPOINT, Engine, Increment
+from engine import DEFAULT_CHECKPOINT, Engine, EngineOptions, Increment
 from model import Transformer
 from sampling import SamplingParams
 from speculative import KINDS
@@ -508,6 +508,23 @@ def test_misuse_is_an_error_at_the_call(llama, prompts, options, match):
 def test_ids_of_other_integer_types_are_ids(llama):
     wanted = ids_of(llama, [3, 4, 5], max_new_tokens=4)
     assert ids_of(llama, torch.tensor([3, 4, 5]), max_new_tokens=4) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dtype": "bf16"}, "dtype is 'bf16'; it must be one of auto, float32"),
+        ({"kernels": "cuda"}, "kernels is 'cuda'; it must be auto, triton or inductor"),
+        ({"prefill_chunk": -1}, "prefill_chunk is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ({"num_draft_tokens": 16}, "num_draft_tokens is 16"),
+    ],
+)
+def test_options_that_make_no_sense(options, match):
+    with pytest.raises(ValueError, match=match):
+        EngineOptions(**options)
 
 
 def test_a_busy_engine_refuses_a_second_generation_and_is_free_again_after(llama):
