@@ -8,7 +8,8 @@ own, measured as `benchmark.py` measures; a rung that this machine or model does
 Prints a table and writes ladder.csv, ladder.json and, where matplotlib is installed, ladder.png and ladder.svg; the
 quantized checkpoints stay beside them. Under torchrun every rung runs on all ranks, without transformers' one.
 
-On a CPU whatever comes after the compiled rung is eager, which is the default there.
+On a CPU the kernels are PyTorch's own fast operators, and that rung and those above it are compiled, which is not the
+default there.
 """
 
 import argparse
@@ -164,7 +165,8 @@ class Ladder:
         args, name = self.args, self.quantized(rung.bits)
         argv = ["--checkpoint", name] if name else ["--shape", args.shape, "--mode", FORMATS[rung.bits]]
         argv += ["--new-tokens", str(args.new_tokens), "--repeats", str(args.repeats), "--dtype", args.dtype]
-        argv += ["--device", self.device.type, "--prompt-len", str(PROMPT), *rung.flags]
+        flags = ["--compile"] if self.device.type == "cpu" and "inductor" not in rung.flags else rung.flags
+        argv += ["--device", self.device.type, "--prompt-len", str(PROMPT), *flags]
         if rung.draft:
             argv += ["--draft", args.draft, "--num-draft-tokens", str(args.num_draft_tokens or "auto")]
             argv += [] if name else ["--simulated-acceptance", str(args.simulated_acceptance)]

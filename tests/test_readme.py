@@ -334,6 +334,15 @@ def test_the_first_picture_shows_what_was_measured():
             assert (f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}") in words
 
 
+def test_the_second_picture_shows_the_ladder_on_a_cpu():
+    import plots
+
+    words = re.findall(r">([^<>]+)</text>", (ROOT / "benchmarks" / "ladder-cpu.svg").read_text("utf-8"))
+    [climb] = [c for c in plots.ladders(records("ladder.csv")).values() if c["device"] == CPU]
+    for rung in climb["rungs"]:
+        assert rung["rung"] in words and f"{rung['tok_s']:,.1f} ({rung['speedup']:.2f}x)" in words
+
+
 # -- the commands ----------------
 
 
