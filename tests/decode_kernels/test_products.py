@@ -200,7 +200,8 @@ def test_rows_are_multiplied_where_they_were_loaded(rows, k, n, silu_mul):
     loads = tile.rows * (1 + silu_mul) * tile.columns // 256  # of weights, 512 bytes a warp
     assert ptx.count("ld.global") == steps * (loads + rows * tile.columns // 256)
     assert ptx.count("mma.sync") == steps * loads and ptx.count("bar.sync") <= 4
-    assert "ld.shared.v4" not in ptx and "ldmatrix" not in ptx
+    # what is stored there are the sums of warps: fewer than the operands, which would take one for each load
+    assert ptx.count("st.shared") < ptx.count("ld.global") and "ldmatrix" not in ptx
 
 
 @needs_kernels
