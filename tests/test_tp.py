@@ -244,7 +244,7 @@ def add_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
 
 
-@pytest.mark.parametrize("extra", ["", "--compile", "--compile --draft ngram --num-draft-tokens 2"])
+@pytest.mark.parametrize("extra", ["--compile", "--compile --draft ngram --num-draft-tokens 2"])
 def test_the_command_under_torchrun_prints_the_same_text_once(tiny, extra):
     folder = tiny(vocab_size=260)[0]
     add_tokenizer(folder)
