@@ -281,7 +281,8 @@ class Engine:
         self._kernels.add(kind_of_run)
         prefill, draft = min(self.prefill_chunk or longest, longest), speculation and speculation.draft
         tokens, drafts = (speculation.tokens, draft is not None) if speculation else ((1,), None)
-        runs = [decode_kernels.Run(self.model, rows, slots, tokens, (prefill,), structure, drafts)]
+        listed = shortlist.serves(structure, self.vocab_size, self.model.tp.size)
+        runs = [decode_kernels.Run(self.model, rows, slots, tokens, (prefill,), structure, drafts, listed)]
         if isinstance(draft, Engine) and draft.use_kernels:
             runs.append(decode_kernels.Run(draft.model, rows, slots, (1, 2), (longest, RESUMED), structure, drafts))
         with self.stats.compiling(), decode_kernels.compiling_ahead(runs, self.device, tell):
@@ -370,15 +371,16 @@ class Engine:
         if end not in programs:
             state, fused, model = self.state, bool(self.fused(structure)), self.model
             draw, end_step_ = self.sampler(structure), decode_kernels.advance_ if fused else advance_
-            if listed := not fused and shortlist.serves(structure, self.vocab_size, model.tp.size):
-                draw = partial(shortlist.sample, first=model.first_id, gather=model.tp.all_gather)
+            if listed := shortlist.serves(structure, self.vocab_size, model.tp.size):
+                draw = decode_kernels.sample if fused else shortlist.sample
+                draw = partial(draw, first=model.first_id, gather=model.tp.all_gather)
 
             def read() -> tuple[Tensor, Tensor]:
                 return state.token, state.position
 
             def write(logits: Tensor) -> None:
                 token = draw(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0], state.seen)
-                token = self.broadcast(token)
+                token = token if listed else self.broadcast(token)
                 if structure.penalty:
                     state.seen.scatter_(1, token.clamp(min=0)[:, None], True)
                 end_step_(token, state.token, state.position, state.step, state.out)
@@ -476,8 +478,7 @@ class Engine:
         """
         B, T = tokens.shape
         self.reserve(B, T)
-        self._cached = []
-        tokens, out = tokens.to(self.device), []
+        self._cached, tokens, out = [], tokens.to(self.device), []
         for a in range(0, T - 1, chunk):
             b = min(a + chunk, T - 1)
             positions = torch.arange(a, b, device=self.device).expand(B, -1)
@@ -501,8 +502,7 @@ class Engine:
         slots, long = -(-(max_seq_len + slack) // 128) * 128, config.long(max_seq_len)
         if cache is not None and (cache.batch_size, cache.long) == (batch_size, long) and cache.max_seq_len >= slots:
             return
-        self.cache = None  # free the old one first
-        self._programs, self._cached = {}, []
+        self.cache, self._programs, self._cached = None, {}, []  # frees the old ones first
         machine.check_cache_fits(self.model, batch_size, slots, slack)
         self.cache = KVCache(config, batch_size, slots, self.device, self.dtype, self.model.tp)
         self.cache.long = long  # as a cache without the slack

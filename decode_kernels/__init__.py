@@ -77,7 +77,7 @@ def use_(model: nn.Module, on: bool = True) -> None:
 class Run(NamedTuple):
     """What will be run: the model over `slots` cache slots of every row, with so many new tokens of a row in a step,
     and prefills of so many; structure: of the sampling, which may be a kernel. drafts: whether a model
-    drafts the tokens that a round verifies; None where nobody speculates.
+    drafts the tokens that a round verifies; None where nobody speculates. listed: whether ranks draw from lists.
     """
 
     model: Transformer
@@ -87,6 +87,7 @@ class Run(NamedTuple):
     prefills: Iterable[int]
     structure: Structure
     drafts: bool | None = None
+    listed: bool = False
 
 
 def compiling_ahead(
@@ -117,12 +118,22 @@ def samples(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure
 
 
 def sample(
-    logits: Tensor, structure: Structure, knobs: Tensor, seeds: Tensor, positions: Tensor, _: Tensor | None = None
+    logits: Tensor,
+    structure: Structure,
+    knobs: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    _: Tensor | None = None,
+    *,
+    first: int = 0,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """`sampling.sample` for what `samples`, in two kernels."""
+    """`sampling.sample` for what `samples`, in two kernels; with `gather` `shortlist.sample`, in four."""
     from decode_kernels import step
 
-    return step.sample(logits, knobs, seeds, positions, 1 if structure.greedy else structure.top_k)
+    top_k = structure.top_k or 1
+    source = logits if gather is None else gather(step.shortlist(logits, top_k, first))
+    return step.sample(source, knobs, seeds, positions, top_k)
 
 
 def fast_rounds(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure) -> FastRounds | None:

@@ -127,13 +127,15 @@ def without_contents(model: Transformer) -> Transformer:
     return copy.deepcopy(model, known)
 
 
+def ids(*shape: int) -> Tensor:
+    """Such a tensor without contents."""
+    return torch.empty(shape, dtype=torch.int64, device=META)
+
+
 def rehearse(run: Run) -> None:
     """Every step of a run, with all that is a kernel in it."""
     model, b = without_contents(run.model), run.batch_size
     cache = KVCache(model.config, b, run.slots, META, model.norm.weight.dtype, model.tp)
-
-    def ids(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, device=META)
 
     def step(tokens: int, end: int, select: Tensor | None = None) -> Tensor:
         return model(ids(b, tokens), ids(b, tokens), cache, end=end, select=select)[:, -1]
@@ -143,9 +145,12 @@ def rehearse(run: Run) -> None:
             step(tokens, tokens, ids(b))
     for tokens in sorted(run.tokens, reverse=True):
         logits = step(tokens, run.slots)
-    token = model.tp.broadcast(ids(b))
+    token, of_rows = model.tp.broadcast(ids(b)), (torch.empty(4, device=META), ids(b), ids(b))
     if fast := decode_kernels.fast_rounds(logits.dtype, logits.shape[-1], b, run.structure):
-        token = decode_kernels.sample(logits, run.structure, torch.empty(4, device=META), ids(b), ids(b))
+        token = decode_kernels.sample(logits, run.structure, *of_rows)
+        if run.listed:
+            own = logits[:, : model.vocab_local]
+            decode_kernels.sample(own, run.structure, *of_rows, gather=model.tp.all_gather)
         decode_kernels.advance_(token, ids(b, 1), ids(b, 1), ids(1), ids(b, run.slots))
         if run.drafts is not None:
             end_round(fast, run, logits)
@@ -158,10 +163,6 @@ def end_round(fast: FastRounds, run: Run, logits: Tensor) -> None:
     needs is the same, if both have the same ids.
     """
     (b, v), top_k = logits.shape, run.structure.top_k or 1
-
-    def ids(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, device=META)
-
     of_rows, history, drafted = (torch.empty(4, device=META), ids(b), ids(b, 1)), ids(b, run.slots), ids(1)
     q = torch.empty(b, 1, v, device=META) if run.drafts else None
     if run.drafts:

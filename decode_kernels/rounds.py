@@ -101,10 +101,8 @@ def _propose_kernel(
     q_row,
     q_column,
     V: tl.constexpr,
+    N: tl.constexpr,
     K: tl.constexpr,
-    MAXIMA: tl.constexpr,
-    WIDTH: tl.constexpr,
-    INF: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One row: its candidates, their probabilities, and their race."""
@@ -118,8 +116,8 @@ def _propose_kernel(
     for first in range(0, V, 8192):
         i = first + tl.arange(0, 8192)
         tl.store(q_ptr + i, 0.0, i < V)  # `candidates` has a barrier between this and what follows
-    token, p, finite = step.candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, V, K, MAXIMA, WIDTH, INF)
-    drawn = tl.where(finite, step.race(token, p, key, V), 0)
+    token, p, finite = step.candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N, K)
+    drawn = tl.where(finite, step.race(token, p, key), 0)
     tl.store(history_ptr + row * slots + position, drawn)
     tl.store(q_ptr + token, p / tl.sum(p), finite & (p > 0))
     tl.store(q_ptr + drawn, float("nan"), finite == 0)  # which no u accepts
@@ -139,10 +137,11 @@ def propose_(
     """The end of a draft's step: of logits [B, V] a token for every row, into history int64 [B, S] at position
     int64 [B, 1] + drafted int64 [1] + 1; its distribution into q float32 [B, K, V] at drafted, which advances by one.
     """
-    tensors, constants = step.largest_of_blocks(logits[:, : q.shape[-1]].contiguous(), top_k)
+    v = q.shape[-1]
+    tensors, constants = step.largest_of_blocks(logits[:, :v], top_k)
     strides = history.shape[1], q.stride(0), q.stride(1)
     _propose_kernel[(len(logits),)](
-        *tensors, knobs, seeds, position, drafted, history, q, *strides, **constants, **launch.options(16)
+        *tensors, knobs, seeds, position, drafted, history, q, *strides, V=v, **constants, **launch.options(16)
     )
     drafted.add_(1)
 
@@ -165,11 +164,8 @@ def _verify_kernel(
     slots,
     q_row,
     q_column,
-    V: tl.constexpr,
+    N: tl.constexpr,
     K: tl.constexpr,
-    MAXIMA: tl.constexpr,
-    WIDTH: tl.constexpr,
-    INF: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One token of one row: whether what was proposed there is accepted, and what comes in its place."""
@@ -179,7 +175,7 @@ def _verify_kernel(
     launch.wait_for_previous(PDL)
     seed, position = tl.load(seeds_ptr + row), tl.load(pos_ptr + row) + i + 1
     drafted = tl.load(history_ptr + row * slots + position, proposed, -1)
-    token, p, finite = step.candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, at, V, K, MAXIMA, WIDTH, INF)
+    token, p, finite = step.candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, at, N, K)
     p = p / tl.sum(p)
     if q_ptr is None:
         q, q_drafted = (token == drafted).to(tl.float32), 1.0
@@ -195,7 +191,7 @@ def _verify_kernel(
     rest = tl.maximum(p - q, 0.0)
     rest = tl.where(tl.max(rest) > 0, rest, p)  # p < q by rounding alone
     key = step.key_of(seed, position - tl.where(plain, 1, 0), tl.where(plain, 0, RESAMPLE))  # plain: as `step.sample`
-    own = step.race(token, rest, key, V)
+    own = step.race(token, rest, key)
     tl.store(out_ptr + at, tl.where(accepted & proposed & finite, drafted, -1))
     tl.store(out_ptr + tl.num_programs(1) * tokens + at, tl.where(finite, own, -1).to(tl.int64))
 
@@ -220,7 +216,7 @@ def verify(
     are not finite. q float32 [B, >= T - 1, V], None: all mass on the proposal; rate float32 []: accept at random.
     """
     out = _verify_shape(logits, top_k, knobs, seeds)
-    tensors, constants = step.largest_of_blocks(logits.contiguous().flatten(0, 1), top_k)
+    tensors, constants = step.largest_of_blocks(logits.flatten(0, 1), top_k)
     strides = history.shape[1], *((0, 0) if q is None else q.stride()[:2])
     _verify_kernel[(logits.shape[1], len(logits))](
         *tensors, knobs, seeds, position, history, q, rate, out, *strides, **constants, **launch.options(16)

@@ -227,6 +227,17 @@ def step(vocabulary: int, width: int, half: int, top_k: int) -> Callable[[], obj
     return run
 
 
+def listed(vocabulary: int, ranks: int, top_k: int) -> Callable[[], object]:
+    """Sampling over ranks, each of which lists the largest logits of its words."""
+
+    def run() -> Tensor:
+        logits, token = torch.empty(1, vocabulary // ranks, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
+        lists = ends.shortlist(logits, top_k, 0).repeat(1, ranks)
+        return ends.sample(lists, torch.empty(4), token, token, top_k)
+
+    return run
+
+
 def round_(vocabulary: int, top_k: int, drafts: bool) -> Callable[[], object]:
     """What surrounds the models in a round of speculation, by a draft or by looking up."""
 
@@ -312,6 +323,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "gemma-3-4b and mixtral-8x7b, around products": around_products(2560, 10240, 8, 2),
         "llama-2-7b step": step(32000, 4096, 64, 200),
         "llama-3.1-8b step, greedy": step(128256, 4096, 64, 1),
+        "llama-2-7b step over 2 ranks": listed(32000, 2, 200),
         "llama-2-7b round, looked up": round_(32000, 200, drafts=False),
         "llama-3.1-8b round of a draft, greedy": round_(128256, 1, drafts=True),
         "llama-2-7b sum over 2 ranks": exchange(4096, 2, True),
@@ -338,6 +350,7 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "mistral-7b attention 2 x 9 of 8192",
     "llama-3.1-8b prefill",
     "llama-2-7b step",
+    "llama-2-7b step over 2 ranks",
     "llama-2-7b round, looked up",
     "llama-3.1-8b round of a draft, greedy",
     "llama-2-7b sum over 2 ranks",

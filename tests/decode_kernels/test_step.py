@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, needs_kernels
+from kernel_checks import DEVICE, HAS_TRITON, needs_kernels
 
 import architectures
 import decode_kernels
@@ -11,6 +11,9 @@ from decode_kernels import INTERPRETED
 from model import Transformer
 from sampling import SamplingParams, Structure, sample
 from tp import TensorParallel
+
+if HAS_TRITON:
+    from decode_kernels import step
 
 
 @needs_kernels
@@ -74,6 +77,26 @@ def test_sample_equals_twin(vocabulary, k, dtype):
             assert torch.equal(got, twin)
             alone = decode_kernels.sample(logits[2:3], *args[1:3], seeds[2:3], positions[2:3, 0])
             assert torch.equal(got[2:3], alone)
+
+
+@needs_kernels
+@pytest.mark.parametrize("ranks, k, min_p", [(2, 1, 0.0), (4, 20, 0.0), (2, 5, 0.1)])
+def test_sample_over_ranks_equals_twin(ranks, k, min_p):
+    """The token that all logits give, ties between ranks included; -1 where those of one rank are not finite."""
+    params, rows, vocabulary = SamplingParams(0.0 if k == 1 else 1.2, k, min_p=min_p), 4, 640
+    logits = make_logits(rows, vocabulary, torch.float16, False)
+    logits[1:3] = make_logits(2, vocabulary, torch.float16, True)  # the largest ones tie
+    logits[3, vocabulary - 100] = float("nan")
+    seeds, positions = torch.arange(rows, device=DEVICE) << 20, torch.arange(rows, device=DEVICE) * 7
+    rest = params.structure, params.knobs(DEVICE), seeds, positions
+    shares = [(i * vocabulary // ranks, share) for i, share in enumerate(logits.chunk(ranks, -1))]
+    lists = torch.cat([step.shortlist(share, k, first) for first, share in shares], -1)
+    want = decode_kernels.sample(logits, *rest)
+    assert want[3] == -1 and (want[:3] >= 0).all() and lists.shape == (rows, ranks * k)
+    for first, share in shares:
+        assert torch.equal(decode_kernels.sample(share, *rest, first=first, gather=lambda _: lists), want)
+    missing = torch.cat((lists[:, :k], torch.full_like(lists[:, k:], -1)), -1)  # as `letters.receive` leaves it
+    assert (decode_kernels.sample(logits, *rest, gather=lambda _: missing) == -1).all()
 
 
 @needs_kernels
