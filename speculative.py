@@ -371,9 +371,9 @@ class Speculation:
 
     def _end_of_draft(self, structure: Structure) -> Callable[[Tensor], None]:
         """What follows the draft model, for logits [B, V] of its last token."""
-        state, history, proposed, drafted, V = self.target.state, self.history, self.q, self.drafted, self.vocab
+        state, history, q, drafted, V = self.target.state, self.history, self.q, self.drafted, self.vocab
         if self.draft is not None and (fast := self.draft.fused(structure)):
-            rest = structure.top_k or 1, state.knobs, state.seeds, state.position, drafted, history, proposed
+            rest = structure.top_k or 1, structure.top_p, state.knobs, state.seeds, state.position, drafted, history, q
             return lambda logits: fast.propose_(logits, *rest)
 
         def guess(logits: Tensor) -> None:
@@ -381,7 +381,7 @@ class Speculation:
             position = state.position + drafted + 1
             token = draw(probs, state.seeds, position[:, 0], DRAFT, ids)[:, None]
             history.scatter_(1, position, token if ids is None else ids.gather(1, token))
-            proposed.index_copy_(1, drafted, spread(probs, ids, V)[:, None])
+            q.index_copy_(1, drafted, spread(probs, ids, V)[:, None])
             drafted.add_(1)
 
         return guess
@@ -413,7 +413,7 @@ class Speculation:
         V, last, q = self.vocab, self.history.shape[1] - self.margin, self.q if self.draft else None
         rate, done = self.simulated, self.drafted
         if fast := target.fused(structure):
-            given = structure.top_k or 1, state.knobs, state.seeds, state.position, history, q, rate
+            given = structure.top_k or 1, structure.top_p, state.knobs, state.seeds, state.position, history, q, rate
             then = last, state.token, state.position, history, done, log
             return lambda logits, _: fast.settle_(target.broadcast(fast.verify(logits, *given)), *then)
 

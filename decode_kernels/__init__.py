@@ -112,9 +112,8 @@ def connect(model: Transformer) -> FastCollectives | None:
 
 def samples(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure) -> bool:
     """Whether `sample` and `advance_` serve such logits of a model on which `use_` was called."""
-    greedy, top_k, use_top_p, _, penalty = structure
-    able = rows <= 1024 and top_k < vocabulary <= 1 << 19 and dtype in (torch.bfloat16, torch.float16)
-    return able and not penalty and (greedy or (not use_top_p and 0 < top_k <= 256))
+    able = rows <= 1024 and structure.top_k < vocabulary <= 1 << 19 and dtype in (torch.bfloat16, torch.float16)
+    return able and not structure.penalty and (structure.greedy or 0 < structure.top_k <= 256)
 
 
 def sample(
@@ -129,11 +128,11 @@ def sample(
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """`sampling.sample` for what `samples`, in two kernels; with `gather` `shortlist.sample`, in four."""
-    from decode_kernels import step
+    from decode_kernels import draw
 
     top_k = structure.top_k or 1
-    source = logits if gather is None else gather(step.shortlist(logits, top_k, first))
-    return step.sample(source, knobs, seeds, positions, top_k)
+    source = logits if gather is None else gather(draw.shortlist(logits, top_k, first))
+    return draw.sample(source, knobs, seeds, positions, top_k, structure.top_p)
 
 
 def fast_rounds(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure) -> FastRounds | None:
@@ -147,6 +146,6 @@ def fast_rounds(dtype: torch.dtype, vocabulary: int, rows: int, structure: Struc
 
 def advance_(tokens: Tensor, token: Tensor, position: Tensor, step: Tensor, out: Tensor) -> None:
     """`engine.advance_` in one kernel."""
-    from decode_kernels import step as kernels
+    from decode_kernels import step as ends
 
-    kernels.advance_(tokens, token, position, step, out)
+    ends.advance_(tokens, token, position, step, out)

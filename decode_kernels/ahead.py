@@ -162,15 +162,15 @@ def end_round(fast: FastRounds, run: Run, logits: Tensor) -> None:
     """What a round adds to the steps of its models, of which this one gave these logits [B, V]. What only the other one
     needs is the same, if both have the same ids.
     """
-    (b, v), top_k = logits.shape, run.structure.top_k or 1
+    (b, v), (_, top_k, top_p, *_) = logits.shape, run.structure
     of_rows, history, drafted = (torch.empty(4, device=META), ids(b), ids(b, 1)), ids(b, run.slots), ids(1)
     q = torch.empty(b, 1, v, device=META) if run.drafts else None
     if run.drafts:
-        fast.propose_(logits, top_k, *of_rows, drafted, history, q)
+        fast.propose_(logits, top_k or 1, top_p, *of_rows, drafted, history, q)
     else:
         fast.look_up_(history, ids(b, 1), max(run.tokens) - 1)
     for tokens in run.tokens:
-        verified = fast.verify(logits.new_empty(b, tokens, v), top_k, *of_rows, history, q, None)
+        verified = fast.verify(logits.new_empty(b, tokens, v), top_k or 1, top_p, *of_rows, history, q, None)
         fast.settle_(run.model.tp.broadcast(verified), 0, ids(b, 1), ids(b, 1), history, drafted, ids(b, 1))
 
 

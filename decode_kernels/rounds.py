@@ -1,6 +1,6 @@
 """A round of speculation around the two models: looking up, proposing, accepting, and moving on.
 
-Knows the rules of `speculative.py` and the candidates of `step.py`. Refuses to know models, and when a round pays.
+Knows the rules of `speculative.py` and the candidates of `draw.py`. Refuses to know models, and when a round pays.
 
 **Looking up.** Of all earlier places where the newest n ids stand, n = 3, 2 or 1, the latest of the largest n; what
 stands behind it is proposed. One number says how good a place is: n * 2^32 + place, and the largest wins.
@@ -9,7 +9,7 @@ Worked example: the ids 7 4 5 9 4 5 8 5 and then 4 5, whose last is at position 
 end a match of two ids, the one at 7 a match of one: 2 * 2^32 + 5 is the largest, and 8 5 4 5 is proposed, and then
 again 8 5 4 5: behind the newest id the copy goes on with what it has copied.
 
-**Proposing.** A token is drawn as in `step.py`; the probabilities q of its candidates are kept for the target.
+**Proposing.** A token is drawn as in `draw.py`; the probabilities q of its candidates are kept for the target.
 
 **Accepting.** The target has logits for T = K + 1 tokens. Its probabilities p of a token are compared with q, which is
 1 for what was looked up: the proposal x is accepted if u q(x) < p(x) for a random u. In the place of a proposal that is
@@ -32,11 +32,12 @@ graph 1.654; a lookup takes 14 us, 20 and 90 (one H200, `benchmarks/NOTES.md`).
 # ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def"
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels import launch, step
+from decode_kernels import draw, launch
 
 ACCEPT, RESAMPLE, DRAFT = (tl.constexpr(stream) for stream in (1, 2, 3))  # of random numbers, as in `speculative.py`
 
@@ -103,6 +104,7 @@ def _propose_kernel(
     V: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    TOP_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One row: its candidates, their probabilities, and their race."""
@@ -111,13 +113,13 @@ def _propose_kernel(
     launch.wait_for_previous(PDL)
     drafted = tl.load(drafted_ptr)
     position = tl.load(pos_ptr + row) + drafted + 1
-    key = step.key_of(tl.load(seeds_ptr + row), position, DRAFT)
+    key = draw.key_of(tl.load(seeds_ptr + row), position, DRAFT)
     q_ptr += row * q_row + drafted * q_column
     for first in range(0, V, 8192):
         i = first + tl.arange(0, 8192)
         tl.store(q_ptr + i, 0.0, i < V)  # `candidates` has a barrier between this and what follows
-    token, p, finite = step.candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N, K)
-    drawn = tl.where(finite, step.race(token, p, key), 0)
+    token, p, finite = draw.candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N, K, TOP_P)
+    drawn = tl.where(finite, draw.race(token, p, key), 0)
     tl.store(history_ptr + row * slots + position, drawn)
     tl.store(q_ptr + token, p / tl.sum(p), finite & (p > 0))
     tl.store(q_ptr + drawn, float("nan"), finite == 0)  # which no u accepts
@@ -127,6 +129,7 @@ def _propose_kernel(
 def propose_(
     logits: Tensor,
     top_k: int,
+    top_p: bool,
     knobs: Tensor,
     seeds: Tensor,
     position: Tensor,
@@ -137,12 +140,9 @@ def propose_(
     """The end of a draft's step: of logits [B, V] a token for every row, into history int64 [B, S] at position
     int64 [B, 1] + drafted int64 [1] + 1; its distribution into q float32 [B, K, V] at drafted, which advances by one.
     """
-    v = q.shape[-1]
-    tensors, constants = step.largest_of_blocks(logits[:, :v], top_k)
-    strides = history.shape[1], q.stride(0), q.stride(1)
-    _propose_kernel[(len(logits),)](
-        *tensors, knobs, seeds, position, drafted, history, q, *strides, V=v, **constants, **launch.options(16)
-    )
+    tensors, constants = draw.largest_of_blocks(logits[:, : q.shape[-1]], top_k, top_p)
+    given = knobs, seeds, position, drafted, history, q, history.shape[1], *q.stride()[:2]
+    _propose_kernel[(len(logits),)](*tensors, *given, V=q.shape[-1], **constants, **launch.options(16))
     drafted.add_(1)
 
 
@@ -166,6 +166,7 @@ def _verify_kernel(
     q_column,
     N: tl.constexpr,
     K: tl.constexpr,
+    TOP_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One token of one row: whether what was proposed there is accepted, and what comes in its place."""
@@ -175,7 +176,7 @@ def _verify_kernel(
     launch.wait_for_previous(PDL)
     seed, position = tl.load(seeds_ptr + row), tl.load(pos_ptr + row) + i + 1
     drafted = tl.load(history_ptr + row * slots + position, proposed, -1)
-    token, p, finite = step.candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, at, N, K)
+    token, p, finite = draw.candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, at, N, K, TOP_P)
     p = p / tl.sum(p)
     if q_ptr is None:
         q, q_drafted = (token == drafted).to(tl.float32), 1.0
@@ -183,27 +184,28 @@ def _verify_kernel(
         q_ptr += row * q_row + i * q_column
         q, q_drafted = tl.load(q_ptr + token, proposed & (p > 0), 0), tl.load(q_ptr + drafted, proposed, 0)
         q = tl.where(q == q, q, 0.0)
-    u = step.uniform(step.key_of(seed, position, ACCEPT), 0)
+    u = draw.uniform(draw.key_of(seed, position, ACCEPT), 0)
     if rate_ptr is None:
         accepted = u * q_drafted < tl.sum(tl.where(token == drafted, p, 0.0))
     else:  # at random
         accepted = u < tl.load(rate_ptr)
     rest = tl.maximum(p - q, 0.0)
     rest = tl.where(tl.max(rest) > 0, rest, p)  # p < q by rounding alone
-    key = step.key_of(seed, position - tl.where(plain, 1, 0), tl.where(plain, 0, RESAMPLE))  # plain: as `step.sample`
-    own = step.race(token, rest, key)
+    key = draw.key_of(seed, position - tl.where(plain, 1, 0), tl.where(plain, 0, RESAMPLE))  # plain: as `draw.sample`
+    own = draw.race(token, rest, key)
     tl.store(out_ptr + at, tl.where(accepted & proposed & finite, drafted, -1))
     tl.store(out_ptr + tl.num_programs(1) * tokens + at, tl.where(finite, own, -1).to(tl.int64))
 
 
-def _verify_shape(logits: Tensor, top_k: int, knobs: Tensor, seeds: Tensor, *others: Tensor | None) -> Tensor:
-    return seeds.new_empty(2, *logits.shape[:2])
+def _verify_shape(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(2, *logits.shape[:2], dtype=torch.int64)
 
 
 @launch.operator("verify", _verify_shape)
 def verify(
     logits: Tensor,
     top_k: int,
+    top_p: bool,
     knobs: Tensor,
     seeds: Tensor,
     position: Tensor,
@@ -215,12 +217,10 @@ def verify(
     int64 [B, 1] on. int64 [2, B, T]: what was proposed, -1 where it is refused; the token in its place, -1 where logits
     are not finite. q float32 [B, >= T - 1, V], None: all mass on the proposal; rate float32 []: accept at random.
     """
-    out = _verify_shape(logits, top_k, knobs, seeds)
-    tensors, constants = step.largest_of_blocks(logits.flatten(0, 1), top_k)
-    strides = history.shape[1], *((0, 0) if q is None else q.stride()[:2])
-    _verify_kernel[(logits.shape[1], len(logits))](
-        *tensors, knobs, seeds, position, history, q, rate, out, *strides, **constants, **launch.options(16)
-    )
+    out = _verify_shape(logits)
+    tensors, constants = draw.largest_of_blocks(logits.flatten(0, 1), top_k, top_p)
+    given = knobs, seeds, position, history, q, rate, out, history.shape[1], *((0, 0) if q is None else q.stride()[:2])
+    _verify_kernel[(logits.shape[1], len(logits))](*tensors, *given, **constants, **launch.options(16))
     return out
 
 

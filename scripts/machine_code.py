@@ -58,7 +58,7 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas_version
 
 from decode_kernels import attention as attending
-from decode_kernels import blocks, dense, prefill, quantized, reduce, rounds, sums
+from decode_kernels import blocks, dense, draw, prefill, quantized, reduce, rounds, sums
 from decode_kernels import step as ends
 from decode_kernels.ahead import StandIn
 from decode_kernels.digits import empty_digits
@@ -214,14 +214,14 @@ def dequantize(k: int, n: int, bits: int) -> Callable[[], object]:
     return run
 
 
-def step(vocabulary: int, width: int, half: int, top_k: int) -> Callable[[], object]:
+def step(vocabulary: int, width: int, half: int, top_k: int, top_p: bool = False) -> Callable[[], object]:
     """The two ends of a decode step: embedding and angles, sampling, advancing."""
 
     def run() -> None:
         token = torch.zeros(1, 1, dtype=torch.int64)
         table, logits = (torch.empty(vocabulary, n, dtype=torch.bfloat16) for n in (width, 1))
         ends.embed(token, token, table, torch.empty(half), 1.0, 0, half)
-        ends.sample(logits.view(1, -1), torch.empty(3), token[0], token[0], top_k)
+        draw.sample(logits.view(1, -1), torch.empty(4), token[0], token[0], top_k, top_p)
         ends.advance_(token[0], token, token, token[0], torch.zeros(1, 256, dtype=torch.int64))
 
     return run
@@ -232,8 +232,8 @@ def listed(vocabulary: int, ranks: int, top_k: int) -> Callable[[], object]:
 
     def run() -> Tensor:
         logits, token = torch.empty(1, vocabulary // ranks, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
-        lists = ends.shortlist(logits, top_k, 0).repeat(1, ranks)
-        return ends.sample(lists, torch.empty(4), token, token, top_k)
+        lists = draw.shortlist(logits, top_k, 0).repeat(1, ranks)
+        return draw.sample(lists, torch.empty(4), token, token, top_k, False)
 
     return run
 
@@ -245,10 +245,10 @@ def round_(vocabulary: int, top_k: int, drafts: bool) -> Callable[[], object]:
         logits, token, history = torch.empty(1, 4, vocabulary, dtype=torch.bfloat16), ids(1), ids(256)
         of_rows, q = (torch.empty(4), token[0], token), torch.empty(1, 5, vocabulary)
         if drafts:
-            rounds.propose_(logits[:, 0], top_k, *of_rows, token[0], history, q)
+            rounds.propose_(logits[:, 0], top_k, False, *of_rows, token[0], history, q)
         else:
             rounds.look_up_(history, token, 3)
-        verified = rounds.verify(logits, top_k, *of_rows, history, q if drafts else None, None)
+        verified = rounds.verify(logits, top_k, False, *of_rows, history, q if drafts else None, None)
         rounds.settle_(verified, 255, token, token, history, token[0], ids(6))
 
     def ids(n: int) -> Tensor:
@@ -323,6 +323,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "gemma-3-4b and mixtral-8x7b, around products": around_products(2560, 10240, 8, 2),
         "llama-2-7b step": step(32000, 4096, 64, 200),
         "llama-3.1-8b step, greedy": step(128256, 4096, 64, 1),
+        "qwen2.5-7b step, top-p": step(152064, 3584, 64, 20, top_p=True),
         "llama-2-7b step over 2 ranks": listed(32000, 2, 200),
         "llama-2-7b round, looked up": round_(32000, 200, drafts=False),
         "llama-3.1-8b round of a draft, greedy": round_(128256, 1, drafts=True),

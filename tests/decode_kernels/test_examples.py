@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -16,11 +17,11 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from decode_kernels import attention, dense, digits, launch, quantized, rounds, step
+    from decode_kernels import attention, dense, digits, draw, launch, quantized, rounds, step
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install -e '.[interpreter]'")
 FOLDER = Path(__file__).resolve().parents[2] / "decode_kernels"
-KERNELS = ("attention.py", "blocks.py", "dense.py", "quantized.py", "rounds.py", "step.py")
+KERNELS = ("attention.py", "blocks.py", "dense.py", "draw.py", "quantized.py", "rounds.py")
 
 
 def said(module, *sentences):
@@ -199,11 +200,20 @@ def test_which_lane_holds_which_slot_equals_twin():
 
 
 @needs_triton
+def test_the_angles_of_the_example():
+    cos, sin = math.cos(3 * 0.5), math.sin(3 * 0.5)
+    assert said(step, f"the frequency 0.5 and the factor 1 give cos 1.5 = {cos:.4f} and sin 1.5 = {sin:.4f}")
+
+
+# -- draw.py ----------------
+
+
+@needs_triton
 def test_a_race():
     p, e = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([2.0, 0.4, 0.05])
     told = [", ".join(f"{n:.3g}" if n < 2 else f"{n:.1f}" for n in x.tolist()) for x in (p, e, p / e)]
     assert (p / e).argmax() == 2
-    assert said(step, "p = {} and E = {} give p / E = {}, so the third wins".format(*told))
+    assert said(draw, "p = {} and E = {} give p / E = {}, so the third wins".format(*told))
 
 
 @needs_triton
@@ -211,9 +221,9 @@ def test_the_largest_are_in_the_blocks_with_the_largest_maxima():
     blocks = [[5, 1, 0, 2], [4, 3, 3, 1], [2, 2, 0, 1]]
     maxima = [max(block) for block in blocks]
     told = [" ".join(map(str, block)) for block in blocks]
-    assert said(step, f"logits {' | '.join(told)} have the maxima {maxima[0]}, {maxima[1]} and {maxima[2]}")
+    assert said(draw, f"logits {' | '.join(told)} have the maxima {maxima[0]}, {maxima[1]} and {maxima[2]}")
     best = sorted(sorted(range(3), key=lambda i: -maxima[i])[:2])
-    assert said(step, f"The blocks with the two largest are {told[best[0]]} and {told[best[1]]}")
+    assert said(draw, f"The blocks with the two largest are {told[best[0]]} and {told[best[1]]}")
     assert sorted(sum(blocks, []))[-2:] == sorted(blocks[best[0]] + blocks[best[1]])[-2:] == [4, 5]
 
 
@@ -222,8 +232,8 @@ if HAS_TRITON:
     @triton.jit
     def keys_kernel(x_ptr, key_ptr, chosen_ptr, place_ptr, N: tl.constexpr, K: tl.constexpr):
         i = tl.arange(0, N)
-        key = step._sortable_keys(tl.load(x_ptr + i), 0x7C00)
-        chosen, place = step._k_largest(key, K)
+        key = draw._sortable_keys(tl.load(x_ptr + i))
+        chosen, place = draw._k_largest(key, K, 16)
         tl.store(key_ptr + i, key)
         tl.store(chosen_ptr + i, chosen.to(tl.int32))
         tl.store(place_ptr + i, place)
@@ -236,7 +246,7 @@ def test_keys_and_the_k_largest_equals_twin():
     keys_kernel[(1,)](x.to(DEVICE), key, chosen, place, 8, 5)
     one, zero, negative_zero, minus_one, *others, again = key.tolist()
     assert said(
-        step, f"1.0 is 0x3C00 and becomes {one}, 0.0 and -0.0 become {zero}, and -1.0, 0xBC00, becomes {minus_one}"
+        draw, f"1.0 is 0x3C00 and becomes {one}, 0.0 and -0.0 become {zero}, and -1.0, 0xBC00, becomes {minus_one}"
     )
     assert one == again and zero == negative_zero and others == [65535] * 3
     assert chosen.bool().tolist() == [True, False, False, False, True, True, True, True]
@@ -278,7 +288,7 @@ def in_kernel(function):
     return any(ast.unparse(d).startswith(("triton.jit", "triton.constexpr_function")) for d in function.decorator_list)
 
 
-@pytest.mark.parametrize("name", ["launch.py", *KERNELS])
+@pytest.mark.parametrize("name", ["launch.py", "step.py", *KERNELS])
 def test_what_runs_outside_kernels_is_annotated(name):
     """What ruff and mypy do not look for in these files, for Triton's functions take anything."""
     for function in ast.walk(ast.parse((FOLDER / name).read_text("utf-8"))):

@@ -16,7 +16,7 @@ from sampling import SamplingParams
 from speculative import Speculation
 from tokenizer import Ids
 
-PARAMS = {"greedy": SamplingParams(0.0), "top-k": SamplingParams(0.8, 7), "min-p": SamplingParams(1.3, 200, min_p=0.02)}
+PARAMS = {"greedy": SamplingParams(0.0), "top-k": SamplingParams(0.8, 7), "top-p": SamplingParams(1.3, 200, 0.9, 0.02)}
 
 
 def engine_of(vocabulary, dtype):
@@ -59,7 +59,7 @@ def likely(logits, gen):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("params", "drafts"), [("greedy", 300), ("top-k", 300), ("min-p", None)])
+@pytest.mark.parametrize(("params", "drafts"), [("greedy", 300), ("top-k", 300), ("top-p", None)])
 def test_the_end_of_a_round_equals_twin(params, drafts, dtype):
     rows, vocabulary, params, gen = 3 if INTERPRETED else 64, 300, PARAMS[params], torch.Generator().manual_seed(1)
     fast, counts = speculation_of(rows, vocabulary, dtype, drafts), set()
@@ -103,7 +103,7 @@ def what_came_out(speculation, row):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("params", "drafts"), [("greedy", 300), ("top-k", 70), ("min-p", 500)])  # fewer or more ids
+@pytest.mark.parametrize(("params", "drafts"), [("greedy", 300), ("top-k", 70), ("top-p", 500)])  # fewer or more ids
 def test_what_a_draft_proposes_equals_twin(params, drafts, dtype):
     rows, vocabulary, params, gen = 3 if INTERPRETED else 64, 300, PARAMS[params], torch.Generator().manual_seed(2)
     fast = speculation_of(rows, vocabulary, dtype, drafts)

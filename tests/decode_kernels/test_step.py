@@ -9,11 +9,14 @@ import decode_kernels
 import engine
 from decode_kernels import INTERPRETED
 from model import Transformer
-from sampling import SamplingParams, Structure, sample
+from sampling import SamplingParams, Structure, distribution, sample
 from tp import TensorParallel
 
 if HAS_TRITON:
-    from decode_kernels import step
+    import triton
+    import triton.language as tl
+
+    from decode_kernels import draw
 
 
 @needs_kernels
@@ -63,7 +66,8 @@ def test_sample_equals_twin(vocabulary, k, dtype):
     """The same tokens but where two candidates are as good as equal: 16-bit logits tie, and a tie at the threshold of
     top-k is broken by the lowest id here.
     """
-    params = [SamplingParams(0.0 if k == 1 else t, k, min_p=m) for t, m in ((0.8, 0.0), (1.7, 0.0), (1.0, 0.05))]
+    kinds = (0.8, 1.0, 0.0), (1.7, 0.9, 0.0), (1.0, 1.0, 0.05)
+    params = [SamplingParams(0.0 if k == 1 else t, k, top_p, min_p) for t, top_p, min_p in kinds]
     rows = 3 if INTERPRETED else 16  # the interpreter takes half a second for a row of 33,000
     for coarse in (False, True):
         logits = make_logits(rows, vocabulary, dtype, coarse)
@@ -80,23 +84,80 @@ def test_sample_equals_twin(vocabulary, k, dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize("ranks, k, min_p", [(2, 1, 0.0), (4, 20, 0.0), (2, 5, 0.1)])
-def test_sample_over_ranks_equals_twin(ranks, k, min_p):
+@pytest.mark.parametrize("ranks, k, top_p, min_p", [(2, 1, 1.0, 0.0), (4, 20, 0.8, 0.0), (2, 5, 1.0, 0.1)])
+def test_sample_over_ranks_equals_twin(ranks, k, top_p, min_p):
     """The token that all logits give, ties between ranks included; -1 where those of one rank are not finite."""
-    params, rows, vocabulary = SamplingParams(0.0 if k == 1 else 1.2, k, min_p=min_p), 4, 640
+    params, rows, vocabulary = SamplingParams(0.0 if k == 1 else 1.2, k, top_p, min_p), 4, 640
     logits = make_logits(rows, vocabulary, torch.float16, False)
     logits[1:3] = make_logits(2, vocabulary, torch.float16, True)  # the largest ones tie
     logits[3, vocabulary - 100] = float("nan")
     seeds, positions = torch.arange(rows, device=DEVICE) << 20, torch.arange(rows, device=DEVICE) * 7
     rest = params.structure, params.knobs(DEVICE), seeds, positions
     shares = [(i * vocabulary // ranks, share) for i, share in enumerate(logits.chunk(ranks, -1))]
-    lists = torch.cat([step.shortlist(share, k, first) for first, share in shares], -1)
+    lists = torch.cat([draw.shortlist(share, k, first) for first, share in shares], -1)
     want = decode_kernels.sample(logits, *rest)
     assert want[3] == -1 and (want[:3] >= 0).all() and lists.shape == (rows, ranks * k)
-    for first, share in shares:
-        assert torch.equal(decode_kernels.sample(share, *rest, first=first, gather=lambda _: lists), want)
+    first, share = shares[-1]
+    assert torch.equal(decode_kernels.sample(share, *rest, first=first, gather=lambda _: lists), want)
     missing = torch.cat((lists[:, :k], torch.full_like(lists[:, k:], -1)), -1)  # as `letters.receive` leaves it
     assert (decode_kernels.sample(logits, *rest, gather=lambda _: missing) == -1).all()
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def candidates_kernel(
+        logits_ptr,
+        key_ptr,
+        chosen_ptr,
+        knobs_ptr,
+        token_ptr,
+        p_ptr,
+        N: tl.constexpr,
+        K: tl.constexpr,
+        TOP_P: tl.constexpr,
+    ):
+        token, p, _ = draw.candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, 0, N, K, TOP_P)
+        i = tl.arange(0, p.shape[0])
+        tl.store(token_ptr + i, token.to(tl.int64))
+        tl.store(p_ptr + i, p)
+
+
+def remaining(logits, params):
+    """The probabilities [V] of one row's candidates, from its logits and from the lists of two ranks."""
+    lists = torch.cat([draw.shortlist(h, params.top_k, 80 * i) for i, h in enumerate(logits.chunk(2, -1))], -1)
+    for source in (logits, lists):
+        tensors, constants = draw.largest_of_blocks(source, params.top_k, params.top_p < 1)
+        token = torch.zeros(1024, dtype=torch.int64, device=DEVICE)
+        p = torch.zeros(1024, device=DEVICE)
+        candidates_kernel[(1,)](*tensors, params.knobs(DEVICE), token, p, **constants)
+        yield torch.zeros(1024, device=DEVICE).scatter_add_(0, token, p / p.sum())[: logits.shape[-1]]
+
+
+@needs_kernels
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("top_p, min_p", [(0.9, 0.0), (0.6, 0.2), (1e-6, 0.0), (1 - 2.0**-24, 0.0)])
+def test_what_top_p_leaves_equals_twin(top_p, min_p, coarse):
+    """Ties at the threshold among them, of which the first stay."""
+    params, logits = SamplingParams(1.5, 48, top_p, min_p), make_logits(1, 160, torch.float16, coarse)
+    order = logits.double() - 1e-9 * torch.arange(160, device=DEVICE)
+    probs, ids = distribution(order, params.structure, params.knobs(DEVICE))
+    want = torch.zeros(160, device=DEVICE).scatter_(0, ids[0], probs[0])
+    for got in remaining(logits, params):
+        assert torch.equal(got > 0, want > 0) and (got - want).abs().max() < 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("top_p, stay", [(0.5, 8), (0.5001, 9), (0.4999, 8), (0.0625, 1), (0.01, 1), (0.9999, 16)])
+def test_top_p_at_the_edge_of_a_token_equals_twin(top_p, stay):
+    """Of 16 equal ones: as many as reach top_p, and no more."""
+    logits = torch.zeros(1, 160, dtype=torch.float16, device=DEVICE)
+    logits[0, 70:90] = 3
+    params = SamplingParams(1.0, 16, top_p)
+    probs, _ = distribution(logits, params.structure, params.knobs(DEVICE))
+    assert (probs > 0).sum() == stay
+    for got in remaining(logits, params):
+        assert got.nonzero().flatten().tolist() == list(range(70, 70 + stay))
 
 
 @needs_kernels
@@ -112,10 +173,12 @@ def test_sample_says_where_logits_are_not_finite_and_equals_twin():
 
 
 @needs_kernels
-def test_sample_draws_what_it_should():
+@pytest.mark.parametrize("k, top_p", [(8, 1.0), (20, 0.5)])  # of 20 the 8 with the largest logits stay
+def test_sample_draws_what_it_should(k, top_p):
     """20,000 draws of one row, for which the interpreter is too slow: chi-square against the top-k probabilities."""
-    n, k, vocabulary = 20_000, 8, 64
-    row, params = torch.linspace(-2, 1, vocabulary).to(torch.float16), SamplingParams(0.9, k)
+    n, vocabulary = 20_000, 64
+    row, params = torch.linspace(-2, 1, vocabulary).to(torch.float16), SamplingParams(0.9, k, top_p)
+    k = 8
     logits = row.to(DEVICE).expand(n, -1)
     seeds, positions = torch.arange(n, device=DEVICE), torch.zeros(n, dtype=torch.int64, device=DEVICE)
     tokens = decode_kernels.sample(logits, params.structure, params.knobs(DEVICE), seeds, positions).cpu()

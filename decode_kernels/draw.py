@@ -1,0 +1,282 @@
+"""The choice of the next token, of the logits of a whole vocabulary or of lists of its largest ones.
+
+Knows logits and what is drawn of them. Refuses to know models, and what a drawn token is for.
+
+**A token**, of logits l, with top-k, top-p, min-p and temperature T: p_i = exp((l_i - max l) / T) for the k largest
+logits, of these only the largest until their sum reaches top_p of all, and without those below min_p. It is drawn by a
+race: each candidate gets E_i, exponentially distributed, from a hash of seed, position and token id, and the largest
+p_i / E_i wins, which token i does with probability p_i / sum p. Greedy is k = 1.
+
+Worked example of the race: p = 0.7, 0.2, 0.1 and E = 2.0, 0.4, 0.05 give p / E = 0.35, 0.5, 2.0, so the third wins.
+
+The k largest logits are found in two kernels, for one program that reads all of them took 75 us: `_block_max_kernel`
+takes the maximum of every 16 logits, and `_sample_kernel`, one program a row, finds the k blocks with the largest
+maxima, which hold the k largest logits, and then these.
+
+Worked example, k = 2 and blocks of 4 instead of 16: logits 5 1 0 2 | 4 3 3 1 | 2 2 0 1 have the maxima 5, 4 and 2. The
+blocks with the two largest are 5 1 0 2 and 4 3 3 1, and the two largest logits, 5 and 4, are among their eight.
+
+To find the k largest of some numbers, the k-th largest is found bit by bit, from the highest to the lowest of sixteen:
+a bit is set if at least k numbers are not less than the result with it. So 16-bit floats are mapped to integers of the
+same order first. Worked example in float16: 1.0 is 0x3C00 and becomes 48128, 0.0 and -0.0 become 32768, and -1.0,
+0xBC00, becomes 17408; infinities and NaN become 65535, so that the maximum tells whether a row has one.
+
+Top-p finds its last logit in the same way: a bit is set if the p of the logits that are not less than the result with
+it reach top_p of the sum. They are added as integers, so that the sum depends on no order. Worked example: logits
+4 3 3 1 with p = 1, 0.5, 0.5, 0.25 and top_p = 0.5: the one with 4 has less than half of 2.25, with a 3 it is more, so
+that 4 and the first 3 stay.
+
+**Over ranks**, each of which has the logits of its own words, `_shortlist_kernel` finds the k largest of these in the
+same way and lists them, with their ids. Ranks exchange their lists, and `_sample_kernel`, given all lists instead of
+logits, draws on every rank the token that it would draw from all logits.
+
+Worked example, k = 2: one rank lists 5 (word 0) and 4 (word 3), the other 4 (word 8) and 2 (word 9). Of the four, 5
+(word 0) and 4 (word 3) are the largest two, the first among equals.
+
+A row of 32,000 logits takes 14.2 us, one of 128,256 19.1 us; PyTorch's operators, compiled, took 39 and 57.
+The times are of one H200 (`benchmarks/NOTES.md`).
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from decode_kernels import launch
+
+
+@triton.jit
+def _sortable_keys(x):
+    """Floats of 16 bits, or in float32 what was such a one, as integers from 1 on of the same order, in 16 or 19 bits;
+    the largest integer is what is not finite.
+    """
+    WIDE: tl.constexpr = x.dtype == tl.float32
+    SIGN: tl.constexpr = 1 << 18 if WIDE else 1 << 15
+    INF: tl.constexpr = 0x3FC00 if WIDE else 0x7F80 if x.dtype == tl.bfloat16 else 0x7C00
+    if WIDE:
+        bits = (x.to(tl.int32, bitcast=True) >> 13) & 0x7FFFF
+    else:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    key = tl.where(bits < SIGN, bits + SIGN, 2 * SIGN - bits)
+    return tl.where((bits & (SIGN - 1)) < INF, key, 2 * SIGN - 1)
+
+
+@triton.jit
+def _block_max_kernel(logits_ptr, key_ptr, V: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr):
+    """The largest of every 16 logits, as a sortable key."""
+    row = tl.program_id(1)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None] * 16 + tl.arange(0, 16)
+    launch.launch_next(PDL)
+    launch.wait_for_previous(PDL)
+    key = tl.where(at < V, _sortable_keys(tl.load(logits_ptr + row * V + at, at < V, 0)), 0)
+    tl.store(key_ptr + row * ((V + 15) // 16) + block, tl.max(key, 1), block * 16 < V)
+
+
+@triton.jit
+def _k_largest(key, k, BITS: tl.constexpr):
+    """(which keys are the k largest, the first ones among equals; how many of them come before each key)."""
+    kth = 0  # the k-th largest key, bit by bit
+    for i in tl.static_range(BITS):
+        larger = kth + (1 << BITS - 1 >> i)
+        kth = tl.where(tl.sum((key >= larger).to(tl.int32)) >= k, larger, kth)
+    equals_wanted = k - tl.sum((key > kth).to(tl.int32))
+    # one prefix sum counts both: the larger ones in the high half, the equal ones in the low half
+    counts = (key > kth).to(tl.int32) * 65536 + (key == kth).to(tl.int32)
+    before = tl.cumsum(counts) - counts
+    equals = before & 0xFFFF
+    chosen = (key > kth) | ((key == kth) & (equals < equals_wanted))
+    return chosen, (before >> 16) + tl.minimum(equals, equals_wanted)
+
+
+@triton.jit
+def _most_probable(key, p, share, BITS: tl.constexpr):
+    """Which of these stay, if p are added from the largest key on until the sum reaches so large a share of all; the
+    first ones among equals.
+    """
+    mass = (p * 1099511627776.0).to(tl.int64)  # 2^40: of 256 numbers of at most 1 the sum is exact in any order
+    limit = tl.sum(mass).to(tl.float32) * share
+    last = 0  # the key that reaches it, bit by bit
+    for i in tl.static_range(BITS):
+        larger = last + (1 << BITS - 1 >> i)
+        last = tl.where(tl.sum(tl.where(key >= larger, mass, 0)).to(tl.float32) >= limit, larger, last)
+    equal = (key == last) & (mass > 0)
+    before = tl.sum(tl.where(key > last, mass, 0)) + (tl.cumsum(equal.to(tl.int32)) - 1) * mass
+    return (key > last) | (equal & (before.to(tl.float32) < limit))
+
+
+@triton.jit
+def _mix(x):
+    """splitmix64's finaliser, as in `sampling.py`."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def key_of(seed, position, stream):
+    """What the random numbers of a row at a position have in common, as in `sampling.uniform`."""
+    return _mix(_mix(seed * -0x61C8864680B583EB + stream) ^ position)
+
+
+@triton.jit
+def uniform(key, lane):
+    """63 random bits as a float in (0, 1), which keeps the relative precision of small values."""
+    bits = _mix(_mix(key + lane)) & 0x7FFFFFFFFFFFFFFF
+    return tl.minimum(tl.maximum(bits.to(tl.float32) * 1.0842021724855044e-19, 1.0842021724855044e-19), 1 - 2.0**-24)
+
+
+@triton.jit
+def race(token, weight, key):
+    """One of these tokens, each with a probability in proportion to its weight."""
+    u = uniform(key, token)
+    # -log(1 - u), accurate for small u, where a float's 1 - u is not
+    e = tl.where(u < 0.015625, u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25))), -tl.log(1 - u))
+    score = weight / e
+    return tl.min(tl.where(score == tl.max(score), token, 0x7FFFFFFF))  # the first among equals
+
+
+@triton.jit
+def _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N: tl.constexpr, K: tl.constexpr):
+    """Of the tokens in the K blocks with the largest maxima: (their ids, which are not in the vocabulary where the key
+    is 0; their logits; the keys of these; whether all logits of the row are finite).
+    """
+    BLOCKS: tl.constexpr = (N + 15) // 16
+    CHOSEN: tl.constexpr = min(K, BLOCKS)
+    block = tl.arange(0, triton.next_power_of_2(BLOCKS))
+    key = tl.load(key_ptr + row * BLOCKS + block, block < BLOCKS, 0)
+    finite = tl.max(key) < 65535
+    chosen, place = _k_largest(key, CHOSEN, 16)
+    tl.store(chosen_ptr + row * CHOSEN + place, block, chosen)
+    tl.debug_barrier()  # the program reads what its other lanes have written
+    j = tl.arange(0, triton.next_power_of_2(CHOSEN) * 16)
+    token = tl.load(chosen_ptr + row * CHOSEN + j // 16, j < CHOSEN * 16, 0) * 16 + j % 16
+    valid = (j < CHOSEN * 16) & (token < N)
+    x = tl.load(logits_ptr + row * N + token, valid, 0)
+    return token, x, tl.where(valid, _sortable_keys(x), 0), finite
+
+
+@triton.jit
+def _of_list(list_ptr, row, N: tl.constexpr):
+    """The same of a list of N tokens, as `shortlist` leaves it."""
+    j = tl.arange(0, triton.next_power_of_2(N))
+    word = tl.load(list_ptr + row * N + j, j < N, 0)
+    x = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    key = tl.where(j < N, _sortable_keys(x), 0)
+    tl.debug_barrier()  # as where the logits are all here
+    return (word & 0xFFFFFFFF).to(tl.int32), x, key, tl.max(key) < 0x7FFFF
+
+
+@triton.jit
+def candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N: tl.constexpr, K: tl.constexpr, TOP_P: tl.constexpr):
+    """(ids of tokens, among them those with the K largest logits; of each exp((l - max l) / T), but 0 for what top-k,
+    TOP_P and min-p leave out; whether all logits of the row are finite). The first three arguments: see
+    `largest_of_blocks`.
+    """
+    BITS: tl.constexpr = 19 if key_ptr is None else 16
+    inverse_temperature, min_p = tl.load(knobs_ptr), tl.load(knobs_ptr + 2)
+    if key_ptr is None:
+        token, x, key, finite = _of_list(logits_ptr, row, N)
+    else:
+        token, x, key, finite = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K)
+    chosen, _ = _k_largest(key, K, BITS)
+    top = tl.max(tl.where(key > 0, x.to(tl.float32), float("-inf")))
+    p = tl.exp((x.to(tl.float32) - top) * inverse_temperature)
+    p = tl.where(chosen & (key > 0), p, 0.0)
+    if TOP_P:
+        p = tl.where(_most_probable(key, p, tl.load(knobs_ptr + 1), BITS), p, 0.0)
+    return token, tl.where(p >= min_p, p, 0.0), finite
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr,
+    key_ptr,
+    chosen_ptr,
+    knobs_ptr,
+    seeds_ptr,
+    pos_ptr,
+    out_ptr,
+    seed_stride,
+    pos_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row: its candidates, and their race."""
+    row = tl.program_id(0)
+    launch.launch_next(PDL)
+    launch.wait_for_previous(PDL)
+    key = key_of(tl.load(seeds_ptr + row * seed_stride), tl.load(pos_ptr + row * pos_stride), 0)
+    token, p, finite = candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N, K, TOP_P)
+    tl.store(out_ptr + row, tl.where(finite, race(token, p, key), -1).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["first"])
+def _shortlist_kernel(
+    logits_ptr, key_ptr, chosen_ptr, list_ptr, first, N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr
+):
+    """One row: its K largest logits, with the ids of their tokens, which begin with `first`."""
+    row = tl.program_id(0)
+    launch.launch_next(PDL)
+    launch.wait_for_previous(PDL)
+    token, x, key, _ = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K)
+    chosen, place = _k_largest(key, K, 16)
+    logit = x.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
+    tl.store(list_ptr + row * K + place, (logit << 32) | (token + first).to(tl.int64), chosen)
+
+
+Source = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def largest_of_blocks(logits: Tensor, top_k: int, top_p: bool) -> tuple[Source, dict[str, int]]:
+    """The first step, for logits [rows, N] in 16 bits: what a kernel with `candidates` takes first, its constants. For
+    a list int64 [rows, N] there is nothing to do.
+    """
+    logits, (rows, n) = logits.contiguous(), logits.shape
+    constants = {"N": n, "K": top_k, "TOP_P": top_p}
+    if logits.dtype == torch.int64:
+        return (logits, None, None), constants
+    blocks, per_program = triton.cdiv(n, 16), 64
+    key = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
+    grid = triton.cdiv(blocks, per_program), rows
+    _block_max_kernel[grid](logits, key, V=n, BLOCKS=per_program, **launch.options(4))
+    return (logits, key, key.new_empty(rows, min(top_k, blocks))), constants
+
+
+def _sample_shape(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int, top_p: bool) -> Tensor:
+    return positions.new_empty(logits.shape[0])
+
+
+@launch.operator("sample", _sample_shape)
+def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int, top_p: bool) -> Tensor:
+    """logits [B, V] in 16 bits, or a list of the largest -> the next token of every row, int64 [B]; -1 where logits are
+    not finite.
+
+    knobs float32 [3]: 1 / temperature, top_p (where it is on), min_p. seeds int64 [B] or [1], positions int64 [B].
+    """
+    tensors, constants = largest_of_blocks(logits, top_k, top_p)
+    b, out = len(logits), _sample_shape(logits, knobs, seeds, positions, top_k, top_p)
+    given = knobs, seeds, positions, out, seeds.expand(b).stride(0), positions.stride(0)
+    _sample_kernel[(b,)](*tensors, *given, **constants, **launch.options(16))
+    return out
+
+
+def _shortlist_shape(logits: Tensor, top_k: int, first: int) -> Tensor:
+    return logits.new_empty(*logits.shape[:-1], top_k, dtype=torch.int64)
+
+
+@launch.operator("shortlist", _shortlist_shape)
+def shortlist(logits: Tensor, top_k: int, first: int) -> Tensor:
+    """Of logits [..., V] in 16 bits, of which top_k are never all, the largest: a list int64 [..., top_k] in the order
+    of ids, the logit in float32 above the id, which is first + the place in V. Lists of several ranks stand side by
+    side, in the order of ranks.
+    """
+    out = _shortlist_shape(logits, top_k, first)
+    tensors, _ = largest_of_blocks(logits.flatten(0, -2), top_k, False)
+    _shortlist_kernel[(len(tensors[0]),)](*tensors, out, first, N=logits.shape[-1], K=top_k, **launch.options(16))
+    return out
