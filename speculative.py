@@ -354,8 +354,7 @@ class Speculation:
 
     def _lookup(self, structure: Structure) -> Program:
         state, history, most = self.target.state, self.history, len(self.offsets) - 2
-        fast = self.target.fused(structure)
-        guess = fast.look_up_ if fast else look_up_
+        guess = fast.look_up_ if (fast := self.target.fused(structure)) else look_up_
         return self.target.small_program(lambda: guess(history, state.position, most), self._park, bool(fast))
 
     def _propose(self, draft: Stepper, shift: Tensor, end: int, structure: Structure) -> Program:
@@ -411,10 +410,11 @@ class Speculation:
         """What follows the model in a verification of any number of drafts: a function of its logits and offsets."""
         target, state, history, log = self.target, self.target.state, self.history, self.log
         V, last, q = self.vocab, self.history.shape[1] - self.margin, self.q if self.draft else None
-        rate, done = self.simulated, self.drafted
+        rate, done, k = self.simulated, self.drafted, structure.top_k or 1
         if fast := target.fused(structure):
-            given = structure.top_k or 1, structure.top_p, state.knobs, state.seeds, state.position, history, q, rate
-            then = last, state.token, state.position, history, done, log
+            seen = state.seen if structure.penalty else None
+            given = k, structure.top_p, state.knobs, state.seeds, state.position, history, seen, q, rate
+            then = last, state.token, state.position, history, done, log, seen
             return lambda logits, _: fast.settle_(target.broadcast(fast.verify(logits, *given)), *then)
 
         def settle(logits: Tensor, offsets: Tensor) -> None:

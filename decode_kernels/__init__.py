@@ -113,7 +113,7 @@ def connect(model: Transformer) -> FastCollectives | None:
 def samples(dtype: torch.dtype, vocabulary: int, rows: int, structure: Structure) -> bool:
     """Whether `sample` and `advance_` serve such logits of a model on which `use_` was called."""
     able = rows <= 1024 and structure.top_k < vocabulary <= 1 << 19 and dtype in (torch.bfloat16, torch.float16)
-    return able and not structure.penalty and (structure.greedy or 0 < structure.top_k <= 256)
+    return able and (structure.greedy or 0 < structure.top_k <= 256)
 
 
 def sample(
@@ -122,7 +122,7 @@ def sample(
     knobs: Tensor,
     seeds: Tensor,
     positions: Tensor,
-    _: Tensor | None = None,
+    seen: Tensor | None = None,
     *,
     first: int = 0,
     gather: Callable[[Tensor], Tensor] | None = None,
@@ -132,6 +132,8 @@ def sample(
 
     top_k = structure.top_k or 1
     source = logits if gather is None else gather(draw.shortlist(logits, top_k, first))
+    if structure.penalty and seen is not None:
+        source = draw.penalise(logits[:, None], seen, knobs, None, None)[:, 0]
     return draw.sample(source, knobs, seeds, positions, top_k, structure.top_p)
 
 

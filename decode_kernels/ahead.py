@@ -147,7 +147,7 @@ def rehearse(run: Run) -> None:
         logits = step(tokens, run.slots)
     token, of_rows = model.tp.broadcast(ids(b)), (torch.empty(4, device=META), ids(b), ids(b))
     if fast := decode_kernels.fast_rounds(logits.dtype, logits.shape[-1], b, run.structure):
-        token = decode_kernels.sample(logits, run.structure, *of_rows)
+        token = decode_kernels.sample(logits, run.structure, *of_rows, ids(*logits.shape).bool())
         if run.listed:
             own = logits[:, : model.vocab_local]
             decode_kernels.sample(own, run.structure, *of_rows, gather=model.tp.all_gather)
@@ -162,16 +162,16 @@ def end_round(fast: FastRounds, run: Run, logits: Tensor) -> None:
     """What a round adds to the steps of its models, of which this one gave these logits [B, V]. What only the other one
     needs is the same, if both have the same ids.
     """
-    (b, v), (_, top_k, top_p, *_) = logits.shape, run.structure
+    (b, v), (_, top_k, top_p, _, penalty) = logits.shape, run.structure
     of_rows, history, drafted = (torch.empty(4, device=META), ids(b), ids(b, 1)), ids(b, run.slots), ids(1)
-    q = torch.empty(b, 1, v, device=META) if run.drafts else None
+    q, seen = torch.empty(b, 1, v, device=META) if run.drafts else None, ids(b, v).bool() if penalty else None
     if run.drafts:
         fast.propose_(logits, top_k or 1, top_p, *of_rows, drafted, history, q)
     else:
         fast.look_up_(history, ids(b, 1), max(run.tokens) - 1)
     for tokens in run.tokens:
-        verified = fast.verify(logits.new_empty(b, tokens, v), top_k or 1, top_p, *of_rows, history, q, None)
-        fast.settle_(run.model.tp.broadcast(verified), 0, ids(b, 1), ids(b, 1), history, drafted, ids(b, 1))
+        verified = fast.verify(logits.new_empty(b, tokens, v), top_k or 1, top_p, *of_rows, history, seen, q, None)
+        fast.settle_(run.model.tp.broadcast(verified), 0, ids(b, 1), ids(b, 1), history, drafted, ids(b, 1), seen)
 
 
 def prefill(model: Transformer, cache: KVCache, tokens: Tensor) -> None:

@@ -23,8 +23,11 @@ same order first. Worked example in float16: 1.0 is 0x3C00 and becomes 48128, 0.
 
 Top-p finds its last logit in the same way: a bit is set if the p of the logits that are not less than the result with
 it reach top_p of the sum. They are added as integers, so that the sum depends on no order. Worked example: logits
-4 3 3 1 with p = 1, 0.5, 0.5, 0.25 and top_p = 0.5: the one with 4 has less than half of 2.25, with a 3 it is more, so
-that 4 and the first 3 stay.
+4 3 3 1 with p = 1, 0.5, 0.5, 0.125 and top_p = 0.5: 4 alone has less than half of 2.125, with a 3 it is more, so that
+4 and the first 3 stay.
+
+**A repetition penalty** is applied by a kernel in front, `_penalise_kernel`. It leaves logits in float32, for which
+"bit by bit" means 32 bits.
 
 **Over ranks**, each of which has the logits of its own words, `_shortlist_kernel` finds the k largest of these in the
 same way and lists them, with their ids. Ranks exchange their lists, and `_sample_kernel`, given all lists instead of
@@ -33,8 +36,8 @@ logits, draws on every rank the token that it would draw from all logits.
 Worked example, k = 2: one rank lists 5 (word 0) and 4 (word 3), the other 4 (word 8) and 2 (word 9). Of the four, 5
 (word 0) and 4 (word 3) are the largest two, the first among equals.
 
-A row of 32,000 logits takes 14.2 us, one of 128,256 19.1 us; PyTorch's operators, compiled, took 39 and 57.
-The times are of one H200 (`benchmarks/NOTES.md`).
+A row of 32,000 logits takes 14.2 us, one of 128,256 19.1 us; PyTorch's operators, compiled, took 39 and 57. The times
+are of one H200 (`benchmarks/NOTES.md`).
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202
@@ -49,19 +52,17 @@ from decode_kernels import launch
 
 
 @triton.jit
-def _sortable_keys(x):
-    """Floats of 16 bits, or in float32 what was such a one, as integers from 1 on of the same order, in 16 or 19 bits;
-    the largest integer is what is not finite.
-    """
+def _sortable_keys(x, BITS: tl.constexpr):
+    """The upper BITS of floats as integers from 1 on of the same order; the largest integer is what is not finite."""
+    SIGN: tl.constexpr = 1 << BITS - 1
     WIDE: tl.constexpr = x.dtype == tl.float32
-    SIGN: tl.constexpr = 1 << 18 if WIDE else 1 << 15
-    INF: tl.constexpr = 0x3FC00 if WIDE else 0x7F80 if x.dtype == tl.bfloat16 else 0x7C00
+    INF: tl.constexpr = 0x7F800000 >> 32 - BITS if WIDE else 0x7F80 if x.dtype == tl.bfloat16 else 0x7C00
     if WIDE:
-        bits = (x.to(tl.int32, bitcast=True) >> 13) & 0x7FFFF
+        bits = x.to(tl.uint32, bitcast=True) >> 32 - BITS
     else:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    key = tl.where(bits < SIGN, bits + SIGN, 2 * SIGN - bits)
-    return tl.where((bits & (SIGN - 1)) < INF, key, 2 * SIGN - 1)
+    key = tl.where(bits < SIGN, bits + SIGN, SIGN - (bits - SIGN))
+    return tl.where((bits & (SIGN - 1)) < INF, key, SIGN - 1 + SIGN)
 
 
 @triton.jit
@@ -72,18 +73,21 @@ def _block_max_kernel(logits_ptr, key_ptr, V: tl.constexpr, BLOCKS: tl.constexpr
     at = block[:, None] * 16 + tl.arange(0, 16)
     launch.launch_next(PDL)
     launch.wait_for_previous(PDL)
-    key = tl.where(at < V, _sortable_keys(tl.load(logits_ptr + row * V + at, at < V, 0)), 0)
-    tl.store(key_ptr + row * ((V + 15) // 16) + block, tl.max(key, 1), block * 16 < V)
+    x = tl.load(logits_ptr + row * V + at, at < V, 0)
+    key = _sortable_keys(x, x.dtype.primitive_bitwidth)
+    tl.store(key_ptr + row * ((V + 15) // 16) + block, tl.max(tl.where(at < V, key, 0), 1), block * 16 < V)
 
 
 @triton.jit
-def _k_largest(key, k, BITS: tl.constexpr):
-    """(which keys are the k largest, the first ones among equals; how many of them come before each key)."""
-    kth = 0  # the k-th largest key, bit by bit
-    for i in tl.static_range(BITS):
-        larger = kth + (1 << BITS - 1 >> i)
-        kth = tl.where(tl.sum((key >= larger).to(tl.int32)) >= k, larger, kth)
-    equals_wanted = k - tl.sum((key > kth).to(tl.int32))
+def _k_largest(key, K: tl.constexpr, BITS: tl.constexpr):
+    """(which keys are the K largest, the first ones among equals; how many of them come before each key)."""
+    kth = tl.max(key)  # the K-th largest key
+    if K > 1:
+        kth = kth & 0  # and bit by bit
+        for i in tl.static_range(BITS):
+            larger = kth + (1 << BITS - 1 >> i)
+            kth = tl.where(tl.sum((key >= larger).to(tl.int32)) >= K, larger, kth)
+    equals_wanted = K - tl.sum((key > kth).to(tl.int32))
     # one prefix sum counts both: the larger ones in the high half, the equal ones in the low half
     counts = (key > kth).to(tl.int32) * 65536 + (key == kth).to(tl.int32)
     before = tl.cumsum(counts) - counts
@@ -99,7 +103,7 @@ def _most_probable(key, p, share, BITS: tl.constexpr):
     """
     mass = (p * 1099511627776.0).to(tl.int64)  # 2^40: of 256 numbers of at most 1 the sum is exact in any order
     limit = tl.sum(mass).to(tl.float32) * share
-    last = 0  # the key that reaches it, bit by bit
+    last = tl.max(key) & 0  # the key that reaches it; bit by bit
     for i in tl.static_range(BITS):
         larger = last + (1 << BITS - 1 >> i)
         last = tl.where(tl.sum(tl.where(key >= larger, mass, 0)).to(tl.float32) >= limit, larger, last)
@@ -140,7 +144,7 @@ def race(token, weight, key):
 
 
 @triton.jit
-def _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N: tl.constexpr, K: tl.constexpr):
+def _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr):
     """Of the tokens in the K blocks with the largest maxima: (their ids, which are not in the vocabulary where the key
     is 0; their logits; the keys of these; whether all logits of the row are finite).
     """
@@ -148,26 +152,26 @@ def _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N: tl.constexpr, K:
     CHOSEN: tl.constexpr = min(K, BLOCKS)
     block = tl.arange(0, triton.next_power_of_2(BLOCKS))
     key = tl.load(key_ptr + row * BLOCKS + block, block < BLOCKS, 0)
-    finite = tl.max(key) < 65535
-    chosen, place = _k_largest(key, CHOSEN, 16)
+    finite = tl.max(key) < (1 << BITS) - 1
+    chosen, place = _k_largest(key, CHOSEN, BITS)
     tl.store(chosen_ptr + row * CHOSEN + place, block, chosen)
     tl.debug_barrier()  # the program reads what its other lanes have written
     j = tl.arange(0, triton.next_power_of_2(CHOSEN) * 16)
     token = tl.load(chosen_ptr + row * CHOSEN + j // 16, j < CHOSEN * 16, 0) * 16 + j % 16
     valid = (j < CHOSEN * 16) & (token < N)
     x = tl.load(logits_ptr + row * N + token, valid, 0)
-    return token, x, tl.where(valid, _sortable_keys(x), 0), finite
+    return token, x, tl.where(valid, _sortable_keys(x, BITS), 0), finite
 
 
 @triton.jit
-def _of_list(list_ptr, row, N: tl.constexpr):
+def _of_list(list_ptr, row, N: tl.constexpr, BITS: tl.constexpr):
     """The same of a list of N tokens, as `shortlist` leaves it."""
     j = tl.arange(0, triton.next_power_of_2(N))
     word = tl.load(list_ptr + row * N + j, j < N, 0)
     x = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    key = tl.where(j < N, _sortable_keys(x), 0)
+    key = tl.where(j < N, _sortable_keys(x, BITS), 0)
     tl.debug_barrier()  # as where the logits are all here
-    return (word & 0xFFFFFFFF).to(tl.int32), x, key, tl.max(key) < 0x7FFFF
+    return (word & 0xFFFFFFFF).to(tl.int32), x, key, tl.max(key) < (1 << BITS) - 1
 
 
 @triton.jit
@@ -176,12 +180,13 @@ def candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N: tl.constexpr,
     TOP_P and min-p leave out; whether all logits of the row are finite). The first three arguments: see
     `largest_of_blocks`.
     """
-    BITS: tl.constexpr = 19 if key_ptr is None else 16
+    # a list's float32 was a 16-bit float, of which 19 bits are all
+    BITS: tl.constexpr = 19 if key_ptr is None else logits_ptr.dtype.element_ty.primitive_bitwidth
     inverse_temperature, min_p = tl.load(knobs_ptr), tl.load(knobs_ptr + 2)
     if key_ptr is None:
-        token, x, key, finite = _of_list(logits_ptr, row, N)
+        token, x, key, finite = _of_list(logits_ptr, row, N, BITS)
     else:
-        token, x, key, finite = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K)
+        token, x, key, finite = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K, BITS)
     chosen, _ = _k_largest(key, K, BITS)
     top = tl.max(tl.where(key > 0, x.to(tl.float32), float("-inf")))
     p = tl.exp((x.to(tl.float32) - top) * inverse_temperature)
@@ -224,7 +229,7 @@ def _shortlist_kernel(
     row = tl.program_id(0)
     launch.launch_next(PDL)
     launch.wait_for_previous(PDL)
-    token, x, key, _ = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K)
+    token, x, key, _ = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K, 16)
     chosen, place = _k_largest(key, K, 16)
     logit = x.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
     tl.store(list_ptr + row * K + place, (logit << 32) | (token + first).to(tl.int64), chosen)
@@ -234,18 +239,65 @@ Source = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def largest_of_blocks(logits: Tensor, top_k: int, top_p: bool) -> tuple[Source, dict[str, int]]:
-    """The first step, for logits [rows, N] in 16 bits: what a kernel with `candidates` takes first, its constants. For
-    a list int64 [rows, N] there is nothing to do.
+    """The first step, for logits [rows, N] in 16 bits or float32: what a kernel with `candidates` takes first, its
+    constants. For a list int64 [rows, N] there is nothing to do.
     """
     logits, (rows, n) = logits.contiguous(), logits.shape
     constants = {"N": n, "K": top_k, "TOP_P": top_p}
     if logits.dtype == torch.int64:
         return (logits, None, None), constants
     blocks, per_program = triton.cdiv(n, 16), 64
-    key = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
+    key = torch.empty(rows, blocks, dtype=torch.uint32 if logits.itemsize == 4 else torch.int32, device=logits.device)
     grid = triton.cdiv(blocks, per_program), rows
     _block_max_kernel[grid](logits, key, V=n, BLOCKS=per_program, **launch.options(4))
-    return (logits, key, key.new_empty(rows, min(top_k, blocks))), constants
+    return (logits, key, key.new_empty(rows, min(top_k, blocks), dtype=torch.int32)), constants
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _penalise_kernel(
+    logits_ptr,
+    seen_ptr,
+    knobs_ptr,
+    history_ptr,
+    pos_ptr,
+    out_ptr,
+    slots,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Some logits of one token of one row: those of ids that are seen, or stand between the newest token and it."""
+    i, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    launch.launch_next(PDL)
+    launch.wait_for_previous(PDL)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = (row * tl.num_programs(1) + i) * V + token
+    x = tl.load(logits_ptr + at, token < V, 0).to(tl.float32)
+    seen = tl.load(seen_ptr + row * V + token, token < V, 0) != 0
+    if history_ptr is not None:
+        history_ptr += row * slots + tl.load(pos_ptr + row)
+        while i > 0:
+            seen = seen | (token == tl.load(history_ptr + i))
+            i -= 1
+    penalty = tl.load(knobs_ptr + 3)
+    y = tl.where(seen, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
+    tl.store(out_ptr + at, y, token < V)
+
+
+def _penalise_shape(logits: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+@launch.operator("penalise", _penalise_shape)
+def penalise(logits: Tensor, seen: Tensor, knobs: Tensor, history: Tensor | None, position: Tensor | None) -> Tensor:
+    """`sampling.penalise` for logits [B, T, V] and seen bool [B, V]: float32. What history int64 [B, S] holds behind
+    position int64 [B, 1] is seen by the tokens that come later.
+    """
+    out, (b, t, v) = _penalise_shape(logits), logits.shape
+    slots = 0 if history is None else history.shape[1]
+    given = logits.contiguous(), seen.view(torch.uint8), knobs, history, position, out, slots
+    _penalise_kernel[(triton.cdiv(v, 2048), t, b)](*given, V=v, BLOCK=2048, **launch.options(4))
+    return out
 
 
 def _sample_shape(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int, top_p: bool) -> Tensor:
@@ -254,7 +306,7 @@ def _sample_shape(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tenso
 
 @launch.operator("sample", _sample_shape)
 def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int, top_p: bool) -> Tensor:
-    """logits [B, V] in 16 bits, or a list of the largest -> the next token of every row, int64 [B]; -1 where logits are
+    """logits [B, V], or a list of the largest -> the next token of every row, int64 [B]; -1 where logits are
     not finite.
 
     knobs float32 [3]: 1 / temperature, top_p (where it is on), min_p. seeds int64 [B] or [1], positions int64 [B].

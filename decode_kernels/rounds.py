@@ -80,8 +80,8 @@ def _look_up_kernel(history_ptr, pos_ptr, slots, count, BLOCK: tl.constexpr, WID
 def look_up_(history: Tensor, position: Tensor, count: int) -> None:
     """`speculative.lookup` of so many ids, into history int64 [B, S] behind position int64 [B, 1]."""
     b, slots = history.shape
-    width = triton.next_power_of_2(count)
-    _look_up_kernel[(b,)](history, position, slots, count, BLOCK=2048, WIDTH=width, **launch.options(8))
+    given = history, position, slots, count
+    _look_up_kernel[(b,)](*given, BLOCK=2048, WIDTH=triton.next_power_of_2(count), **launch.options(8))
 
 
 # -- proposing ----------------
@@ -210,14 +210,18 @@ def verify(
     seeds: Tensor,
     position: Tensor,
     history: Tensor,
+    seen: Tensor | None,
     q: Tensor | None,
     rate: Tensor | None,
 ) -> Tensor:
     """`speculative.accept` but for its end, for logits [B, T, V] of what stands in history int64 [B, S] from position
     int64 [B, 1] on. int64 [2, B, T]: what was proposed, -1 where it is refused; the token in its place, -1 where logits
-    are not finite. q float32 [B, >= T - 1, V], None: all mass on the proposal; rate float32 []: accept at random.
+    are not finite. seen bool [B, V]: for a penalty. q float32 [B, >= T - 1, V], None: all mass on the proposal; rate
+    float32 []: accept at random.
     """
     out = _verify_shape(logits)
+    if seen is not None:
+        logits = draw.penalise(logits, seen, knobs, history, position)
     tensors, constants = draw.largest_of_blocks(logits.flatten(0, 1), top_k, top_p)
     given = knobs, seeds, position, history, q, rate, out, history.shape[1], *((0, 0) if q is None else q.stride()[:2])
     _verify_kernel[(logits.shape[1], len(logits))](*tensors, *given, **constants, **launch.options(16))
@@ -227,7 +231,7 @@ def verify(
 # -- moving on ----------------
 
 
-@triton.jit(do_not_specialize=["tokens", "slots", "last", "columns"])
+@triton.jit(do_not_specialize=["tokens", "slots", "last", "columns", "words"])
 def _settle_kernel(
     verified_ptr,
     token_ptr,
@@ -235,10 +239,12 @@ def _settle_kernel(
     history_ptr,
     drafted_ptr,
     log_ptr,
+    seen_ptr,
     tokens,
     slots,
     last,
     columns,
+    words,
     WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -257,19 +263,29 @@ def _settle_kernel(
     tl.store(log_ptr + row * columns + 1 + i, emitted, here)
     tl.store(history_ptr + row * slots + position + 1 + i, tl.maximum(emitted, 0), here)
     tl.store(token_ptr + row, tl.maximum(newest, 0))
+    if seen_ptr is not None:
+        tl.store(seen_ptr + row * words + emitted, 1, here & (i <= count) & (emitted >= 0))
     tl.debug_barrier()  # every lane has read the position
     tl.store(pos_ptr + row, tl.minimum(position + count + 1, last))
     tl.store(drafted_ptr, 0)
 
 
-@launch.operator("settle_", _nothing, ("token", "position", "history", "drafted", "log"))
+@launch.operator("settle_", _nothing, ("token", "position", "history", "drafted", "log", "seen"))
 def settle_(
-    verified: Tensor, last: int, token: Tensor, position: Tensor, history: Tensor, drafted: Tensor, log: Tensor
+    verified: Tensor,
+    last: int,
+    token: Tensor,
+    position: Tensor,
+    history: Tensor,
+    drafted: Tensor,
+    log: Tensor,
+    seen: Tensor | None,
 ) -> None:
     """The end of a round, of what `verify` returns: how many tokens, and which, into log int64 [B, > T]; the same into
     history int64 [B, S] behind position, the newest into token int64 [B, 1]; position moves on, to `last` at most.
+    What came out is seen bool [B, V] from here on.
     """
     _, b, tokens = verified.shape
-    sizes = tokens, history.shape[1], last, log.shape[1]
-    width = triton.next_power_of_2(tokens)
-    _settle_kernel[(b,)](verified, token, position, history, drafted, log, *sizes, WIDTH=width, **launch.options(1))
+    words, marks = (0, None) if seen is None else (seen.shape[1], seen.view(torch.uint8))
+    given = token, position, history, drafted, log, marks, tokens, history.shape[1], last, log.shape[1], words
+    _settle_kernel[(b,)](verified, *given, WIDTH=triton.next_power_of_2(tokens), **launch.options(1))

@@ -238,18 +238,21 @@ def listed(vocabulary: int, ranks: int, top_k: int) -> Callable[[], object]:
     return run
 
 
-def round_(vocabulary: int, top_k: int, drafts: bool) -> Callable[[], object]:
-    """What surrounds the models in a round of speculation, by a draft or by looking up."""
+def round_(vocabulary: int, top_k: int, drafts: bool, usual: bool = False) -> Callable[[], object]:
+    """What surrounds the models in a round of speculation, by a draft or by looking up. usual: with top-p and a
+    penalty, as many checkpoints ask for.
+    """
 
     def run() -> None:
         logits, token, history = torch.empty(1, 4, vocabulary, dtype=torch.bfloat16), ids(1), ids(256)
         of_rows, q = (torch.empty(4), token[0], token), torch.empty(1, 5, vocabulary)
         if drafts:
-            rounds.propose_(logits[:, 0], top_k, False, *of_rows, token[0], history, q)
+            rounds.propose_(logits[:, 0], top_k, usual, *of_rows, token[0], history, q)
         else:
             rounds.look_up_(history, token, 3)
-        verified = rounds.verify(logits, top_k, False, *of_rows, history, q if drafts else None, None)
-        rounds.settle_(verified, 255, token, token, history, token[0], ids(6))
+        seen = torch.zeros(1, vocabulary, dtype=torch.bool) if usual else None
+        verified = rounds.verify(logits, top_k, usual, *of_rows, history, seen, q if drafts else None, None)
+        rounds.settle_(verified, 255, token, token, history, token[0], ids(6), seen)
 
     def ids(n: int) -> Tensor:
         return torch.zeros(1, n, dtype=torch.int64)
@@ -326,6 +329,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "qwen2.5-7b step, top-p": step(152064, 3584, 64, 20, top_p=True),
         "llama-2-7b step over 2 ranks": listed(32000, 2, 200),
         "llama-2-7b round, looked up": round_(32000, 200, drafts=False),
+        "qwen2.5-7b round, looked up, top-p and a penalty": round_(152064, 20, drafts=False, usual=True),
         "llama-3.1-8b round of a draft, greedy": round_(128256, 1, drafts=True),
         "llama-2-7b sum over 2 ranks": exchange(4096, 2, True),
         "llama-2-70b gather over 8 ranks": exchange(4000, 8, False),
@@ -353,6 +357,7 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "llama-2-7b step",
     "llama-2-7b step over 2 ranks",
     "llama-2-7b round, looked up",
+    "qwen2.5-7b round, looked up, top-p and a penalty",
     "llama-3.1-8b round of a draft, greedy",
     "llama-2-7b sum over 2 ranks",
     "llama-2-7b o bf16 1, summed over 2 ranks",

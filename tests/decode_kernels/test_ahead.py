@@ -76,9 +76,9 @@ with ahead.Rehearsal():
     target = build("llama", 8, -1, 2)
     target.speculate(draft := build("llama", 4, 32, 1), 3)
     draft.reserve(3, 26, 5)
-    run(target, 3, 6, Structure(False, 200, top_p=True))
+    run(target, 3, 6, Structure(False, 200, top_p=True, penalty=True))
     # windows and norms of heads; a long prompt; greedy
-    run(build("gemma3_text", 16, 0, 2), 2, 40, Structure(True, 0))
+    run(build("gemma3_text", 16, 0, 2), 2, 40, Structure(True, 0, penalty=True))
     # experts; one of two ranks, which send lists
     run(build("mixtral", 16, 0, 1, 2), 1, 3, Structure(False, 40))
 """

@@ -227,12 +227,20 @@ def test_the_largest_are_in_the_blocks_with_the_largest_maxima():
     assert sorted(sum(blocks, []))[-2:] == sorted(blocks[best[0]] + blocks[best[1]])[-2:] == [4, 5]
 
 
+@needs_triton
+def test_what_top_p_keeps_in_the_example():
+    p, top_p = 0.5 ** torch.tensor([0.0, 1, 1, 3]), 0.5
+    told = ", ".join(f"{n:g}" for n in p.tolist())
+    assert said(draw, f"p = {told} and top_p = {top_p}: 4 alone has less than half of {p.sum():g}, with a 3 it is more")
+    assert p[0] < top_p * p.sum() < p[:2].sum()
+
+
 if HAS_TRITON:
 
     @triton.jit
     def keys_kernel(x_ptr, key_ptr, chosen_ptr, place_ptr, N: tl.constexpr, K: tl.constexpr):
         i = tl.arange(0, N)
-        key = draw._sortable_keys(tl.load(x_ptr + i))
+        key = draw._sortable_keys(tl.load(x_ptr + i), 16)
         chosen, place = draw._k_largest(key, K, 16)
         tl.store(key_ptr + i, key)
         tl.store(chosen_ptr + i, chosen.to(tl.int32))

@@ -9,7 +9,7 @@ import decode_kernels
 import engine
 from decode_kernels import INTERPRETED
 from model import Transformer
-from sampling import SamplingParams, Structure, distribution, sample
+from sampling import SamplingParams, Structure, distribution, penalise, sample
 from tp import TensorParallel
 
 if HAS_TRITON:
@@ -158,6 +158,28 @@ def test_top_p_at_the_edge_of_a_token_equals_twin(top_p, stay):
     assert (probs > 0).sum() == stay
     for got in remaining(logits, params):
         assert got.nonzero().flatten().tolist() == list(range(70, 70 + stay))
+
+
+@needs_kernels
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_a_penalty_equals_twin(penalty):
+    """Bit for bit, also of tokens behind some that are drafted; and what is drawn then."""
+    rows, vocabulary, gen = 2, 2500, torch.Generator().manual_seed(4)
+    logits = make_logits(rows, vocabulary, torch.float16, True)
+    seen = (torch.rand(rows, vocabulary, generator=gen) < 0.3).to(DEVICE)
+    history = torch.randint(vocabulary, (rows, 30), generator=gen).to(DEVICE)
+    position = torch.tensor([[3], [9]], device=DEVICE)
+    for temperature in (0.0, 0.9):
+        params = SamplingParams(temperature, 50, 0.9, repetition_penalty=penalty)
+        knobs = params.knobs(DEVICE)
+        got, now = draw.penalise(logits[:, None].expand(-1, 3, -1), seen, knobs, history, position), seen.clone()
+        for i in range(3):
+            assert torch.equal(got[:, i], penalise(logits, now, knobs))
+            now.scatter_(1, history.gather(1, position + 1 + i), True)
+        seeds, positions = torch.arange(rows, device=DEVICE), position[:, 0]
+        order = penalise(logits, seen, knobs).double() - 1e-9 * torch.arange(vocabulary, device=DEVICE)
+        want = sample(order, params.structure._replace(penalty=False), knobs, seeds, positions)
+        assert torch.equal(decode_kernels.sample(logits, params.structure, knobs, seeds, positions, seen), want)
 
 
 @needs_kernels
