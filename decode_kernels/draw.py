@@ -50,6 +50,10 @@ from torch import Tensor
 
 from decode_kernels import launch
 
+Source = tuple[Tensor, Tensor | None, Tensor | None]  # logits, maxima of blocks, room for blocks; or a list alone
+
+# -- the largest ----------------
+
 
 @triton.jit
 def _sortable_keys(x, BITS: tl.constexpr):
@@ -112,35 +116,7 @@ def _most_probable(key, p, share, BITS: tl.constexpr):
     return (key > last) | (equal & (before.to(tl.float32) < limit))
 
 
-@triton.jit
-def _mix(x):
-    """splitmix64's finaliser, as in `sampling.py`."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-@triton.jit
-def key_of(seed, position, stream):
-    """What the random numbers of a row at a position have in common, as in `sampling.uniform`."""
-    return _mix(_mix(seed * -0x61C8864680B583EB + stream) ^ position)
-
-
-@triton.jit
-def uniform(key, lane):
-    """63 random bits as a float in (0, 1), which keeps the relative precision of small values."""
-    bits = _mix(_mix(key + lane)) & 0x7FFFFFFFFFFFFFFF
-    return tl.minimum(tl.maximum(bits.to(tl.float32) * 1.0842021724855044e-19, 1.0842021724855044e-19), 1 - 2.0**-24)
-
-
-@triton.jit
-def race(token, weight, key):
-    """One of these tokens, each with a probability in proportion to its weight."""
-    u = uniform(key, token)
-    # -log(1 - u), accurate for small u, where a float's 1 - u is not
-    e = tl.where(u < 0.015625, u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25))), -tl.log(1 - u))
-    score = weight / e
-    return tl.min(tl.where(score == tl.max(score), token, 0x7FFFFFFF))  # the first among equals
+# -- candidates ----------------
 
 
 @triton.jit
@@ -196,6 +172,58 @@ def candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N: tl.constexpr,
     return token, tl.where(p >= min_p, p, 0.0), finite
 
 
+def largest_of_blocks(logits: Tensor, top_k: int, top_p: bool) -> tuple[Source, dict[str, int]]:
+    """The first step, for logits [rows, N] in 16 bits or float32: (what a kernel with `candidates` takes first, its
+    constants). For a list int64 [rows, N] there is nothing to do.
+    """
+    logits, (rows, n) = logits.contiguous(), logits.shape
+    constants = {"N": n, "K": top_k, "TOP_P": top_p}
+    if logits.dtype == torch.int64:
+        return (logits, None, None), constants
+    blocks, per_program = triton.cdiv(n, 16), 64
+    key = torch.empty(rows, blocks, dtype=torch.uint32 if logits.itemsize == 4 else torch.int32, device=logits.device)
+    grid = triton.cdiv(blocks, per_program), rows
+    _block_max_kernel[grid](logits, key, V=n, BLOCKS=per_program, **launch.options(4))
+    return (logits, key, key.new_empty(rows, min(top_k, blocks), dtype=torch.int32)), constants
+
+
+# -- a race between them ----------------
+
+
+@triton.jit
+def _mix(x):
+    """splitmix64's finaliser, as in `sampling.py`."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def key_of(seed, position, stream):
+    """What the random numbers of a row at a position have in common, as in `sampling.uniform`."""
+    return _mix(_mix(seed * -0x61C8864680B583EB + stream) ^ position)
+
+
+@triton.jit
+def uniform(key, lane):
+    """63 random bits as a float in (0, 1), which keeps the relative precision of small values."""
+    bits = _mix(_mix(key + lane)) & 0x7FFFFFFFFFFFFFFF
+    return tl.minimum(tl.maximum(bits.to(tl.float32) * 1.0842021724855044e-19, 1.0842021724855044e-19), 1 - 2.0**-24)
+
+
+@triton.jit
+def race(token, weight, key):
+    """One of these tokens, each with a probability in proportion to its weight."""
+    u = uniform(key, token)
+    # -log(1 - u), accurate for small u, where a float's 1 - u is not
+    e = tl.where(u < 0.015625, u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25))), -tl.log(1 - u))
+    score = weight / e
+    return tl.min(tl.where(score == tl.max(score), token, 0x7FFFFFFF))  # the first among equals
+
+
+# -- the next token ----------------
+
+
 @triton.jit
 def _sample_kernel(
     logits_ptr,
@@ -221,6 +249,27 @@ def _sample_kernel(
     tl.store(out_ptr + row, tl.where(finite, race(token, p, key), -1).to(tl.int64))
 
 
+def _sample_shape(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int, top_p: bool) -> Tensor:
+    return positions.new_empty(logits.shape[0])
+
+
+@launch.operator("sample", _sample_shape)
+def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int, top_p: bool) -> Tensor:
+    """logits [B, V], or a list of the largest -> the next token of every row, int64 [B]; -1 where logits are
+    not finite.
+
+    knobs float32 [3]: 1 / temperature, top_p (where it is on), min_p. seeds int64 [B] or [1], positions int64 [B].
+    """
+    tensors, constants = largest_of_blocks(logits, top_k, top_p)
+    b, out = len(logits), _sample_shape(logits, knobs, seeds, positions, top_k, top_p)
+    given = knobs, seeds, positions, out, seeds.expand(b).stride(0), positions.stride(0)
+    _sample_kernel[(b,)](*tensors, *given, **constants, **launch.options(16))
+    return out
+
+
+# -- over ranks ----------------
+
+
 @triton.jit(do_not_specialize=["first"])
 def _shortlist_kernel(
     logits_ptr, key_ptr, chosen_ptr, list_ptr, first, N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr
@@ -235,22 +284,23 @@ def _shortlist_kernel(
     tl.store(list_ptr + row * K + place, (logit << 32) | (token + first).to(tl.int64), chosen)
 
 
-Source = tuple[Tensor, Tensor | None, Tensor | None]
+def _shortlist_shape(logits: Tensor, top_k: int, first: int) -> Tensor:
+    return logits.new_empty(*logits.shape[:-1], top_k, dtype=torch.int64)
 
 
-def largest_of_blocks(logits: Tensor, top_k: int, top_p: bool) -> tuple[Source, dict[str, int]]:
-    """The first step, for logits [rows, N] in 16 bits or float32: what a kernel with `candidates` takes first, its
-    constants. For a list int64 [rows, N] there is nothing to do.
+@launch.operator("shortlist", _shortlist_shape)
+def shortlist(logits: Tensor, top_k: int, first: int) -> Tensor:
+    """Of logits [..., V] in 16 bits, of which top_k are never all, the largest: a list int64 [..., top_k] in the order
+    of ids, the logit in float32 above the id, which is first + the place in V. Lists of several ranks stand side by
+    side, in the order of ranks.
     """
-    logits, (rows, n) = logits.contiguous(), logits.shape
-    constants = {"N": n, "K": top_k, "TOP_P": top_p}
-    if logits.dtype == torch.int64:
-        return (logits, None, None), constants
-    blocks, per_program = triton.cdiv(n, 16), 64
-    key = torch.empty(rows, blocks, dtype=torch.uint32 if logits.itemsize == 4 else torch.int32, device=logits.device)
-    grid = triton.cdiv(blocks, per_program), rows
-    _block_max_kernel[grid](logits, key, V=n, BLOCKS=per_program, **launch.options(4))
-    return (logits, key, key.new_empty(rows, min(top_k, blocks), dtype=torch.int32)), constants
+    out = _shortlist_shape(logits, top_k, first)
+    tensors, _ = largest_of_blocks(logits.flatten(0, -2), top_k, False)
+    _shortlist_kernel[(len(tensors[0]),)](*tensors, out, first, N=logits.shape[-1], K=top_k, **launch.options(16))
+    return out
+
+
+# -- a repetition penalty ----------------
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -297,38 +347,4 @@ def penalise(logits: Tensor, seen: Tensor, knobs: Tensor, history: Tensor | None
     slots = 0 if history is None else history.shape[1]
     given = logits.contiguous(), seen.view(torch.uint8), knobs, history, position, out, slots
     _penalise_kernel[(triton.cdiv(v, 2048), t, b)](*given, V=v, BLOCK=2048, **launch.options(4))
-    return out
-
-
-def _sample_shape(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int, top_p: bool) -> Tensor:
-    return positions.new_empty(logits.shape[0])
-
-
-@launch.operator("sample", _sample_shape)
-def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_k: int, top_p: bool) -> Tensor:
-    """logits [B, V], or a list of the largest -> the next token of every row, int64 [B]; -1 where logits are
-    not finite.
-
-    knobs float32 [3]: 1 / temperature, top_p (where it is on), min_p. seeds int64 [B] or [1], positions int64 [B].
-    """
-    tensors, constants = largest_of_blocks(logits, top_k, top_p)
-    b, out = len(logits), _sample_shape(logits, knobs, seeds, positions, top_k, top_p)
-    given = knobs, seeds, positions, out, seeds.expand(b).stride(0), positions.stride(0)
-    _sample_kernel[(b,)](*tensors, *given, **constants, **launch.options(16))
-    return out
-
-
-def _shortlist_shape(logits: Tensor, top_k: int, first: int) -> Tensor:
-    return logits.new_empty(*logits.shape[:-1], top_k, dtype=torch.int64)
-
-
-@launch.operator("shortlist", _shortlist_shape)
-def shortlist(logits: Tensor, top_k: int, first: int) -> Tensor:
-    """Of logits [..., V] in 16 bits, of which top_k are never all, the largest: a list int64 [..., top_k] in the order
-    of ids, the logit in float32 above the id, which is first + the place in V. Lists of several ranks stand side by
-    side, in the order of ranks.
-    """
-    out = _shortlist_shape(logits, top_k, first)
-    tensors, _ = largest_of_blocks(logits.flatten(0, -2), top_k, False)
-    _shortlist_kernel[(len(tensors[0]),)](*tensors, out, first, N=logits.shape[-1], K=top_k, **launch.options(16))
     return out
