@@ -21,10 +21,10 @@ a bit is set if at least k numbers are not less than the result with it. So 16-b
 same order first. Worked example in float16: 1.0 is 0x3C00 and becomes 48128, 0.0 and -0.0 become 32768, and -1.0,
 0xBC00, becomes 17408; infinities and NaN become 65535, so that the maximum tells whether a row has one.
 
-Top-p finds its last logit in the same way: a bit is set if the p of the logits that are not less than the result with
-it reach top_p of the sum. They are added as integers, so that the sum depends on no order. Worked example: logits
-4 3 3 1 with p = 1, 0.5, 0.5, 0.125 and top_p = 0.5: 4 alone has less than half of 2.125, with a 3 it is more, so that
-4 and the first 3 stay.
+Top-p finds its last logit by halving what is between the k-th and the largest integer: the upper half stays if the p of
+the logits in it and above reach top_p of the sum. They are added as integers, so that the sum depends on no order.
+Worked example: logits 4 3 3 1 with p = 1, 0.5, 0.5, 0.125 and top_p = 0.5: 4 alone has less than half of 2.125, with a
+3 it is more, so that 4 and the first 3 stay.
 
 **A repetition penalty** is applied by a kernel in front, `_penalise_kernel`. It leaves logits in float32, for which
 "bit by bit" means 32 bits.
@@ -84,7 +84,9 @@ def _block_max_kernel(logits_ptr, key_ptr, V: tl.constexpr, BLOCKS: tl.constexpr
 
 @triton.jit
 def _k_largest(key, K: tl.constexpr, BITS: tl.constexpr):
-    """(which keys are the K largest, the first ones among equals; how many of them come before each key)."""
+    """(which keys are the K largest, the first ones among equals; how many of them come before each key; the smallest
+    of them).
+    """
     kth = tl.max(key)  # the K-th largest key
     if K > 1:
         kth = kth & 0  # and bit by bit
@@ -97,20 +99,21 @@ def _k_largest(key, K: tl.constexpr, BITS: tl.constexpr):
     before = tl.cumsum(counts) - counts
     equals = before & 0xFFFF
     chosen = (key > kth) | ((key == kth) & (equals < equals_wanted))
-    return chosen, (before >> 16) + tl.minimum(equals, equals_wanted)
+    return chosen, (before >> 16) + tl.minimum(equals, equals_wanted), kth
 
 
 @triton.jit
-def _most_probable(key, p, share, BITS: tl.constexpr):
+def _most_probable(key, p, share, last):
     """Which of these stay, if p are added from the largest key on until the sum reaches so large a share of all; the
-    first ones among equals.
+    first ones among equals. No key with a p is smaller than `last`.
     """
     mass = (p * 1099511627776.0).to(tl.int64)  # 2^40: of 256 numbers of at most 1 the sum is exact in any order
     limit = tl.sum(mass).to(tl.float32) * share
-    last = tl.max(key) & 0  # the key that reaches it; bit by bit
-    for i in tl.static_range(BITS):
-        larger = last + (1 << BITS - 1 >> i)
-        last = tl.where(tl.sum(tl.where(key >= larger, mass, 0)).to(tl.float32) >= limit, larger, last)
+    largest = tl.max(key)
+    while last < largest:
+        middle = largest - (largest - last) // 2
+        enough = tl.sum(tl.where(key >= middle, mass, 0)).to(tl.float32) >= limit
+        last, largest = tl.where(enough, middle, last), tl.where(enough, largest, middle - 1)
     equal = (key == last) & (mass > 0)
     before = tl.sum(tl.where(key > last, mass, 0)) + (tl.cumsum(equal.to(tl.int32)) - 1) * mass
     return (key > last) | (equal & (before.to(tl.float32) < limit))
@@ -129,7 +132,7 @@ def _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N: tl.constexpr, K:
     block = tl.arange(0, triton.next_power_of_2(BLOCKS))
     key = tl.load(key_ptr + row * BLOCKS + block, block < BLOCKS, 0)
     finite = tl.max(key) < (1 << BITS) - 1
-    chosen, place = _k_largest(key, CHOSEN, BITS)
+    chosen, place, _ = _k_largest(key, CHOSEN, BITS)
     tl.store(chosen_ptr + row * CHOSEN + place, block, chosen)
     tl.debug_barrier()  # the program reads what its other lanes have written
     j = tl.arange(0, triton.next_power_of_2(CHOSEN) * 16)
@@ -163,12 +166,12 @@ def candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N: tl.constexpr,
         token, x, key, finite = _of_list(logits_ptr, row, N, BITS)
     else:
         token, x, key, finite = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K, BITS)
-    chosen, _ = _k_largest(key, K, BITS)
+    chosen, _, kth = _k_largest(key, K, BITS)
     top = tl.max(tl.where(key > 0, x.to(tl.float32), float("-inf")))
     p = tl.exp((x.to(tl.float32) - top) * inverse_temperature)
     p = tl.where(chosen & (key > 0), p, 0.0)
     if TOP_P:
-        p = tl.where(_most_probable(key, p, tl.load(knobs_ptr + 1), BITS), p, 0.0)
+        p = tl.where(_most_probable(key, p, tl.load(knobs_ptr + 1), kth), p, 0.0)
     return token, tl.where(p >= min_p, p, 0.0), finite
 
 
@@ -279,7 +282,7 @@ def _shortlist_kernel(
     launch.launch_next(PDL)
     launch.wait_for_previous(PDL)
     token, x, key, _ = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K, 16)
-    chosen, place = _k_largest(key, K, 16)
+    chosen, place, _ = _k_largest(key, K, 16)
     logit = x.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
     tl.store(list_ptr + row * K + place, (logit << 32) | (token + first).to(tl.int64), chosen)
 

@@ -241,7 +241,7 @@ if HAS_TRITON:
     def keys_kernel(x_ptr, key_ptr, chosen_ptr, place_ptr, N: tl.constexpr, K: tl.constexpr):
         i = tl.arange(0, N)
         key = draw._sortable_keys(tl.load(x_ptr + i), 16)
-        chosen, place = draw._k_largest(key, K, 16)
+        chosen, place, _ = draw._k_largest(key, K, 16)
         tl.store(key_ptr + i, key)
         tl.store(chosen_ptr + i, chosen.to(tl.int32))
         tl.store(place_ptr + i, place)
