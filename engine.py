@@ -380,7 +380,7 @@ class Engine:
 
             def write(logits: Tensor) -> None:
                 token = draw(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0], state.seen)
-                token = token if listed else self.broadcast(token)
+                token = token if listed and fused else self.broadcast(token)  # one kernel draws the same everywhere
                 if structure.penalty:
                     state.seen.scatter_(1, token.clamp(min=0)[:, None], True)
                 end_step_(token, state.token, state.position, state.step, state.out)
