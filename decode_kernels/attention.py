@@ -187,7 +187,7 @@ def _attention_kernel(
     if SPLITS == 1 or (ALONE and used == 1):
         _store_rows(out_ptr, digits_ptr, unit_ptr, y, bh, top_row, T, HEADS, KV_HEADS, DIM)
     else:
-        part_ptr += ((bh * (ROWS // BLOCK) + tl.program_id(2)) * SPLITS + split) * (2 * WIDTH * COLUMNS)
+        part_ptr += ((bh * (ROWS // BLOCK) + tl.program_id(2)) * SPLITS + split) * ((WIDTH + 4) * COLUMNS)
         _store_part(part_ptr, y, lse, COLUMNS)
 
 
@@ -401,22 +401,23 @@ def _store_rows(
 
 @triton.jit
 def _store_part(part_ptr, y, lse, COLUMNS: tl.constexpr):
-    """Leaves what a split has found for `_join_kernel`: y [WIDTH, COLUMNS] transposed and in the order of the head,
-    then the logarithm of the sum, as often.
+    """Leaves what a split has found for `_join_kernel`, y [WIDTH, COLUMNS] and lse, all equal along WIDTH: for every
+    column its y in the order of the head, lse, and three places more, so that all begin at multiples of 16 bytes.
     """
     WIDTH: tl.constexpr = y.shape[0]
-    r = tl.arange(0, y.shape[1])
-    part_ptr += r * WIDTH + _order_of_dimensions(WIDTH)
+    r, d = tl.arange(0, y.shape[1]), _order_of_dimensions(WIDTH)
+    part_ptr += r * (WIDTH + 4) + d
     tl.store(part_ptr, y, r < COLUMNS)
-    tl.store(part_ptr + WIDTH * COLUMNS, lse, r < COLUMNS)
+    tl.store(part_ptr + WIDTH, lse, (r < COLUMNS) & (d == 0))
 
 
 @triton.jit
 def _load_parts(ptr, offset, mask):
-    """Of every split [splits, 16, 8] numbers. A lane has four of each split: it adds them up alone, where with the
-    layout that Triton chose otherwise lanes asked each other, and a launch took 2 us more.
+    """Of every split [splits, 16, 2, 4] numbers, or [splits, 16, 2, 1] that hold for four. A lane has four of each
+    split: it adds them up alone, where with the layout that Triton chose otherwise lanes asked each other, and a launch
+    took 2 us more.
     """
-    return tl.load(tl.multiple_of(tl.max_contiguous(ptr + offset, [1, 8, 128]), [1, 1, 16]), mask, 0)
+    return tl.load(tl.multiple_of(tl.max_contiguous(ptr + offset, [1, 8, 64, 128]), [1, 1, 1, 16]), mask, 0)
 
 
 @triton.jit
@@ -447,23 +448,22 @@ def _join_kernel(
     launch.launch_next(PDL)
     first = tl.load(pos_ptr + token // T * T).to(tl.int32)
     _, _, used = _split_of_prefix(first, 0, T, WINDOW, SPLITS, 16 * WARPS)
-    split = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None, None]
-    k = chunk * 128 + tl.arange(0, 16)[:, None] * 8
+    split = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None, None, None]
+    k = chunk * 128 + tl.arange(0, 16)[:, None, None] * 8 + tl.arange(0, 2)[:, None] * 4
     real = (k < K) & (split < used)
     r = token % T * GROUP + k // DIM % GROUP
     group = (token // T * KV_HEADS + k // (DIM * GROUP)) * (ROWS // BLOCK) + r // BLOCK
-    part_ptr += (group * SPLITS + split) * (2 * WIDTH * COLUMNS)
-    j = tl.arange(0, 8)
+    part_ptr += (group * SPLITS + split) * ((WIDTH + 4) * COLUMNS) + r % BLOCK * (WIDTH + 4)
     launch.wait_for_previous(PDL)
     if not ALONE or used > 1:
-        at = r % BLOCK * WIDTH + k % DIM + j
-        y, lse = _load_parts(part_ptr, at, real), _load_parts(part_ptr, at + WIDTH * COLUMNS, real)
+        y, lse = _load_parts(part_ptr, k % DIM + tl.arange(0, 4), real), _load_parts(part_ptr, WIDTH, real)
         lse = tl.where(real, lse, -1e30)
         weight = tl.exp2(lse - tl.max(lse, 0)[None])
-        y = (tl.sum(y * weight, 0) / tl.sum(weight, 0)).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + token * K + k + j, y, k < K)
+        y = (tl.sum(y * weight, 0) / tl.sum(weight, 0)).to(out_ptr.dtype.element_ty).reshape(16, 8)
+        d = tl.arange(0, 16)[:, None] * 8 + tl.arange(0, 8)
+        tl.store(out_ptr + token * K + chunk * 128 + d, y, chunk * 128 + d < K)
         if digits_ptr is not None:
-            y, d = y.to(tl.float32), tl.arange(0, 16)[:, None] * 8 + j
+            y = y.to(tl.float32)
             largest, total, chunks = tl.max(tl.abs(y)), tl.sum(y), (K + 127) // 128
             store_digits(y, largest, total, d, token * 2, chunk, None, digits_ptr, unit_ptr, chunks)
 
@@ -515,7 +515,7 @@ def run(
     columns, blocks = min(block, triton.next_power_of_2(rows)), triton.cdiv(rows, block)
     out = qkv.new_empty(b * t, heads * dim)
     filled = digits[:2] if digits is not None and (splits > 1 or dim == 128) else (None, None)
-    size = b * kv_heads * blocks * splits * columns * 2 * width
+    size = b * kv_heads * blocks * splits * columns * (width + 4)
     part = None if splits == 1 else out.new_empty(size, dtype=torch.float32)
     sizes = {"T": t, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WIDTH": width, "WINDOW": window}
     sizes |= {"SPLITS": splits, "ROWS": blocks * block, "BLOCK": block, "COLUMNS": columns, "WARPS": warps}
