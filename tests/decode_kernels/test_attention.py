@@ -34,7 +34,7 @@ ATTENTIONS = [
     (2, 1, 4, 2, 64, 1100, [0, 1040], 0, False),  # one new token: the prefix begins with it; two splits
     (2, 1, 4, 1, 128, 1100, [511, 512], 500, True),  # it is the last slot of a step, and the first
     (2, 1, 16, 1, 256, 300, [63, 64], 0, False),
-    (1, 1, 8, 1, 128, 2048, [1500], 0, False),  # twelve of sixteen splits have slots
+    (1, 1, 8, 1, 128, 2048, [1500], 0, False),  # twelve of fourteen splits have slots
     (1, 3, 4, 2, 64, 1100, [1024], 100, False),  # of a long prefix a window leaves one split
 ]
 
