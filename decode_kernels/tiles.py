@@ -89,6 +89,11 @@ TABLES = {
     ),
     # `dense._gemm_kernel`; 99 KB of shared memory are enough (sm_86, sm_89) where no entry says otherwise
     "16-bit, many rows": (
+        Choice(Tile(32, 128, 1, 3, stages=4), "8B: 4.148 -> 3.951 ms", "eafbd9e", rows=8, n_from=28672, gated=True),
+        Choice(Tile(64, 128, 2, 1, stages=3), "8B, 16 rows: 4.334 -> 4.074 ms", "eafbd9e", n_from=28672, gated=True),
+        Choice(Tile(16, 256, 2, 3, stages=5), "8B: 4.240 -> 4.146 ms", "eafbd9e", rows=8, k=4096, n_from=6144, n=6144),
+        Choice(Tile(64, 128, 4, 2, stages=4), "8B: -107 us", "eafbd9e", k=4096, n_from=6144, n=6144, shared=160),
+        Choice(Tile(32, 256, 2, 2, stages=5), "8B, 16 rows: -42 us", "eafbd9e", k_from=14336, n=4096, shared=160),
         Choice(Tile(64, 128, 2, 2, stages=3), "4 rows: step -46 us (H100)", "0511cf9", rows=8, gated=True),
         Choice(Tile(64, 64, 2, 1, stages=6), "16 rows: step 3.92 -> 3.80 ms", "2b26446", gated=True),
         Choice(
