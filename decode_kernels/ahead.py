@@ -143,6 +143,8 @@ def rehearse(run: Run) -> None:
     for tokens in run.prefills:
         if tokens <= ROWS:
             step(tokens, tokens, ids(b))
+        elif (rows := tokens * b) <= 2 * ROWS:  # its products are those of a step of so many rows
+            model(ids(rows, 1), ids(rows, 1), cache, end=run.slots, select=ids(b))
     for tokens in sorted(run.tokens, reverse=True):
         logits = step(tokens, run.slots)
     token, of_rows = model.tp.broadcast(ids(b)), (torch.empty(4, device=META), ids(b), ids(b))
@@ -196,8 +198,7 @@ def record(driver: StandIn, runs: Sequence[Run]) -> list[Callable[[], Any]]:
     integers first, which take up to 16 s. Triton's driver is the stand-in from here on.
     """
     triton.runtime.driver.set_active(driver)
-    rehearsal = Rehearsal()
-    recorder = Recorder(rehearsal)
+    recorder = Recorder(rehearsal := Rehearsal())
     for run in runs:
         with contextlib.suppress(Exception), recorder, rehearsal, torch.inference_mode():
             rehearse(run)  # what it has come to, if not to its end, is worth having

@@ -1,4 +1,4 @@
-"""16-bit weights times 1 to 16 rows of activations, with what stands before and after the product fused into it.
+"""16-bit weights times 1 to 32 rows of activations, with what stands before and after the product fused into it.
 
 Knows how a matrix of bf16 or fp16 is streamed once. Refuses to know layers and files.
 
@@ -36,7 +36,7 @@ The diagonal, 3 + 14 + 33 + 60 + 95 + 138 + 189 + 248 = 780, is a x^T; that of t
 of W into two pieces each, sixteen rows again. (Two rows in four pieces each would be summed over lanes 1, 4 and 8
 apart, for which Triton 3.6 makes shuffles of 1, 2 and 4, so two and three rows run the kernel for four.)
 
-**Five to sixteen rows: `_gemm_kernel`.** The tensor cores' usual product with W as the wide operand, whose loads pass
+**Five to 32 rows: `_gemm_kernel`.** The tensor cores' usual product with W as the wide operand, whose loads pass
 through shared memory several steps ahead. x is normed by a kernel of its own.
 
 The loads of both kernels are issued before the wait for the kernel that computes x (`launch.wait_for_previous`), as far
@@ -225,7 +225,7 @@ def _gemm_kernel(
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """BLOCK_N rows of the matrix times M (8 or 16) rows of activations, BLOCK_K columns a step.
+    """BLOCK_N rows of the matrix times M (8, 16 or 32) rows of activations, BLOCK_K columns a step.
 
     The weights of the first EARLY steps are loaded into registers before the wait. The loop is Triton's own pipeline,
     which has the loads of STAGES steps under way through shared memory; the early steps are multiplied after it.
@@ -391,7 +391,7 @@ def _launch_gemm(
         N=n,
         K=k,
         SILU=silu_mul,
-        M=8 if rows <= 8 else 16,
+        M=max(8, triton.next_power_of_2(rows)),
         BLOCK_N=tile.rows,
         BLOCK_K=tile.columns,
         STAGES=tile.stages,
@@ -417,7 +417,7 @@ def linear(
     silu_mul: bool,
     experts: Tensor | None,
 ) -> Tensor:
-    """The equations above in one pass over the weights: x [M, K], M <= 16 -> [M, N], or [M, N/2] with silu_mul.
+    """The equations above in one pass over the weights: x [M, K], M <= 32 -> [M, N], or [M, N/2] with silu_mul.
 
     weight [N, K] in x's dtype, K a multiple of 8; with experts (int64 [M]) weight is [E, N, K] and row m of x uses
     matrix experts[m]. bias is [N], norm_weight [K], residual of the result's shape.

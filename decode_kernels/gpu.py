@@ -49,12 +49,10 @@ def prefills(x: Tensor, rows: int) -> bool:
     return rows > ROWS and serves(x) and not torch.compiler.is_compiling()
 
 
-def _of_norm(norm: RMSNorm | None) -> tuple[Tensor | None, float]:
-    return (None, 0.0) if norm is None else (norm.weight, norm.eps)
-
-
 class Dense:
     """`Linear.fast` for 16-bit weights: see `linear.FastLinear`."""
+
+    at_once = 2 * ROWS  # rows of activations in one launch
 
     def covers(self, linear: Linear) -> bool:
         return linear.in_features % 8 == 0
@@ -63,16 +61,17 @@ class Dense:
         self, linear: Linear, x: Tensor, norm: RMSNorm | None, residual: Tensor | None, silu_mul: bool, experts: Experts
     ) -> Tensor | None:
         one, many = (experts, None) if isinstance(experts, int) else (None, experts)
-        if many is None and prefills(x, len(x)):
+        served = many is not None or len(x) <= (ROWS if one is not None else 2 * ROWS)
+        if not served and prefills(x, len(x)):
             return prefill.linear(linear, x, norm, residual, silu_mul, one)
-        product, gain = self.product(linear, one, silu_mul), _of_norm(norm)
-        if product is None or not (serves(x) and self.covers(linear)) or (len(x) > ROWS and many is None):
+        product = self.product(linear, one, silu_mul)
+        if product is None or not (served and serves(x) and self.covers(linear)):
             return None
-        if many is None or len(x) <= ROWS:
+        gain = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        if len(x) <= (ROWS if many is not None else self.at_once):
             return product(x, linear.bias, *gain, residual, silu_mul, many)
-        assert residual is None  # of experts: it is added to their sum
-        parts = zip(x.split(ROWS), many.split(ROWS))  # their rows may be more: one launch after another
-        return torch.cat([product(rows, linear.bias, *gain, None, silu_mul, chosen) for rows, chosen in parts])
+        parts = zip(*([None] * len(x) if t is None else t.split(ROWS) for t in (x, residual, many)))
+        return torch.cat([product(rows, linear.bias, *gain, added, silu_mul, ids) for rows, added, ids in parts])
 
     def product(
         self, linear: Linear, one: int | None, silu_mul: bool, letters: Letters = None
@@ -87,7 +86,9 @@ class Quantized(Dense):
     """`Linear.fast` for int8 and int4 weights: see `linear.FastQuantized`."""
 
     def __init__(self, bits: int, left: Callable[[Tensor], Any] | None = None) -> None:
-        self.bits, self.left = bits, left  # left(x): the digits of x, if the kernel that computed it has left some
+        # left(x): the digits of x, if the kernel that computed it has left some; those of more rows than ROWS would not
+        # fit into a lane's registers
+        self.bits, self.left, self.at_once = bits, left, ROWS
 
     def covers(self, linear: QuantizedLinear) -> bool:
         """A scale is one of a row, or of a group whose size is a power of two from 32 on."""

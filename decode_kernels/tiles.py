@@ -120,6 +120,10 @@ TABLES = {
         Choice(Tile(16, 256, 1, 1, stages=6), "16 rows: step -1%", "536b09e", n=8192),
         Choice(Tile(32, 128, 1, 3, stages=5), "4 rows: step -36 us (H100)", "0511cf9", rows=8),
         Choice(Tile(32, 128, 1, 1, stages=6), "4 rows: 1.11 steps, others to 1.17", "2b26446"),
+        Choice(Tile(64, 128, 4, 1, stages=3), "8B, 32 rows: -19 us", "eafbd9e", rows=32, gated=True, shared=160),
+        Choice(Tile(32, 256, 2, 2, stages=4), "8B, 32 rows: -6 us", "eafbd9e", rows=32, k_from=8193, shared=160),
+        Choice(Tile(64, 128, 4, 2, stages=4), "8B, 32 rows: 5.127 -> 4.497 ms", "eafbd9e", rows=32, shared=160),
+        Choice(Tile(32, 128, 2, 2, stages=5), "8B, 32 rows: qkv 3033 GB/s", "eafbd9e", rows=32),
     ),
     "int8": (
         Choice(

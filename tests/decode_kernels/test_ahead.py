@@ -79,6 +79,8 @@ with ahead.Rehearsal():
     run(target, 3, 6, Structure(False, 200, top_p=True, penalty=True))
     # windows and norms of heads; a long prompt; greedy
     run(build("gemma3_text", 16, 0, 2), 2, 40, Structure(True, 0, penalty=True))
+    # a prompt of more tokens than an instruction takes, which is no prefill of many yet
+    run(build("llama", 16, 0, 1), 1, 20, Structure(True, 0))
     # experts; one of two ranks, which send lists
     run(build("mixtral", 16, 0, 1, 2), 1, 3, Structure(False, 40))
 """

@@ -142,6 +142,7 @@ SIZES = [1, 1024, 2048, 2560, 3072, 4096, 4104, 5504, 6144, 8192, 8200, 10240, 1
 @pytest.mark.parametrize("table", tiles.TABLES)
 def test_every_product_has_a_tile_and_every_tile_a_product(table):
     rows = (1, 2, 4) if table == "16-bit, few rows" else (1, 4, 5, 8, 9, 16)
+    rows += (17, 32) if table == "16-bit, many rows" else ()
     asked = itertools.product(SIZES, SIZES, rows, (False, True), (99 * 1024, 227 * 1024))
     found = {id(tiles.choose(table, *args)) for args in asked}
     assert found == {id(choice.tile) for choice in tiles.TABLES[table]}

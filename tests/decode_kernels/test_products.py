@@ -120,6 +120,13 @@ def test_parts_of_tiles_equals_twin(rows, extra):
 
 
 @needs_kernels
+@pytest.mark.parametrize("extra", EXTRAS[1:3], ids=str)
+@pytest.mark.parametrize("fmt, rows", [("dense", 17), ("dense", 32), ("int8", 17), ("g128", 32)])
+def test_more_rows_than_an_instruction_takes_equal_twin(fmt, rows, extra):
+    check_linear(fmt, rows, 32, 384, DTYPES[0], 8e-3, **extra)
+
+
+@needs_kernels
 @pytest.mark.parametrize("rows", [1, 4, 9])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fmt", ["dense", "int8", "g128"])
@@ -154,9 +161,9 @@ def test_dequantize_equals_its_twin_and_the_formula(fmt):
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("rows", [8, 16, 32])
 @pytest.mark.parametrize(
-    "k, n, silu_mul", [(4096, 4096, False), (11008, 4096, False), (4096, 12288, False), (4096, 22016, True)]
+    "k, n, silu_mul", [(4096, 4096, False), (14336, 4096, False), (4096, 6144, False), (4096, 28672, True)]
 )
 @pytest.mark.parametrize("sm, shared", [(86, 99), (90, 227)])
 def test_tiles_fit_shared_memory(rows, k, n, silu_mul, sm, shared):
