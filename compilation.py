@@ -51,7 +51,8 @@ class CompiledModules:
     """
 
     def __init__(self, modules: Iterable[nn.Module], name: str, *, guards: bool, dynamic: bool = False) -> None:
-        options = {} if guards else {"options": {"guard_filter_fn": unguarded}}
+        # to check the shapes of buffers, too, takes 12 of a layer's 160 us (SmolLM2-135M in int4, two cores)
+        options = {} if guards else {"options": {"guard_filter_fn": unguarded, "size_asserts": False}}
         made: dict[object, Function] = {}
         self.forward: dict[nn.Module, Function] = {}
         for module in modules:

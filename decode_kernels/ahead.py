@@ -151,8 +151,7 @@ def rehearse(run: Run) -> None:
     if fast := decode_kernels.fast_rounds(logits.dtype, logits.shape[-1], b, run.structure):
         token = decode_kernels.sample(logits, run.structure, *of_rows, ids(*logits.shape).bool())
         if run.listed:
-            own = logits[:, : model.vocab_local]
-            decode_kernels.sample(own, run.structure, *of_rows, gather=model.tp.all_gather)
+            decode_kernels.sample(logits[:, : model.vocab_local], run.structure, *of_rows, gather=model.tp.all_gather)
         decode_kernels.advance_(token, ids(b, 1), ids(b, 1), ids(1), ids(b, run.slots))
         if run.drafts is not None:
             end_round(fast, run, logits)

@@ -87,8 +87,10 @@ class Dense:
 
 def sums(x: Tensor, w: Tensor) -> Tensor:
     """x [1, K] by w [N, K] as a loop for Inductor, which reads four rows of w at a time: a sum of one row waits for its
-    own last addition, and 2048 x 8192 of bf16 took 4.0 ms instead of 2.6.
+    own last addition, and 2048 x 8192 of bf16 took 4.0 ms instead of 2.6. The view, which changes nothing, makes it
+    store x first: else it norms x anew for every four rows, and 49152 x 576 of int8 take 1.44 ms instead of 0.85.
     """
+    x = x.as_strided(x.shape, x.stride())
     return torch.cat([(part.float() * x).sum(-1) for part in w.chunk(4)])[None]
 
 
@@ -267,8 +269,7 @@ def _block() -> int:
 @cache
 def _knows_gemv() -> bool:
     x, q, _ = _case(32)
-    want = F.linear(x[:1].float(), q.float()).bfloat16()
-    return _answers(lambda: torch.equal(gemv(x[:1], q.bfloat16()), want))
+    return _answers(lambda: torch.equal(gemv(x[:1], q.bfloat16()), F.linear(x[:1].float(), q.float()).bfloat16()))
 
 
 @cache
