@@ -444,9 +444,7 @@ class Loader:
             if (joined := merge(parts)) is None:
                 return None
             experts.append(joined)
-        whole = merge(experts, stack=True) if len(experts) > 1 else experts[0]
-        plain8 = whole is not None and whole.bits == 8 and (whole.zero is not None or whole.scale.shape[-1] > 1)
-        return None if plain8 else whole
+        return merge(experts, stack=True) if len(experts) > 1 else experts[0]
 
     def _replacement(self, module: Linear, quantized: Quantized) -> Linear:
         cls = Int4Linear if quantized.bits == 4 else Int8Linear
@@ -537,7 +535,7 @@ def quantized_copy(model: Transformer, bits: int) -> Transformer:
                 raise ValueError(
                     f"{name} has in_features {module.in_features}, which 32 does not divide; use self-int8"
                 )
-            setattr(copy.get_submodule(parent), child, from_linear(module, bits, size))
+            setattr(copy.get_submodule(parent), child, from_linear(module, bits, size if bits == 4 else -1))
         elif isinstance(module, (Linear, RMSNorm, nn.Embedding)):
             setattr(copy.get_submodule(parent), child, module)
     copy.init_rope_(model.inv_freq.device)
@@ -548,14 +546,14 @@ def random_model(
     config: ModelConfig,
     *,
     bits: int = 16,
-    group_size: int = 128,
+    group_size: int | None = None,
     quantize_head: bool = False,
     tp: TensorParallel = TensorParallel(),
     device: torch.device = torch.device("cpu"),
     dtype: torch.dtype = torch.bfloat16,
 ) -> Transformer:
     """A Transformer with random weights of standard deviation 0.02, for measuring; quantized weights are drawn in
-    packed form. The head stays plain by default, as in `quantize.py`.
+    packed form. group_size None and the head, which stays plain by default, are as in `quantize.py`.
     """
     with torch.device("meta"):
         model = Transformer(config, tp)
@@ -575,7 +573,8 @@ def random_model(
                 weight = torch.empty((*lead, n, k), device=device, dtype=dtype).normal_(std=0.02)
                 module.weight = nn.Parameter(weight, requires_grad=False)
                 continue
-            half, groups = (8, k // group_size if group_size > 0 else 1) if bits == 4 else (127, 1)
+            half, size = {4: (8, group_size or 128), 8: (127, group_size or -1)}[bits]
+            groups = k // size if size > 0 else 1
             q = torch.randint(-half, half, (*lead, n, k), device=device, dtype=torch.int8)
             scale = torch.full((*lead, n, groups), 0.02 * 3**0.5 / half, device=device, dtype=dtype)
             new = (Int4Linear if bits == 4 else Int8Linear)(

@@ -158,11 +158,13 @@ def _multiply(x: Tensor, w: Tensor) -> Tensor:
 
 
 class QuantizedLinear(Linear):
-    """w = (q - zero) * scale: what `Int8Linear` and `Int4Linear` share.
+    """w = (q - zero) * scale, with a scale and perhaps a zero point for every group of inputs: `Int8Linear` (W8A16) and
+    `Int4Linear` (W4A16) differ in q's plain layout alone.
 
     weight_packed holds the integers q in the plain layout, or in that of the fast path while there is one. A
     `state_dict` always holds the plain layout, so one that was made with a fast path is read without it, and vice
-    versa.
+    versa. weight_scale is [N, G], weight_zero_point [N, G] or None (symmetric); G is 1 for a scale a row. permutation
+    int64 [K] or None: the order of the inputs in memory, for act-order checkpoints, whose groups are not contiguous.
     """
 
     fast: FastQuantized | None
@@ -176,7 +178,7 @@ class QuantizedLinear(Linear):
 
     def _allocate(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.register_buffer("weight_packed", torch.empty(0, device=device, dtype=self.stored))
-        self.register_buffer("weight_scale", torch.empty(0, device=device, dtype=dtype))
+        self.register_buffer("weight_scale", torch.empty(0, 0, device=device, dtype=dtype))
         self.register_buffer("weight_zero_point", None)
         self.register_buffer("permutation", None)
         self.register_buffer("fast_constants", None, persistent=False)
@@ -218,7 +220,26 @@ class QuantizedLinear(Linear):
         n, k = self.shape[-2:]
         return self.lift(packed) if self.fast is None else self.fast.unpack(packed, n, k)
 
+    @property
+    def by_row(self) -> bool:
+        """Whether a row has one scale and no zero point."""
+        return self.weight_scale.shape[-1] == 1 and self.weight_zero_point is None
+
+    @property
+    def expands(self) -> bool:
+        return (self.bits == 4 or not self.by_row) and (self.fast is None or not self.fast.covers(self))
+
+    def forward(self, x: Tensor, *, norm: RMSNorm | None = None, **options: Any) -> Tensor:  # noqa: ANN401
+        """As above, with the inputs in the order in memory."""
+        if self.permutation is not None:
+            x, norm = (x if norm is None else norm(x))[..., self.permutation], None
+        return super().forward(x, norm=norm, **options)
+
     def product(self, x: Tensor, experts: Experts) -> Tensor:
+        if self.by_row and self.fast is None and not torch.compiler.is_compiling():
+            # a scale a row is as exact on the result, and cheaper there
+            packed, scale, _ = self.operands(experts)
+            return (_multiply(x, self.values(packed).to(x.dtype)).float() * scale.squeeze(-1).float()).to(x.dtype)
         if len(x) == 1 and not isinstance(experts, Tensor) and torch.compiler.is_compiling():
             # Inductor fuses this sum with what makes the matrix, so that integers are read and no floats are written.
             # As a product it calls a library: int8 Llama-2-7B on an H200 gives 104 tok/s that way, and so 171.
@@ -229,12 +250,10 @@ class QuantizedLinear(Linear):
         w = None if self.fast is None else self.fast.matrix(self, experts, dtype)
         if w is None:
             packed, scale, zero = self.operands(experts)
-            w = self.expand(self.values(packed).float(), scale.float(), zero).to(dtype)
+            q = self.values(packed).float().unflatten(-1, (scale.shape[-1], -1))
+            q = q if zero is None else q - zero[..., None]
+            w = (q * scale.float()[..., None]).flatten(-2).to(dtype)
         return w
-
-    def expand(self, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """(q - zero) * scale in float32."""
-        raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         w = self.matrix(None, dtype or self.weight_scale.dtype)
@@ -262,7 +281,7 @@ class QuantizedLinear(Linear):
 
 
 class Int8Linear(QuantizedLinear):
-    """W8A16: w = q * weight_scale[n]; the plain layout is q itself, int8 [N, K]; weight_scale [N]."""
+    """q in -128..127; its plain layout is q itself, int8 [N, K]."""
 
     bits, stored = 8, torch.int8
 
@@ -272,29 +291,10 @@ class Int8Linear(QuantizedLinear):
     def lift(self, packed: Tensor) -> Tensor:
         return packed
 
-    def set_(self, q: Tensor, scale: Tensor, zero: Tensor | None, permutation: Tensor | None = None) -> None:
-        """As above, with scale [N, 1]. ValueError with a zero point."""
-        if zero is not None:
-            raise ValueError("int8 weights with zero points are not supported; symmetric ones are")
-        super().set_(q, scale.squeeze(-1), None)
-
-    def product(self, x: Tensor, experts: Experts) -> Tensor:
-        if self.fast is not None or torch.compiler.is_compiling():
-            return super().product(x, experts)
-        # a scale per channel is as exact on the result, and cheaper there
-        q, scale, _ = self.operands(experts)
-        return (_multiply(x, q.to(x.dtype)).float() * scale.float()).to(x.dtype)
-
-    def expand(self, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return q * scale[..., None]
-
 
 class Int4Linear(QuantizedLinear):
-    """W4A16: w = (q - weight_zero_point) * weight_scale, a scale and a zero point per group of inputs.
-
-    The plain layout is two values a byte, uint8 [N, ceil(K / 2)]: an even column in the low four bits, the odd column
-    after it in the high four. weight_scale is [N, G], weight_zero_point [N, G] or None (symmetric). permutation int64
-    [K] or None: the order of the inputs in memory, for act-order checkpoints, whose groups are not contiguous.
+    """q in -8..7; its plain layout is two values a byte, uint8 [N, ceil(K / 2)]: an even column in the low four bits,
+    the odd column after it in the high four.
     """
 
     bits, stored = 4, torch.uint8
@@ -306,21 +306,6 @@ class Int4Linear(QuantizedLinear):
     def lift(self, packed: Tensor) -> Tensor:
         q = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., : self.in_features]
         return (q ^ 8).view(torch.int8) - 8  # the sign of four bits
-
-    def expand(self, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        q = q.unflatten(-1, (scale.shape[-1], -1))
-        q = q if zero is None else q - zero[..., None]
-        return (q * scale[..., None]).flatten(-2)
-
-    @property
-    def expands(self) -> bool:
-        return self.fast is None or not self.fast.covers(self)
-
-    def forward(self, x: Tensor, *, norm: RMSNorm | None = None, **options: Any) -> Tensor:  # noqa: ANN401
-        """As above, with the inputs in the order in memory."""
-        if self.permutation is not None:
-            x, norm = (x if norm is None else norm(x))[..., self.permutation], None
-        return super().forward(x, norm=norm, **options)
 
 
 def quantize_rtn(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -343,9 +328,9 @@ def quantize_rtn(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.
     return q.flatten(-2).to(torch.int8), scale
 
 
-def from_linear(linear: Linear | nn.Linear, bits: int, group_size: int = 128) -> QuantizedLinear:
-    """A new int8 (per row) or int4 (per group) Linear holding round-to-nearest values of an unquantized one, ours or
-    PyTorch's.
+def from_linear(linear: Linear | nn.Linear, bits: int, group_size: int | None = None) -> QuantizedLinear:
+    """A new int8 or int4 Linear holding round-to-nearest values of an unquantized one, ours or PyTorch's. group_size
+    None: a scale a row with 8 bits, groups of 128 with 4.
 
     ValueError for a Linear that is quantized already, for other bits, and for a group_size that does not divide K.
     """
@@ -354,7 +339,7 @@ def from_linear(linear: Linear | nn.Linear, bits: int, group_size: int = 128) ->
     if isinstance(linear, QuantizedLinear):
         raise ValueError("the model is quantized already; rounding it once more makes it no faster")
     w, experts = linear.weight.detach(), linear.num_experts if isinstance(linear, Linear) else 0
-    q, scale = quantize_rtn(w, bits, group_size if bits == 4 else -1, w.dtype)
+    q, scale = quantize_rtn(w, bits, group_size or {4: 128, 8: -1}[bits], w.dtype)
     cls = Int4Linear if bits == 4 else Int8Linear
     out = cls(linear.in_features, linear.out_features, num_experts=experts, device=torch.device("meta"), dtype=w.dtype)
     out.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)

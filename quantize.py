@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id org/name[@revision]")
     p.add_argument("--mode", choices=MODES, required=True, help="rounding, or GPTQ, to 8 or 4 bits")
     sizes = ("auto", *map(str, GROUP_SIZES), "-1")
-    p.add_argument("--group-size", choices=sizes, default="128", help="of int4; -1: one group per row")
+    p.add_argument("--group-size", choices=sizes, help="inputs with one scale; -1: a row (default: int4 128, int8 -1)")
     p.add_argument("--output", type=Path, help="folder to write (default: NAME-MODE here)")
     p.add_argument("--force", action="store_true", help="replace an --output that this program wrote")
     p.add_argument(
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--heldout", type=Path, default=data / "heldout.txt", metavar="FILE", help="text for the perplexity")
     p.add_argument("--heldout-tokens", type=at_least(0), help="default: 8192, with rounding 0: measure nothing")
     p.add_argument("--act-order", action=flag, default=True, help="GPTQ: inputs with large activations first")
-    p.add_argument("--clip-search", action=flag, default=True, help="int4: search the scale of every group")
+    p.add_argument("--clip-search", action=flag, default=True, help="search the scale of every group")
     p.add_argument(
         "--quantize-head", action=flag, default=False, help="lm_head too (a tied one becomes a tensor of its own)"
     )
@@ -73,7 +73,7 @@ from checkpoint import Loader, Weights, checkpoint_dtype, mapped, read_config, r
 from engine import DTYPES, Engine, pick_device
 from formats import QuantConfig, Quantized, Scheme, pack
 from gptq import gptq, relative_error, round_to_nearest
-from linear import Linear, quantize_rtn
+from linear import Linear
 from model import LayerCache, ModelConfig, Transformer
 from output_folder import REPORT, Writer, complete_folder, write_json
 from tokenizer import Tokenizer
@@ -89,8 +89,7 @@ ERRORS = ("weight_error", "output_error_rtn", "output_error")  # relative; the l
 
 @dataclass(frozen=True)
 class Settings:
-    """What to do to every Linear. The mode int8 has a scale per row, int4 one per group; both round to nearest unless
-    the name ends in -gptq.
+    """What to do to every Linear: round to nearest, or GPTQ if the mode's name ends in -gptq.
 
     group_size says how many inputs share a scale: -1 means all of a row, AUTO the largest size that divides all layers.
     """
@@ -107,8 +106,7 @@ class Settings:
     @property
     def scheme(self) -> Scheme:
         """How the result is stored."""
-        form = "gptq" if self.format == "gptq" else "pack-quantized"
-        return Scheme(form, 8, -1, True) if self.bits == 8 else Scheme(form, 4, self.group_size, True)
+        return Scheme("gptq" if self.format == "gptq" else "pack-quantized", self.bits, self.group_size, True)
 
     @property
     def bits(self) -> int:
@@ -244,19 +242,19 @@ def quantize_linear_(
     seen is what `hessians` returns, or None, with which only the error of the weights is measured. Returns the row of
     the report, and the tensors to write by name.
     """
-    scheme, size, search = settings.scheme, settings.group_size, settings.clip_search
+    scheme, size, bits = settings.scheme, settings.group_size, settings.bits
+    search = settings.clip_search and (bits == 4 or size > 0)  # in a row of 8 bits it would find nothing
     notes, tensors, errors = [], dict[str, Tensor](), []
     for e, weight in enumerate(linear.weight if linear.num_experts else linear.weight[None]):
         w, where = weight.float(), f"expert {e}: " if linear.num_experts else ""
         if not all(x.isfinite() for x in w.aminmax()):  # NaN is passed on; unlike w.isfinite() this makes no copy
             raise ValueError(f"{target.parts[e][0][0]}.weight holds NaN or infinite values: the checkpoint is damaged")
-        rounded = quantize_rtn(w, 8, -1, dtype) if scheme.bits == 8 else round_to_nearest(w, size, dtype, search=search)
-        chosen = nearest = Quantized(*rounded, bits=scheme.bits)
+        chosen = nearest = Quantized(*round_to_nearest(w, size, dtype, search=search, bits=bits), bits=bits)
         if settings.solve and seen:
             how: dict[str, Any] = {"act_order": settings.act_order, "clip_search": search, "damp": settings.damp}
-            solved = gptq(w, seen[0][e], size, dtype, bits=scheme.bits, **how)
+            solved = gptq(w, seen[0][e], size, dtype, bits=bits, **how)
             if solved:
-                chosen = Quantized(*solved[:2], bits=scheme.bits)
+                chosen = Quantized(*solved[:2], bits=bits)
                 notes += [f"{where}damping raised to {solved[2]:g}"] * (solved[2] > settings.damp)
             else:
                 notes.append(f"{where}not solvable, rounded to nearest")
@@ -273,7 +271,7 @@ def quantize_linear_(
             span = slice(start, start := start + rows)
             if wanted:
                 weight[span] = values[span]
-                part = pack(Quantized(chosen.q[span], chosen.scale[span], bits=scheme.bits), scheme)
+                part = pack(Quantized(chosen.q[span], chosen.scale[span], bits=bits), scheme)
                 # A copy does not keep the whole matrix alive. It is made last, because otherwise it leaves holes in the
                 # heap, with which the memory in use grew from block to block.
                 tensors |= {f"{name}.{suffix}": tensor.clone() for suffix, tensor in part.items()}
@@ -547,20 +545,19 @@ def read_texts(
 def advice(report: dict[str, Any]) -> str:
     """The settings that lose less, with the bits that each takes for a weight."""
     size, scale_bits, mode = report["group_size"], report["scale_bits"], report["mode"]
-    ways = [] if mode.endswith("-gptq") else [f"--mode {mode}-gptq (as many bits)"]
-    if mode.startswith("int8"):
-        return ", or ".join([*ways, "--skip the Linears with the largest errors (16 bits a weight)"])
+    ways, bits = [] if mode.endswith("-gptq") else [f"--mode {mode}-gptq (as many bits)"], int(mode[3])
     for smaller in (g for g in GROUP_SIZES if g < size or size == -1):
         if not any(row["shape"][-1] % smaller for row in report["layers"]):
-            ways.append(f"--group-size {smaller} ({4 + scale_bits / smaller:.4g} bits a weight)")
-    return ", or ".join([*ways, "--mode int8 (8 bits a weight)"])
+            ways.append(f"--group-size {smaller} ({bits + scale_bits / smaller:.4g} bits a weight)")
+    last = {4: "--mode int8 (8 bits a weight)", 8: "--skip the Linears with the largest errors (16 bits a weight)"}
+    return ", or ".join([*ways, last[bits]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 bad input or a full disk (one line), 130 interrupted."""
     ready()
     args = parse(argv)
-    size = -1 if args.mode.startswith("int8") else AUTO if args.group_size == "auto" else int(args.group_size)
+    size = AUTO if args.group_size == "auto" else int(args.group_size or (-1 if args.mode.startswith("int8") else 128))
     try:
         settings = Settings(
             args.mode, size, args.format, args.act_order, args.clip_search, args.quantize_head, tuple(args.skip)
@@ -586,6 +583,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"KL divergence: mean {kl:.4f}, 99th percentile {kl_99:.3f}; same first choice: {100 * same:.1f}%")
     if after > 1.05 * before:
         print(f"That is more than 5%; try {advice(report)}")
+    elif args.mode.startswith("int8") and kl > 0.001:  # more than llama.cpp's Q8_0 loses
+        print(f"To lose less, try {advice(report)}")
     return 0
 
 

@@ -120,22 +120,22 @@ def gemv(x: Tensor, w: Tensor) -> Tensor:
 class Int8(Dense):
     """`Linear.fast` for int8 weights in their plain layout: see `linear.FastQuantized`."""
 
-    def covers(self, linear: Linear) -> bool:
-        return _knows_int8()
+    def covers(self, linear: QuantizedLinear) -> bool:
+        return linear.by_row and _knows_int8()
 
-    def serves(self, linear: Linear, x: Tensor, experts: Experts) -> bool:
-        return not isinstance(experts, Tensor) and (len(x) == 1 or not torch.compiler.is_compiling())
+    def serves(self, linear: QuantizedLinear, x: Tensor, experts: Experts) -> bool:
+        return linear.by_row and not isinstance(experts, Tensor) and (len(x) == 1 or not torch.compiler.is_compiling())
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         q, scale, _ = linear.operands(one)
         fits = x.shape[-1] % 32 == 0  # for K = 577 the operator answers 1e37: it reads 16 numbers at a time and no rest
         if fits and len(x) <= DECODE_TOKENS and x.dtype in HALVES and scale.dtype == x.dtype:
-            return aten._weight_int8pack_mm(x.contiguous(), q, scale)
-        return (F.linear(x, q.to(x.dtype)).float() * scale.float()).to(x.dtype)
+            return aten._weight_int8pack_mm(x.contiguous(), q, scale.squeeze(-1))
+        return (F.linear(x, q.to(x.dtype)).float() * scale.squeeze(-1).float()).to(x.dtype)
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         q, scale, _ = linear.operands(one)
-        return sums(x, q) * scale.float()
+        return sums(x, q) * scale.squeeze(-1).float()
 
     def pack(self, q: Tensor) -> Tensor:
         return q.contiguous()

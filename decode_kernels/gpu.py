@@ -92,7 +92,7 @@ class Quantized(Dense):
 
     def covers(self, linear: QuantizedLinear) -> bool:
         """A scale is one of a row, or of a group whose size is a power of two from 32 on."""
-        group = linear.in_features // (linear.weight_scale.shape[-1] if self.bits == 4 else 1)
+        group = linear.in_features // max(linear.weight_scale.shape[-1], 1)
         return group == linear.in_features or (group >= 32 and group & (group - 1) == 0)
 
     def product(
@@ -104,9 +104,7 @@ class Quantized(Dense):
         if letters is not None or (self.left is not None and not torch.compiler.is_compiling()):
             run, left = partial(quantized.run, bits=self.bits, letters=letters), self.left or (lambda x: None)
             return lambda x, *others: run(x, weight, scale, zero, *others, digits=left(x))
-        if self.bits == 8:
-            return lambda x, *others: quantized.int8_linear(x, weight, scale, *others)
-        return lambda x, *others: quantized.int4_linear(x, weight, scale, zero, *others)
+        return lambda x, *others: quantized.linear(x, weight, scale, zero, *others, self.bits)
 
     def pack(self, q: Tensor) -> Tensor:
         return quantized.pack(q, self.bits)
@@ -122,10 +120,7 @@ class Quantized(Dense):
         weight, scale, zero = linear.operands(experts)
         if weight.dim() > 3 or not (INTERPRETED or weight.is_cuda or weight.is_meta):
             return None
-        size = linear.out_features, linear.in_features
-        if self.bits == 8:
-            return quantized.int8_dequantize(weight, scale, *size, dtype)
-        return quantized.int4_dequantize(weight, scale, zero, *size, dtype)
+        return quantized.dequantize(weight, scale, zero, linear.out_features, linear.in_features, dtype, self.bits)
 
 
 DENSE, INT8, INT4 = Dense(), Quantized(8), Quantized(4)

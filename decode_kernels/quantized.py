@@ -3,15 +3,16 @@
 Knows the layout of packed weights, the digits of activations, the product, and how a packed matrix becomes a plain one
 again. Refuses to know layers and files.
 
-    w = scale[n] * q                           int8: q in -128..127, a scale for every output feature n
-    w = scale[n, group] * (q - zero[n, group]) int4: q in -8..7, a scale and perhaps a zero point for a group of inputs
-
+    w = scale[n, group] * (q - zero[n, group])      a scale and perhaps a zero point for every output feature n and
+                                                    group of inputs; int8: q in -128..127, int4: q in -8..7
     y = x' W^T + bias,  then silu(gate) * up,  then + residual      (x' = x normed; all as in `dense.py`)
 
 A GPU has no time to make floats of the weights: unpacking, scaling and adding take two to three instructions a weight,
 which is longer than reading them. So the activations become integers instead, and the tensor cores multiply integers:
 their instruction m16n8k32 takes 16 x 32 int8 weights and 32 x 8 int8 activations and adds exactly, in 32 bits. int8
-weights need no instruction besides, int4 weights a mask and half a shift for four of them.
+weights need no instruction besides, int4 weights a mask and half a shift for four of them. The integers are summed over
+as many columns as share a scale, at most 128, and a sum takes one instruction to become a float and one to be scaled. A
+scale that all columns of a row share multiplies the result instead.
 
 The digits of activations are explained in `digits.py`. One row takes two of the instruction's eight columns, four rows
 take all, and more rows two or four times as many products, but no more bytes. The norm's gain is multiplied into x
@@ -116,7 +117,8 @@ def _quantized_kernel(
     """
     CHUNKS: tl.constexpr = (K + 127) // 128
     STEPS: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
-    PARTS: tl.constexpr = 2 if BITS == 4 and GROUP < 128 else 1  # 2: each u has a scale of its own
+    GROUPED: tl.constexpr = BITS == 4 or GROUP < K or zero_ptr is not None  # else a row's scale multiplies its result
+    PARTS: tl.constexpr = 2 if GROUPED and GROUP < 128 else 1  # 2: each u has a scale of its own
     BYTES: tl.constexpr = 256 * BITS  # bytes of 16 rows of a chunk
     OUT: tl.constexpr = N // 2 if SILU else N
     BLOCK_N: tl.constexpr = TILES * (8 if SILU else 16)
@@ -158,10 +160,10 @@ def _quantized_kernel(
     row = start + interleave_gates(tl.arange(0, TILES * 2)[:, None] * 8, OUT, SILU) + g
     part = warp * 128 + tl.arange(0, PARTS) * 64
     acc = tl.zeros([WARPS, TILES * 2, 8, COLUMNS // 8, 4], tl.float32)
-    w_lanes, scale_lanes = (w_ptr, w_offset, w_exists, chunk), (scale_ptr, row, part)
+    w_lanes, scale_lanes = (w_ptr, w_offset, w_exists, chunk), (scale_ptr, row, part) if GROUPED else None
     x_lanes, unit_lanes = (digits_ptr, x_offset, column, chunk), (unit_ptr, unit_offset, warp)
     weights, digits = tl.tuple([]), tl.tuple([])
-    if BITS == 8:
+    if not GROUPED:
         channel = start + interleave_gates(tl.arange(0, TILES * 16), OUT, SILU)
         channel = tl.load(scale_ptr + channel, channel < N, 0)
     for i in tl.static_range(STEPS + W_AHEAD):
@@ -193,7 +195,7 @@ def _quantized_kernel(
         y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None]
     if BITS == 4:
         y *= 0.0625  # for `_nibbles_times_16`
-    else:
+    if not GROUPED:
         y *= channel.to(tl.float32)[:, None]
     store_result(y, added, start, rows, letters, out_ptr, N, SILU)
 
@@ -209,11 +211,10 @@ def _load_weights(
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Of the STEP-th chunk of every warp: for int8 (weights of e = 0, of e = 1), for int4 (weights of both, scales),
-    with scales of their own for e = 1 if groups are of 32. ALL_ROWS: no tile reaches beyond the matrix.
+    """Of the STEP-th chunk of every warp: weights, for int8 those of e = 0 and those of e = 1, and with scale_lanes the
+    scales, those of e = 1 apart if groups are of 32. ALL_ROWS: no tile reaches beyond the matrix.
     """
     w_ptr, offset, exists, chunk = w_lanes
-    scale_ptr, row, part = scale_lanes
     WARPS: tl.constexpr = chunk.shape[0]
     CHUNKS: tl.constexpr = (K + 127) // 128
     loaded = tl.tuple([])
@@ -224,7 +225,8 @@ def _load_weights(
         else:
             valid = exists & (chunk + STEP * WARPS < CHUNKS)
             loaded = loaded + (tl.load(ptr, valid, 0, eviction_policy="evict_first"),)
-    if BITS == 4:
+    if scale_lanes is not None:
+        scale_ptr, row, part = scale_lanes
         for e in tl.static_range(2 if GROUP < 64 else 1):
             loaded = loaded + (_load_of_group(scale_ptr, row, part + STEP * WARPS * 128 + e * 32, N, K, GROUP),)
     return loaded
@@ -270,7 +272,8 @@ def _add_products(
     TILES: tl.constexpr = acc.shape[1] // 2
     COLUMNS: tl.constexpr = acc.shape[3] * 8
     PARTS: tl.constexpr = k.shape[2]
-    SPLIT: tl.constexpr = 2 if BITS == 4 and GROUP < 64 else 1
+    SCALES: tl.constexpr = len(weights) - BITS // 4
+    SPLIT: tl.constexpr = 2 if SCALES > 0 and GROUP < 64 else 1
     unit = digits[2].permute(2, 1, 3, 0, 4).reshape(1, WARPS, 1, 8, COLUMNS // 8, 4)
     y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
     x_sum = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
@@ -286,15 +289,15 @@ def _add_products(
         d = d.reshape(PARTS * WARPS, 64 // PARTS, COLUMNS)
         y = tl.dot(a, d, y, out_dtype=tl.int32)
         if zero_ptr is not None:
-            x_sum = tl.dot(tl.full(a.shape, 16, tl.int8), d, x_sum, out_dtype=tl.int32)
+            x_sum = tl.dot(tl.full(a.shape, 16 if BITS == 4 else 1, tl.int8), d, x_sum, out_dtype=tl.int32)
         if e == 1 or SPLIT == 2:
             product = _join_digits(y).reshape(PARTS, WARPS, TILES * 2, 8, COLUMNS // 8, 4)
             if zero_ptr is not None:  # sum of (q - zero) x = sum of q x - zero * sum of x
                 zero = _load_of_group(zero_ptr, row, k + e * 32, N, K, GROUP)
                 product -= _join_digits(x_sum).reshape(product.shape) * _beside_products(zero)
                 x_sum = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
-            if BITS == 4:
-                product *= _beside_products(weights[1 + e * (SPLIT - 1)])
+            if SCALES > 0:
+                product *= _beside_products(weights[BITS // 4 + e * (SPLIT - 1)])
             acc += tl.sum(product * unit, 0)
             y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
     return acc
@@ -361,8 +364,8 @@ def run(
     letters: Letters = None,
     digits: Digits | None = None,
 ) -> Tensor:
-    """`int8_linear` or `int4_linear`; letters as in `dense.run`, digits: those of x if there are any."""
-    (rows, k), n = x.shape, scale.shape[-1 if bits == 8 else -2]
+    """`linear`; letters as in `dense.run`, digits: those of x if there are any."""
+    (rows, k), n = x.shape, scale.shape[-2]
     out = empty_result(x, n, silu_mul)
     x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
     if digits is None:
@@ -385,7 +388,7 @@ def run(
         eps,
         N=n,
         K=k,
-        GROUP=k if bits == 8 else k // scale.shape[-1],
+        GROUP=k // scale.shape[-1],
         BITS=bits,
         SILU=silu_mul,
         COLUMNS=digits[3],
@@ -399,26 +402,8 @@ def run(
     return out
 
 
-@launch.operator("int8_linear", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-1], silu_mul=rest[-2]))
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    silu_mul: bool,
-    experts: Tensor | None,
-) -> Tensor:
-    """x [M, K], M <= 16 -> [M, N], or [M, N/2] with silu_mul: as `dense.linear`, for `pack(q, 8)` and scale [N]; with
-    experts (int64 [M]) both have a leading E.
-    """
-    return run(x, weight, scale, None, bias, norm_weight, eps, residual, silu_mul, experts, bits=8)
-
-
-@launch.operator("int4_linear", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-2], silu_mul=rest[-2]))
-def int4_linear(
+@launch.operator("quantized", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-2], silu_mul=rest[-3]))
+def linear(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -429,9 +414,12 @@ def int4_linear(
     residual: Tensor | None,
     silu_mul: bool,
     experts: Tensor | None,
+    bits: int,
 ) -> Tensor:
-    """The same for `pack(q, 4)`, scale [N, G] and zero [N, G] or None; K / G is K or a power of 2 from 32 on."""
-    return run(x, weight, scale, zero, bias, norm_weight, eps, residual, silu_mul, experts, bits=4)
+    """x [M, K], M <= 16 -> [M, N], or [M, N/2] with silu_mul: as `dense.linear`, for `pack(q, bits)`, scale [N, G] and
+    zero [N, G] or None; K / G is K or a power of 2 from 32 on. With experts (int64 [M]) all three have a leading E.
+    """
+    return run(x, weight, scale, zero, bias, norm_weight, eps, residual, silu_mul, experts, bits)
 
 
 # -- the whole matrix ----------------
@@ -479,28 +467,16 @@ def _dequantize_kernel(
     tl.store(out_ptr + n.to(tl.int64) * K + k, w, (n < N) & (k < K))
 
 
-def _launch_dequantize(
+@launch.operator("dequantize", lambda weight, scale, zero, n, k, dtype, bits: weight.new_empty(n, k, dtype=dtype))
+def dequantize(
     weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype, bits: int
 ) -> Tensor:
+    """The matrix [N, K] in `dtype` for `pack(q, bits)`, scale [N, G] and zero [N, G] or None; scale None: its integers.
+    For prefill, whose product with many rows takes far longer than this pass over the weights.
+    """
     out, per_program = torch.empty(n, k, dtype=dtype, device=weight.device), 4
-    group = k if scale is None or bits == 8 else k // scale.shape[-1]
+    group = k if scale is None else k // scale.shape[-1]
     _dequantize_kernel[weight.shape[0], triton.cdiv(weight.shape[1], per_program)](
         weight, scale, zero, out, N=n, K=k, GROUP=group, BITS=bits, CHUNKS=per_program, PART=math.gcd(group, 128)
     )
     return out
-
-
-@launch.operator("int8_dequantize", lambda weight, scale, n, k, dtype: weight.new_empty(n, k, dtype=dtype))
-def int8_dequantize(weight: Tensor, scale: Tensor | None, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K] in `dtype` for `pack(q, 8)` and scale [N]; scale None: its integers. For prefill, whose product
-    with many rows takes far longer than this pass over the weights.
-    """
-    return _launch_dequantize(weight, scale, None, n, k, dtype, bits=8)
-
-
-@launch.operator("int4_dequantize", lambda weight, scale, zero, n, k, dtype: weight.new_empty(n, k, dtype=dtype))
-def int4_dequantize(
-    weight: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, k: int, dtype: torch.dtype
-) -> Tensor:
-    """The same for `pack(q, 4)`, scale [N, G] and zero [N, G] or None."""
-    return _launch_dequantize(weight, scale, zero, n, k, dtype, bits=4)

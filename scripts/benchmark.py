@@ -58,7 +58,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, default, low in (("batch", 1, 1), ("prompt-len", 5, 1), ("new-tokens", 200, 2), ("repeats", 4, 1)):
         p.add_argument(f"--{name}", type=at_least(low), default=default, help=f"({default})")
     p.add_argument("--cache-len", type=at_least(1), help="cache slots (default: what the run needs)")
-    for name, usual in (("group-size", 128), ("top-k", 200), ("temperature", 0.8)):
+    p.add_argument("--group-size", type=int, help="of a --mode; -1: a scale a row (default: int4 128, int8 -1)")
+    for name, usual in (("top-k", 200), ("temperature", 0.8)):
         p.add_argument(f"--{name}", type=type(usual), default=usual, help=f"({usual})")
     p.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto", help="as generate.py's")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
@@ -171,7 +172,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Engine:
     if args.checkpoint:
         return Engine.load(args.checkpoint, options)
     config, size = shapes.shape_config(args.shape), args.group_size
-    if size != -1 and (size < 1 or config.hidden_size % size):
+    if size not in (None, -1) and (size < 1 or config.hidden_size % size):
         raise ValueError(f"--group-size {size} does not divide hidden_size {config.hidden_size}")
     group, bits = tp.init(device), BITS[args.mode or "bf16"]
     dtype = DTYPES[args.dtype] or checkpoint.default_dtype(None, device)
@@ -459,7 +460,7 @@ def describe(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
         "tp": engine.model.tp.size,
         "shape": Path(args.checkpoint).resolve().name if local else args.shape or args.checkpoint,
         "mode": args.mode or ("bf16" if args.shape else "checkpoint"),
-        "group_size": args.group_size if args.mode == "int4" else None,
+        "group_size": {"int4": args.group_size or 128, "int8": args.group_size}.get(args.mode),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "kernels": kernels_name(engine),
         "compiled": engine.compile,

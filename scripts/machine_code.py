@@ -115,8 +115,8 @@ def linear(
     silu_mul: bool = False,
     experts: int = 0,
 ) -> Callable[[], object]:
-    """A Linear with weights of shape (K inputs, N outputs). mode: bf16, fp16, int8, or int4 with its group size, and z
-    with zero points.
+    """A Linear with weights of shape (K inputs, N outputs). mode: bf16, fp16, int8 or int4, these with a group size
+    behind -g unless a row has one scale, and z with zero points.
     """
     (k, n), lead = shape, (experts,) if experts else ()
     dtype = torch.float16 if mode == "fp16" else torch.bfloat16
@@ -124,11 +124,10 @@ def linear(
     if mode in ("bf16", "fp16"):
         weight = torch.empty((*lead, n, k), dtype=dtype)
     else:
-        int8 = mode == "int8"
-        packed = (*lead, -(-n // 16), -(-k // 128), 2048 if int8 else 1024)
-        weight = torch.empty(packed, dtype=torch.int8 if int8 else torch.uint8)
-        group = int(mode.removeprefix("int4-g").strip("z") or k) if not int8 else k
-        scale = torch.empty((*lead, n) if int8 else (*lead, n, k // group), dtype=dtype)
+        bits, group = int(mode[3]), int(mode.partition("-g")[2].strip("z") or k)
+        packed = (*lead, -(-n // 16), -(-k // 128), 256 * bits)
+        weight = torch.empty(packed, dtype=torch.int8 if bits == 8 else torch.uint8)
+        scale = torch.empty((*lead, n, k // group), dtype=dtype)
         zero = torch.empty_like(scale) if mode.endswith("z") else None
 
     def run() -> Tensor:
@@ -139,9 +138,7 @@ def linear(
         chosen = torch.zeros(rows, dtype=torch.int64) if experts else None
         if scale is None:
             return dense.linear(x, weight, offset, gain, 1e-5, added, silu_mul, chosen)
-        if mode == "int8":
-            return quantized.int8_linear(x, weight, scale, offset, gain, 1e-5, added, silu_mul, chosen)
-        return quantized.int4_linear(x, weight, scale, zero, offset, gain, 1e-5, added, silu_mul, chosen)
+        return quantized.linear(x, weight, scale, zero, offset, gain, 1e-5, added, silu_mul, chosen, bits)
 
     return run
 
@@ -201,15 +198,13 @@ def many_tokens(heads: int, kv_heads: int, dim: int, width: int, *, norm: bool =
     return run
 
 
-def dequantize(k: int, n: int, bits: int) -> Callable[[], object]:
+def dequantize(k: int, n: int, bits: int, group: int) -> Callable[[], object]:
     """A whole matrix for a prefill."""
 
     def run() -> Tensor:
         weight = torch.empty(n // 16, k // 128, 256 * bits, dtype=torch.int8 if bits == 8 else torch.uint8)
-        scale = torch.empty((n,) if bits == 8 else (n, k // 128), dtype=torch.bfloat16)
-        if bits == 8:
-            return quantized.int8_dequantize(weight, scale, n, k, torch.bfloat16)
-        return quantized.int4_dequantize(weight, scale, None, n, k, torch.bfloat16)
+        scale = torch.empty(n, k // group, dtype=torch.bfloat16)
+        return quantized.dequantize(weight, scale, None, n, k, torch.bfloat16, bits)
 
     return run
 
@@ -311,8 +306,10 @@ def cases() -> dict[str, Callable[[], object]]:
         "llama-2-7b o int4-g32z 1": linear(1, (4096, 4096), "int4-g32z", residual=True),
         "llama-2-7b o int4-g64 5": linear(5, (4096, 4096), "int4-g64", residual=True),
         "llama-2-7b down int4-g 1": linear(1, (11008, 4096), "int4-g", residual=True),
-        "llama-2-7b dequantize int8": dequantize(4096, 4096, 8),
-        "llama-2-7b dequantize int4-g128": dequantize(4096, 4096, 4),
+        "llama-2-7b o int8-g32 1": linear(1, (4096, 4096), "int8-g32", residual=True),
+        "llama-2-7b down int8-g128z 5": linear(5, (11008, 4096), "int8-g128z", residual=True),
+        "llama-2-7b dequantize int8": dequantize(4096, 4096, 8, 4096),
+        "llama-2-7b dequantize int4-g128": dequantize(4096, 4096, 4, 128),
         "llama-2-7b attention 1 of 256": attention(1, 1, (32, 32), 128, 256),
         "llama-3.1-8b attention 1 of 2048": attention(1, 1, (32, 8), 128, 2048),
         "llama-3.1-8b attention 5 of 2048": attention(1, 5, (32, 8), 128, 2048),
@@ -348,6 +345,7 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "llama-2-7b down int4-g128 8",
     "mixtral-8x7b gate_up bf16 2",
     "llama-2-7b o int4-g32z 1",
+    "llama-2-7b o int8-g32 1",
     "llama-2-7b dequantize int4-g128",
     "llama-3.1-8b attention 1 of 2048",
     "llama-3.1-8b attention 1 of 2048, with digits",

@@ -62,13 +62,37 @@ def test_uncorrelated_inputs_give_round_to_nearest(act_order):
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_eight_bits(group_size, act_order):
-    """The scales of plain rounding, better values, and 127 on both sides, as int8 Linears hold."""
+@pytest.mark.parametrize("clip_search", [False, True])
+def test_eight_bits(group_size, act_order, clip_search):
+    """Better than plain rounding with the same scales, and 127 on both sides, as int8 Linears hold."""
     w, h = problem()
-    q, scale, _ = solve(w, h, group_size=group_size, act_order=act_order, bits=8, clip_search=True)
+    options = {"group_size": group_size, "act_order": act_order, "clip_search": clip_search}
+    q, scale, _ = solve(w, h, bits=8, **options)
     nearest, nearest_scale = quantize_rtn(w, 8, group_size, torch.float32)
-    assert torch.equal(scale, nearest_scale) and q.dtype == torch.int8 and int(q.min()) >= -127
-    assert output_error(w, h, q, scale) < 0.9 * output_error(w, h, nearest, scale) < 0.01
+    assert q.dtype == torch.int8 and -127 <= int(q.min()) < -100 and 100 < int(q.max()) <= 127
+    if not clip_search:
+        assert torch.equal(scale[:, 0], nearest_scale[:, 0])
+        assert act_order is False or torch.equal(scale, nearest_scale)
+    assert output_error(w, h, q, scale) < 0.9 * output_error(w, h, nearest, nearest_scale) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size, gain", [(32, 0.85), (128, 0.95)])
+def test_the_search_of_8_bit_scales(dtype, size, gain):
+    """It cuts no weight and loses less in every group, also with scales in 16 bits and by weighted errors."""
+    w = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    w[0] = 0
+    importance = torch.linspace(0.1, 2, 512)
+    groups, weights = w.view(64, -1, size), importance.view(-1, size)
+    errors = []
+    for search in (False, True):
+        q, scale = round_to_nearest(w, size, dtype, importance, search, bits=8)
+        assert q.dtype == torch.int8 and scale.dtype == dtype and (scale > 0).all()
+        difference = groups - q.view(groups.shape) * scale.float()[..., None]
+        assert (difference.abs() <= scale.float()[..., None] * (0.5001 if search else 0.76)).all()
+        errors.append((difference.square() * weights).sum(-1))
+    assert (errors[1] <= errors[0] * 1.0001).all() and errors[1].sum() < gain * errors[0].sum()
+    assert (q[0] == 0).all()
 
 
 def test_rows_do_not_know_each_other():

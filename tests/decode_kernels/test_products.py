@@ -35,7 +35,9 @@ def test_packing_pads_with_zeros(bits):
 
 
 def make_linear(fmt, m, n, k, dtype, experts=0, seed=0):
-    """(x, a Linear, the [.., N, K] float64 matrix that it stands for); formats: dense, int8, g<size>, z = zeros."""
+    """(x, a Linear, the [.., N, K] float64 matrix that it stands for); formats: dense, int8 and int4, g<size> = groups,
+    z = zero points.
+    """
     gen = torch.Generator().manual_seed(seed)
     lead = (experts,) if experts else ()
     x = torch.randn(m, k, generator=gen).to(dtype)
@@ -43,15 +45,12 @@ def make_linear(fmt, m, n, k, dtype, experts=0, seed=0):
         linear = Linear(k, n, num_experts=experts, dtype=dtype)
         linear.weight.copy_(torch.randn(*lead, n, k, generator=gen) / k**0.5)
         return x, linear, linear.weight.double()
-    if fmt == "int8":
-        q = torch.randint(-128, 128, (*lead, n, k), generator=gen, dtype=torch.int8)
-        scale, zero = ((torch.rand(*lead, n, 1, generator=gen) + 0.5) / 80 / k**0.5).to(dtype), None
-    else:
-        group = int(fmt.strip("gz") or k)
-        q = torch.randint(-8, 8, (*lead, n, k), generator=gen, dtype=torch.int8)
-        scale = ((torch.rand(*lead, n, k // group, generator=gen) + 0.5) / 5 / k**0.5).to(dtype)
-        zero = torch.randint(-8, 8, scale.shape, generator=gen).to(dtype) if "z" in fmt else None
-    linear = (Int8Linear if fmt == "int8" else Int4Linear)(k, n, num_experts=experts)
+    bits, group = int(fmt[3]), int(fmt[4:].strip("gz") or k)
+    half = 2 ** (bits - 1)
+    q = torch.randint(-half, half, (*lead, n, k), generator=gen, dtype=torch.int8)
+    scale = ((torch.rand(*lead, n, k // group, generator=gen) + 0.5) / (0.6 * half) / k**0.5).to(dtype)
+    zero = torch.randint(-half, half, scale.shape, generator=gen).to(dtype) if "z" in fmt else None
+    linear = (Int8Linear if bits == 8 else Int4Linear)(k, n, num_experts=experts)
     linear.set_(q, scale, zero)
     centered = q.double().unflatten(-1, (scale.shape[-1], -1)) - (0 if zero is None else zero.double()[..., None])
     return x, linear, (centered * scale.double()[..., None]).flatten(-2)
@@ -92,22 +91,24 @@ def check_linear(fmt, m, n, k, dtype, bound, norm=False, bias=False, silu_mul=Fa
         assert y.dtype == dtype and relative_error(y.cpu(), wanted) < bound
 
 
-FORMATS = ["dense", "int8", "g32", "g64", "g128", "g", "g64z", "gz"]
+FORMATS = ["dense", "int8", "int4g32", "int4g64", "int4g128", "int4", "int4g64z", "int4z"]
+GROUPS_OF_8 = ["int8g32", "int8g64z", "int8g128", "int8z"]
 EXTRAS = [{}, {"norm": True, "silu_mul": True}, {"bias": True, "residual": True}, {"experts": 3, "norm": True}]
 
 
 SHAPES = [(1, 64, 256), (3, 96, 1152), (9, 32, 640), (16, 64, 2176), (8, 40, 384), (2, 32, 4352)]
-CASES = [(fmt, i) for i in range(len(SHAPES)) for fmt in FORMATS]
+CASES = [(fmt, i) for i in range(len(SHAPES)) for fmt in FORMATS + GROUPS_OF_8]
 if INTERPRETED:  # slow: half of them, a checkerboard, and half as many columns for sixteen rows
     SHAPES[3] = (16, 64, 1152)
-    CASES = [(fmt, i) for fmt, i in CASES if (FORMATS.index(fmt) + i) % 2]
+    CASES = [(fmt, i) for fmt, i in CASES if fmt in FORMATS and (FORMATS.index(fmt) + i) % 2]
+    CASES += [("int8g32", 0), ("int8g32", 2), ("int8g64z", 1), ("int8g128", 2), ("int8z", 4)]
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fmt, shape", CASES)
 def test_linear_equals_twin(dtype, fmt, shape):
-    (m, n, k), extra = SHAPES[shape], EXTRAS[(shape // 2 + FORMATS.index(fmt)) % len(EXTRAS)]
+    (m, n, k), extra = SHAPES[shape], EXTRAS[(shape // 2 + (FORMATS + GROUPS_OF_8).index(fmt)) % len(EXTRAS)]
     bound = 8e-3 if dtype == torch.bfloat16 else 2e-3
     check_linear(fmt, m, n, k, dtype, bound, **extra)
 
@@ -129,7 +130,7 @@ def test_more_rows_than_an_instruction_takes_equal_twin(fmt, rows, extra):
 @needs_kernels
 @pytest.mark.parametrize("rows", [1, 4, 9])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", ["dense", "int8", "g128"])
+@pytest.mark.parametrize("fmt", ["dense", "int8", "int4g128"])
 def test_a_large_activation_is_normed_and_equals_twin(fmt, rows, dtype):
     """One channel of a residual stream often holds thousands; times the norm's weight that is too much for float16."""
     x, linear, w = make_linear(fmt, rows, 64, 256, dtype)
@@ -143,20 +144,17 @@ def test_a_large_activation_is_normed_and_equals_twin(fmt, rows, dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize("fmt", [*FORMATS[1:], "g96", "g40z"])
+@pytest.mark.parametrize("fmt", [*FORMATS[1:], "int4g96", "int4g40z", "int8g32", "int8g40z"])
 def test_dequantize_equals_its_twin_and_the_formula(fmt):
-    sizes = {"g96": [(32, 192), (40, 1152)], "g40z": [(32, 40), (24, 520)], "int8": [(32, 40), (24, 1152)]}
+    sizes = {"int4g96": [(32, 192), (40, 1152)], "int8": [(32, 40), (24, 1152)]}
+    sizes |= dict.fromkeys(("int4g40z", "int8g40z"), [(32, 40), (24, 520)])
     for n, k in sizes.get(fmt, [(64, 256), (40, 384), (24, 1152)]):
         _, linear, w = make_linear(fmt, 1, n, k, torch.float16)
         plain = linear.dequantize(torch.float32)
         decode_kernels.use_(linear.to(DEVICE))
         assert torch.equal(linear.dequantize(torch.float32).cpu(), plain)
         assert relative_error(plain, w) < 1e-6
-        packed = linear.weight_packed
-        if fmt == "int8":
-            integers = quantized.int8_dequantize(packed, None, n, k, torch.float16)
-        else:
-            integers = quantized.int4_dequantize(packed, None, None, n, k, torch.float16)
+        integers = quantized.dequantize(linear.weight_packed, None, None, n, k, torch.float16, linear.bits)
         assert torch.equal(integers, linear.values(linear.weight_packed).half())
 
 
@@ -176,13 +174,13 @@ def test_tiles_fit_shared_memory(rows, k, n, silu_mul, sm, shared):
 
 
 @needs_compiler
-@pytest.mark.parametrize("bits", [4, 8])
-def test_weights_go_straight_to_the_tensor_cores(bits):
+@pytest.mark.parametrize("bits, group", [(4, 128), (8, 2048), (8, 32)])
+def test_weights_go_straight_to_the_tensor_cores(bits, group):
     """Only the sums over warps are exchanged through shared memory."""
     types = {"rows": "i32", "eps": "fp32", "unit_ptr": "*fp32", "digits_ptr": "*i8"}
     types |= {"w_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
     values = dict.fromkeys(("squares_ptr", "zero_ptr", "bias_ptr", "residual_ptr", "experts_ptr"))
-    values |= {"N": 4096, "K": 2048, "GROUP": 128 if bits == 4 else 2048, "BITS": bits, "SILU": False, "COLUMNS": 8}
+    values |= {"N": 4096, "K": 2048, "GROUP": group, "BITS": bits, "SILU": False, "COLUMNS": 8}
     values |= {"TILES": 1, "WARPS": 4, "W_AHEAD": 4, "X_AHEAD": 4, "PDL": True, "ASM": True}
     kernel = compiled(quantized._quantized_kernel, types, values, 90, 4)
     ptx = kernel.asm["ptx"]
@@ -213,17 +211,16 @@ def test_rows_are_multiplied_where_they_were_loaded(rows, k, n, silu_mul):
 
 
 @needs_kernels
-@pytest.mark.parametrize("fmt", ["int8", "g64z"])
+@pytest.mark.parametrize("fmt", ["int8", "int4g64z"])
 def test_operators_tell_shapes_and_equals_twin(fmt):
-    """Schemas hold and fake tensors get the shapes of real ones, for each format's own operators."""
+    """Schemas hold and fake tensors get the shapes of real ones."""
     x, linear, _ = make_linear(fmt, 2, 64, 256, DTYPES[0])
     decode_kernels.use_(linear.to(DEVICE))
-    x, (weight, scale, zero) = x.to(DEVICE), linear.operands(None)
-    name, factors = ("int8", (scale,)) if fmt == "int8" else ("int4", (scale, zero))
+    x, operands, bits = x.to(DEVICE), linear.operands(None), linear.bits
     gain, residual = torch.ones(256, device=DEVICE, dtype=x.dtype), torch.zeros(2, 32, device=DEVICE, dtype=x.dtype)
     for operator, args in (
-        (f"{name}_linear", (x, weight, *factors, None, gain, 1e-5, residual, True, None)),
-        (f"{name}_dequantize", (weight, *factors, 64, 256, torch.float16)),
+        ("quantized", (x, *operands, None, gain, 1e-5, residual, True, None, bits)),
+        ("dequantize", (*operands, 64, 256, torch.float16, bits)),
     ):
         utils = ("test_schema", "test_faketensor")
         torch.library.opcheck(getattr(torch.ops.decode, operator).default, args, test_utils=utils)
