@@ -114,7 +114,7 @@ def leftovers(folder):
     return [p.name for p in folder.iterdir()]
 
 
-MODES = [("int8", ()), ("int8-gptq", ()), ("int4", ()), ("int4-gptq", ())]
+MODES = [("int8", ()), ("int8", ("--group-size", "-1")), ("int8-gptq", ()), ("int4", ()), ("int4-gptq", ())]
 MODES += [("int4-gptq", ("--act-order", "--no-clip-search"))]
 
 
@@ -320,21 +320,31 @@ def test_its_own_text_is_neither_cut_nor_ended(tiny):
     ("int4-gptq", 32, "--mode int8 (8 bits a weight)"),
     ("int4-gptq", -1, "--group-size 64 (4.25 bits a weight), or --group-size 32 (4.5 bits a weight), "
      "or --mode int8 (8 bits a weight)"),  # 128 divides not every layer
-    ("int8", -1, "--mode int8-gptq (as many bits), or --skip the Linears with the largest errors (16 bits a weight)"),
-    ("int8-gptq", -1, "--skip the Linears with the largest errors (16 bits a weight)"),
+    ("int8", -1, "--mode int8-gptq (as many bits), or --group-size 64 (8.25 bits a weight), "
+     "or --group-size 32 (8.5 bits a weight), or --skip the Linears with the largest errors (16 bits a weight)"),
+    ("int8-gptq", 32, "--skip the Linears with the largest errors (16 bits a weight)"),
 ])  # fmt: skip
 def test_advice(mode, size, words):
     layers = [{"shape": [8, 192 if size == -1 else 256]}, {"shape": [4, 8, 256]}]
     assert quantize.advice({"mode": mode, "group_size": size, "scale_bits": 16, "layers": layers}) == words
 
 
-@pytest.mark.parametrize("loss", [1.04, 1.06])
-def test_a_loss_above_five_percent_is_answered(loss, tiny, text, tmp_path, monkeypatch, capsys):
-    measured = {"perplexity_before": 10.0, "perplexity_after": 10.0 * loss, "kl_mean": 0.01, "kl_99": 0.1}
+@pytest.mark.parametrize(
+    "mode, loss, kl, begins",
+    [
+        ("int4", 1.06, 0.1, "That is more than 5%; try --mode int4-gptq (as many bits), or"),
+        ("int8", 1.06, 0.1, "That is more than 5%; try --mode int8-gptq (as many bits), or"),
+        ("int8", 1.04, 0.002, "To lose less, try --mode int8-gptq (as many bits), or"),
+        ("int8", 1.04, 0.0005, "KL divergence: mean 0.0005"),
+        ("int4", 1.04, 0.01, "KL divergence: mean 0.0100"),
+    ],
+)
+def test_a_loss_is_answered(mode, loss, kl, begins, tiny, text, tmp_path, monkeypatch, capsys):
+    """One of more than five percent, and with 8 bits one that groups take away."""
+    measured = {"perplexity_before": 10.0, "perplexity_after": 10.0 * loss, "kl_mean": kl, "kl_99": 0.1}
     monkeypatch.setattr(quantize.Streams, "loss", lambda *_: measured | {"top1_agreement": 0.9})
-    run(tiny, tmp_path / "out", text, "int4")
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("That is more than 5%; try --mode int4-gptq (as many bits), or") == (loss > 1.05)
+    run(tiny, tmp_path / "out", text, mode)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(begins)
 
 
 def test_bfloat16_stays_bfloat16(text, tmp_path):
@@ -456,6 +466,16 @@ def test_group_size_that_does_not_divide(tiny, text, tmp_path, capsys):
     run(tiny, tmp_path / "out", text, "int4", "--group-size", "-1")
 
 
+def test_the_usual_group_size(text, tmp_path):
+    source = save_model(tmp_path / "wide", hidden_size=128, intermediate_size=128, head_dim=32)
+    for mode, size, groups in (("int8", -1, 1), ("int4", 128, 1), ("int8-gptq", 32, 4)):
+        argv = arguments(source, tmp_path / mode, text, mode, "--group-size", "32")
+        assert quantize.main(argv if size == 32 else argv[: argv.index("--group-size")]) == 0
+        report = json.loads((tmp_path / mode / "quantization_report.json").read_text())
+        scale = load_file(tmp_path / mode / "model.safetensors")["model.layers.0.mlp.down_proj.weight_scale"]
+        assert report["group_size"] == size and scale.shape == (128, groups)
+
+
 def test_no_group_size_divides(text, tmp_path, capsys):
     source = save_model(tmp_path / "odd", intermediate_size=84)
     capsys.readouterr()
@@ -464,7 +484,6 @@ def test_no_group_size_divides(text, tmp_path, capsys):
         fails(
             capsys, argv, "down_proj: in_features 84 is not a multiple", "use --group-size -1, or --skip '*.down_proj'"
         )
-    run(source, tmp_path / "out", text, "int8", "--group-size", "auto")  # which has no groups
     run(source, tmp_path / "row", text, "int4-gptq", "--group-size", "-1")
 
 
@@ -823,7 +842,6 @@ def test_gpu_gives_what_the_cpu_gives(mode, tiny, text, tmp_path):
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the shared model is not here")
 def test_int8_costs_stories260k_nothing(text, tmp_path):
-    report = run(
-        STORIES, tmp_path / "out", text, "int8", "--heldout-tokens", "16384", "--row-length", "512", "--rows", "2"
-    )
+    more = "--group-size", "-1", "--heldout-tokens", "16384", "--row-length", "512", "--rows", "2"
+    report = run(STORIES, tmp_path / "out", text, "int8", *more)
     assert abs(report["perplexity_after"] / report["perplexity_before"] - 1) < 0.003

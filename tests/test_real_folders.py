@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from formats import QuantConfig, Quantized, Scheme, pack
+from linear import Int8Linear, Linear
 from model import KVCache
+from tp import TensorParallel
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": False, "lm_head": False}
 ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": True, "data_type": "int", "iters": 200}
@@ -139,3 +141,70 @@ def test_one_file_of_one_without_its_index(tiny):
     shutil.copy(folder / "model-00001-of-00001.safetensors", folder / "other-00001-of-00001.safetensors")
     with pytest.raises(FileNotFoundError, match="model-00001-of-00001.safetensors, other-00001"):
         checkpoint.load(str(folder))
+
+
+def words(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Signed bytes, four to an int32 along `dim`, the first in the lowest bits; each is stored + 128."""
+    x = (x.to(torch.int16) + 128).to(torch.uint8).transpose(dim, -1)
+    return x.contiguous().view(torch.int32).transpose(dim, -1).contiguous()
+
+
+def of_8_bits(form: str, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, index: torch.Tensor | None):
+    """A Linear as that format holds it: q [N, K], scale and zero [N, G], index: the group of each column."""
+    group = torch.arange(q.shape[1]) // (q.shape[1] // scale.shape[1]) if index is None else index
+    if form.startswith("gptq"):
+        stored = zero if form == "gptq_v2" else (zero.to(torch.int16) - 1 + 128) % 256 - 128  # v1: zero - 1
+        tensors = {"qweight": words(q.t(), 0), "qzeros": words(stored.t(), 1)}
+        return tensors | {"scales": scale.t().contiguous(), "g_idx": group.int()}
+    if form == "int-quantized":
+        return {"weight": q, "weight_scale": scale, "weight_zero_point": zero}
+    tensors = {"weight_packed": words(q, 1), "weight_scale": scale, "weight_shape": torch.tensor(q.shape)}
+    tensors |= {"weight_zero_point": words(zero, 0)}
+    return tensors | ({} if index is None else {"weight_g_idx": index.int()})
+
+
+EIGHT = [("gptq", False, True), ("gptq", True, False), ("gptq_v2", True, True), ("pack-quantized", True, False)]
+EIGHT += [("pack-quantized", False, True), ("int-quantized", True, False), ("int-quantized", False, False)]
+
+
+@pytest.mark.parametrize("form, asymmetric, act_order", EIGHT)
+def test_eight_bits_in_groups(form, asymmetric, act_order, tiny, monkeypatch):
+    """As 8-bit weights where there are kernels for them, as plain ones where not; whole, and a rank's share."""
+    folder, generator = tiny(intermediate_size=128)[0], torch.Generator().manual_seed(0)
+    rounded, kept = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if weight.ndim != 2 or "embed" in name or "lm_head" in name:
+            rounded[name] = kept[name] = weight
+            continue
+        n, k = weight.shape
+        index = torch.randperm(k, generator=generator) // 32 if act_order else torch.arange(k) // 32
+        scale = torch.rand(n, k // 32, generator=generator) / 1000 + 5e-4
+        zero = torch.randint(-128, 128, scale.shape, generator=generator, dtype=torch.int8) * asymmetric
+        q = (weight / scale[:, index] + zero[:, index]).round().clamp(-128, 127).to(torch.int8)
+        parts = of_8_bits(form, q, scale, zero.to(torch.int8), index if act_order else None)
+        rounded |= {f"{name.removesuffix('.weight')}.{suffix}": t.contiguous() for suffix, t in parts.items()}
+        kept[name] = (q - zero[:, index].float()) * scale[:, index]
+    config = {"quant_method": "gptq", "checkpoint_format": form} | {"bits": 8, "group_size": 32, "sym": not asymmetric}
+    config |= {"desc_act": act_order}
+    if "quantized" in form:
+        weights = {"num_bits": 8, "type": "int", "symmetric": not asymmetric, "strategy": "group", "group_size": 32}
+        weights |= {"actorder": "group" if act_order else None}
+        config = PACKED | {"format": form, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    save_file(kept, folder / "model.safetensors")
+    want = logits_of(folder)
+    save_file(rounded, folder / "model.safetensors")
+    write(folder, "config.json", quantization_config=config)
+    for plain, cls in ((("cpu",), Linear), ((), Int8Linear)):
+        monkeypatch.setattr(checkpoint, "PLAIN", plain)
+        torch.testing.assert_close(logits_of(folder), want, atol=1e-4, rtol=1e-4)
+        whole = checkpoint.load(str(folder)).layers[1]
+        # q, k and v of one order each are one matrix only if the orders are the same
+        assert type(whole.mlp.down_proj) is cls and (act_order or type(whole.self_attn.qkv_proj) is cls)
+        if cls is Int8Linear:
+            assert whole.mlp.down_proj.weight_scale.shape[-1] == whole.mlp.down_proj.in_features // 32
+        ranks = [checkpoint.load(str(folder), tp=TensorParallel(r, 2)).layers[1].self_attn.o_proj for r in range(2)]
+        # a rank has one whole group, so a scale a row; of an ordered matrix it has parts of groups, and a plain one
+        share = Linear if act_order else cls if asymmetric else Int8Linear
+        assert all(type(part) is share for part in ranks)
+        shares = torch.cat([part.dequantize(torch.float32) for part in ranks], -1)
+        torch.testing.assert_close(shares, kept["model.layers.1.self_attn.o_proj.weight"], atol=1e-6, rtol=1e-6)
