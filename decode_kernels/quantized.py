@@ -117,8 +117,8 @@ def _quantized_kernel(
     """
     CHUNKS: tl.constexpr = (K + 127) // 128
     STEPS: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
-    GROUPED: tl.constexpr = BITS == 4 or GROUP < K or zero_ptr is not None  # else a row's scale multiplies its result
-    PARTS: tl.constexpr = 2 if GROUPED and GROUP < 128 else 1  # 2: each u has a scale of its own
+    ROW: tl.constexpr = BITS == 8 and GROUP == K and zero_ptr is None  # a scale multiplies the result of its row
+    SCALES: tl.constexpr = 0 if ROW else 128 // GROUP if GROUP < 128 and GROUP < K else 1  # in a row of a chunk
     BYTES: tl.constexpr = 256 * BITS  # bytes of 16 rows of a chunk
     OUT: tl.constexpr = N // 2 if SILU else N
     BLOCK_N: tl.constexpr = TILES * (8 if SILU else 16)
@@ -152,23 +152,22 @@ def _quantized_kernel(
     column = tl.arange(0, COLUMNS // 8)[:, None] * 8 + g
     x_offset = (tl.arange(0, COLUMNS // 8)[:, None] * (CHUNKS * 1024) + tl.arange(0, 16))[None, None, None]
     # Units and scales are loaded where the products of their columns and rows are, [4 t, 8 g, WARPS, columns/8 or
-    # rows/8, PARTS].
+    # rows/8, 1].
     t = tl.arange(0, 4)[:, None, None, None, None]
     g = tl.arange(0, 8)[:, None, None, None]
     warp = tl.arange(0, WARPS)[:, None, None]
     unit_offset = tl.arange(0, COLUMNS // 8)[:, None] * (CHUNKS * 8) + warp * 8 + t * 2
     row = start + interleave_gates(tl.arange(0, TILES * 2)[:, None] * 8, OUT, SILU) + g
-    part = warp * 128 + tl.arange(0, PARTS) * 64
     acc = tl.zeros([WARPS, TILES * 2, 8, COLUMNS // 8, 4], tl.float32)
-    w_lanes, scale_lanes = (w_ptr, w_offset, w_exists, chunk), (scale_ptr, row, part) if GROUPED else None
+    w_lanes, scale_lanes = (w_ptr, w_offset, w_exists, chunk), (scale_ptr, row, warp * 128)
     x_lanes, unit_lanes = (digits_ptr, x_offset, column, chunk), (unit_ptr, unit_offset, warp)
     weights, digits = tl.tuple([]), tl.tuple([])
-    if not GROUPED:
+    if ROW:
         channel = start + interleave_gates(tl.arange(0, TILES * 16), OUT, SILU)
         channel = tl.load(scale_ptr + channel, channel < N, 0)
     for i in tl.static_range(STEPS + W_AHEAD):
         if i < STEPS:
-            weights = weights + (_load_weights(w_lanes, scale_lanes, i, OUT % BLOCK_N == 0, N, K, GROUP, BITS),)
+            weights = weights + (_load_weights(w_lanes, scale_lanes, i, OUT % BLOCK_N == 0, N, K, GROUP, SCALES, BITS),)
         if i == W_AHEAD - 1:
             launch.wait_for_previous(PDL)
             added = load_for_result(
@@ -187,15 +186,15 @@ def _quantized_kernel(
         if i >= W_AHEAD:
             launch.keep_loads_here(PDL)
             if launch.always_true(eps, i):
-                at = (row, part + (i - W_AHEAD) * WARPS * 128)
+                at = (row, warp * 128 + (i - W_AHEAD) * WARPS * 128)
                 w, x = weights[i - W_AHEAD], digits[i - W_AHEAD]
-                acc = _add_products(acc, w, x, zero_ptr, at, N, K, GROUP, BITS, ASM)
+                acc = _add_products(acc, w, x, zero_ptr, at, N, K, GROUP, SCALES, BITS, ASM)
     y = _sum_warps(acc.reshape(WARPS, TILES * 16, COLUMNS // 2))
     if squares_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None]
     if BITS == 4:
         y *= 0.0625  # for `_nibbles_times_16`
-    if not GROUPED:
+    if ROW:
         y *= channel.to(tl.float32)[:, None]
     store_result(y, added, start, rows, letters, out_ptr, N, SILU)
 
@@ -209,12 +208,14 @@ def _load_weights(
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Of the STEP-th chunk of every warp: weights, for int8 those of e = 0 and those of e = 1, and with scale_lanes the
-    scales, those of e = 1 apart if groups are of 32. ALL_ROWS: no tile reaches beyond the matrix.
+    """Of the STEP-th chunk of every warp: weights, for int8 those of e = 0 and those of e = 1, and the scales, unless a
+    row has one. ALL_ROWS: no tile reaches beyond the matrix.
     """
     w_ptr, offset, exists, chunk = w_lanes
+    scale_ptr, row, k = scale_lanes
     WARPS: tl.constexpr = chunk.shape[0]
     CHUNKS: tl.constexpr = (K + 127) // 128
     loaded = tl.tuple([])
@@ -225,10 +226,8 @@ def _load_weights(
         else:
             valid = exists & (chunk + STEP * WARPS < CHUNKS)
             loaded = loaded + (tl.load(ptr, valid, 0, eviction_policy="evict_first"),)
-    if scale_lanes is not None:
-        scale_ptr, row, part = scale_lanes
-        for e in tl.static_range(2 if GROUP < 64 else 1):
-            loaded = loaded + (_load_of_group(scale_ptr, row, part + STEP * WARPS * 128 + e * 32, N, K, GROUP),)
+    if SCALES > 0:
+        loaded = loaded + (_load_of_groups(scale_ptr, row, k + STEP * WARPS * 128, N, K, GROUP, SCALES),)
     return loaded
 
 
@@ -260,6 +259,7 @@ def _add_products(
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
     BITS: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -271,10 +271,11 @@ def _add_products(
     WARPS: tl.constexpr = acc.shape[0]
     TILES: tl.constexpr = acc.shape[1] // 2
     COLUMNS: tl.constexpr = acc.shape[3] * 8
-    PARTS: tl.constexpr = k.shape[2]
-    SCALES: tl.constexpr = len(weights) - BITS // 4
-    SPLIT: tl.constexpr = 2 if SCALES > 0 and GROUP < 64 else 1
-    unit = digits[2].permute(2, 1, 3, 0, 4).reshape(1, WARPS, 1, 8, COLUMNS // 8, 4)
+    PARTS: tl.constexpr = 2 if SCALES > 1 else 1  # 2: each u has a scale of its own
+    SPLIT: tl.constexpr = 2 if SCALES == 4 else 1  # 2: each e, too
+    unit = digits[2].permute(2, 1, 3, 0, 4).reshape(WARPS, 1, 8, COLUMNS // 8, 4)
+    if zero_ptr is not None:
+        zero = _load_of_groups(zero_ptr, row, k, N, K, GROUP, SCALES)
     y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
     x_sum = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
     for e in tl.static_range(2):
@@ -293,12 +294,11 @@ def _add_products(
         if e == 1 or SPLIT == 2:
             product = _join_digits(y).reshape(PARTS, WARPS, TILES * 2, 8, COLUMNS // 8, 4)
             if zero_ptr is not None:  # sum of (q - zero) x = sum of q x - zero * sum of x
-                zero = _load_of_group(zero_ptr, row, k + e * 32, N, K, GROUP)
-                product -= _join_digits(x_sum).reshape(product.shape) * _beside_products(zero)
+                product -= _join_digits(x_sum).reshape(product.shape) * _beside_products(zero, PARTS, e)
                 x_sum = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
             if SCALES > 0:
-                product *= _beside_products(weights[BITS // 4 + e * (SPLIT - 1)])
-            acc += tl.sum(product * unit, 0)
+                product *= _beside_products(weights[BITS // 4], PARTS, e)
+            acc += tl.sum(product, 0) * unit
             y = tl.zeros([PARTS * WARPS, TILES * 16, COLUMNS], tl.int32)
     return acc
 
@@ -325,18 +325,36 @@ def _join_digits(y):
 
 
 @triton.jit
-def _load_of_group(ptr, row, k, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
-    """The scales or zero points [4 t (all equal), 8 g, WARPS, rows/8, PARTS, 1] of rows at column k."""
+def _load_of_groups(ptr, row, k, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr):
+    """The scales or zero points of rows in the chunk at column k, all SCALES in one load: [4 t (all equal), 8 g, WARPS,
+    rows/8, 1, SCALES].
+    """
     ptr = (ptr + (row * (K // GROUP) + k // GROUP))[None, :, :, :, :, None]
-    ptr = launch.spread_over_lanes(ptr, [4, ptr.shape[1], ptr.shape[2], ptr.shape[3], ptr.shape[4], 1])
-    return tl.load(ptr, ((row < N) & (k < K))[None, :, :, :, :, None], 0)
+    valid = ((row < N) & (k < K))[None, :, :, :, :, None]
+    SHAPE: tl.constexpr = [4, ptr.shape[1], ptr.shape[2], ptr.shape[3], 1, SCALES]
+    if SCALES > 1:
+        g = tl.arange(0, SCALES)[None, None, None, None, None]
+        ptr = launch.deal_to_lanes(tl.broadcast_to(ptr, SHAPE), g)
+        if K % 128 > 0:
+            valid = valid & (k[None, None, :, :, :, None] + g * GROUP < K)
+    else:
+        ptr = launch.spread_over_lanes(ptr, SHAPE)
+    return tl.load(ptr, valid, 0)
 
 
 @triton.jit
-def _beside_products(x):
-    """Values of `_load_of_group` in the shape of the products, without moving a register."""
-    x = x.to(tl.float32).permute(4, 2, 3, 1, 0, 5)
-    return x.reshape(x.shape[0], x.shape[1], x.shape[2], 8, 1, 4)
+def _beside_products(x, PARTS: tl.constexpr, E: tl.constexpr):
+    """Values of `_load_of_groups`, of one e if each has its own, in the shape of the products, without moving a
+    register.
+    """
+    SPLIT: tl.constexpr = x.shape[5] // PARTS
+    x = x.to(tl.float32)
+    if SPLIT == 2:
+        first, second = tl.split(x.reshape(4, 8, x.shape[2], x.shape[3], PARTS, 2))
+        x = second if E == 1 else first
+    else:
+        x = x.reshape(4, 8, x.shape[2], x.shape[3], PARTS)
+    return x.permute(4, 2, 3, 1, 0).reshape(PARTS, x.shape[2], x.shape[3], 8, 1, 4)
 
 
 @triton.jit

@@ -114,6 +114,14 @@ def test_linear_equals_twin(dtype, fmt, shape):
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    "fmt, k", [("int8g32", 288), ("int4g32z", 224), ("int8g64z", 192), ("int8", 96), ("int4g32", 32)]
+)
+def test_a_last_chunk_with_fewer_groups_equals_twin(fmt, k):
+    check_linear(fmt, 2, 48, k, DTYPES[0], 8e-3)
+
+
+@needs_kernels
 @pytest.mark.parametrize("extra", EXTRAS[:3], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_parts_of_tiles_equals_twin(rows, extra):
