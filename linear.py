@@ -271,10 +271,11 @@ class QuantizedLinear(Linear):
         """As usual, once the buffers have the shapes that the groups, zero points and order of what comes call for."""
         fast, self.fast = self.fast, None
         packed = self.lay(torch.empty(self.shape, dtype=torch.int8, device="meta")).shape
+        known = {"weight_packed": packed, "permutation": self.shape[-1:]}
         for name in ("weight_packed", "weight_scale", "weight_zero_point", "permutation"):
             given = state_dict.get(prefix + name)
             if given is not None:
-                shape = packed if name == "weight_packed" else given.shape
+                shape = known.get(name, (*self.shape[:-1], *given.shape[-1:]))  # scales: of any number of groups
                 setattr(self, name, torch.empty(shape, dtype=given.dtype, device=self.weight_scale.device))
             elif name in ("weight_zero_point", "permutation"):
                 setattr(self, name, None)

@@ -176,6 +176,9 @@ def test_state_dicts_of_another_shape_or_format_are_refused():
     ):
         with pytest.raises(RuntimeError, match=match):
             other.load_state_dict(state)
+    for name, wrong in (("weight_scale", torch.ones(48)), ("weight_zero_point", torch.ones(24, 4))):
+        with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+            Int4Linear(128, 48).load_state_dict(state | {name: wrong})
     with pytest.raises(RuntimeError, match="Missing key.*weight_scale"):
         Int4Linear(128, 48).load_state_dict({"weight_packed": state["weight_packed"]})
 
