@@ -315,7 +315,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def ways() -> list[dict[str, Any]]:
     """Every row of the table but the first: tool, mode, group size, act-order, clip search."""
     rows: list[dict[str, Any]] = [{"tool": "ours", "mode": mode, "group_size": -1} for mode in ("int8", "int8-gptq")]
-    rows.append({"tool": "ours", "mode": "int4", "group_size": 128})
+    rows += [{"tool": "ours", "mode": mode, "group_size": size} for mode, size in (("int8", 32), ("int4", 128))]
     for act_order in (False, True):
         base = {"mode": "int4-gptq", "group_size": 128, "act_order": act_order}
         rows.append({"tool": "llm-compressor"} | base)

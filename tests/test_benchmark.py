@@ -56,7 +56,7 @@ def test_json_and_rows(tmp_path, capsys):
     assert benchmark.main(argv) == 0
     result = last_line(capsys)
     assert not [name for name in FIELDS.split() if name not in result]
-    assert (result["mode"], result["kernels"], result["commit"]) == ("int8", "cpu", "abc")
+    assert (result["mode"], result["group_size"], result["kernels"], result["commit"]) == ("int8", None, "cpu", "abc")
     assert result["versions"]["torch"] == torch.__version__
     assert result["decode_tok_s"] == pytest.approx(1e3 / result["tpot_ms"], rel=1e-3)
     assert result["read_gb_s"] == pytest.approx(result["bytes_per_token"] * result["decode_tok_s"] / 1e9, rel=1e-3)
@@ -68,6 +68,9 @@ def test_json_and_rows(tmp_path, capsys):
     assert result["rows"][0]["ratio"] == 1.0
 
     assert benchmark.main([*QUICK, "--batch", "2", "--csv", str(path)]) == 0
+    for mode, size, found in (("int8", ["--group-size", "32"], 32), ("int4", [], 128)):
+        assert benchmark.main([*QUICK, "--mode", mode, *size, "--no-csv"]) == 0
+        assert last_line(capsys)["group_size"] == found
     rows = list(csv.DictReader(path.open()))
     assert [(r["mode"], r["batch"]) for r in rows] == [("int8", "1"), ("bf16", "2")]
     assert float(rows[0]["decode_tok_s"]) == result["decode_tok_s"]
