@@ -519,7 +519,7 @@ class Engine:
         if self.tokenizer.stop_ids and min(self.tokenizer.stop_ids) >= known:
             tell("warning: the model's vocabulary has no id that ends a text; it goes on to the end")
         if any(m.expands for m in self.model.modules() if isinstance(m, Linear)):
-            tell(f"note: no fast path for some int4 weights in {self.dtype}: every step expands them, slowly")
+            tell(f"note: no fast path for some quantized weights in {self.dtype}: every step expands them, slowly")
 
 
 def wants_kernels(choice: str, device: torch.device, dtype: torch.dtype) -> bool:

@@ -588,4 +588,4 @@ def test_quantized_weights_without_a_kernel_are_announced_once(bits, capsys):
     Engine(model, Ids(config.vocab_size)).warn()
     err = capsys.readouterr().err
     assert err.count("\n") == (bits == 4)
-    assert ("no fast path for some int4 weights" in err) == (bits == 4)
+    assert ("no fast path for some quantized weights" in err) == (bits == 4)
