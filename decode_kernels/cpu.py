@@ -9,16 +9,11 @@ the modules stay plain.
     bf16     ATen's matrix-vector product, 13.8 G weights/s   oneDNN's matrix product from three rows on
     fp16     the same, 22.0 G weights/s                       from seventeen rows on a float32 product
     int8     `_weight_int8pack_mm`, 19.7 G weights/s          from seventeen rows on the plain expression
-    int4     `_weight_int4pack_mm_for_cpu`, 36 G weights/s    the same
+    int4     `_weight_int4pack_mm_for_cpu`, 36 G weights/s    see `cpu_int4.py`
 
 (Two cores of an AMD EPYC with AVX-512, torch 2.13; oneDNN reads one row of bf16 at 8.1, MKL one of float32 at 4.2.) In
 a compiled layer Inductor makes one loop of w * x and its sum, which reads bf16 at 15.0, float32 at 6.5 and int8 at 31.4
 G weights/s.
-
-The layout of int4 is that of `_convert_weight_to_int4pack_for_cpu`: blocks of rows, in a block one column after the
-other, two rows a byte. How many rows and in which order depends on the processor, and packing the rows' own numbers
-tells it. Example: of rows 0, 1, 2, 3, packed as bytes 0x20 and 0x31, the column 5 6 7 8 becomes 0x75 and 0x86. The
-operator takes q + 8 and multiplies by (q + 8 - 8) * scale + shift.
 """
 
 from collections.abc import Callable
@@ -28,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decode_kernels import cpu_int4
 from linear import Experts, Int4Linear, Int8Linear, Linear, QuantizedLinear, RMSNorm
 from model import DECODE_TOKENS, Attention, LayerCache, rotate
 
@@ -164,25 +160,19 @@ class Int4(Int8):
         return x.dtype == linear.weight_scale.dtype
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        group = linear.in_features // linear.weight_scale.shape[-1]
-        return aten._weight_int4pack_mm_for_cpu(x.contiguous(), linear.weight_packed, group, linear.fast_constants)
+        assert linear.fast_constants is not None
+        if len(x) <= cpu_int4.FEW or torch.compiler.is_compiling():
+            return cpu_int4.few(x, linear.weight_packed, linear.fast_constants)
+        return cpu_int4.many(x, linear.weight_packed, linear.weight_scale, linear.weight_zero_point)
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         return self.product(linear, x.to(linear.weight_scale.dtype), one)
 
     def pack(self, q: Tensor) -> Tensor:
-        return aten._convert_weight_to_int4pack_for_cpu((q + 8).int(), 1)
+        return cpu_int4.pack(q)
 
-    def unpack(self, packed: Tensor, n: int, k: int, block: int = 0) -> Tensor:
-        """Blocks of `block` rows (0: as found out), and a smaller one of the rows that are left."""
-        block, flat, parts = block or _block(), packed.flatten(), []
-        for rows, count in [(block, n // block)] + [(n % block, 1)] * (n % block > 0):
-            part, flat = flat.tensor_split([count * rows * k // 2])
-            numbers = torch.arange(rows)[:, None].expand(rows, 32)  # packed, they tell the order of rows
-            low, high = (_nibbles(self.pack(digit - 8).view(32, -1)[0]) for digit in (numbers % 16, numbers // 16))
-            q = _nibbles(part.view(-1, k, rows // 2))[..., (low + 16 * high).argsort()]
-            parts.append(q.transpose(1, 2).reshape(-1, k).view(torch.int8) - 8)
-        return torch.cat(parts)
+    def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
+        return cpu_int4.unpack(packed, n, k)
 
     def constants(self, linear: QuantizedLinear) -> Tensor | None:
         """[G, N, 2]: w = (q + 8 - 8) * scale + shift, with shift = -zero * scale."""
@@ -192,11 +182,6 @@ class Int4(Int8):
 
 
 DENSE, INT8, INT4 = Dense(), Int8(), Int4()
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """[..., n] bytes -> [..., 2 n], the low four bits first."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
 def attend(
@@ -260,13 +245,6 @@ def _answers(check: Callable[[], bool]) -> bool:
 
 
 @cache
-def _block() -> int:
-    """Rows in a block of int4's layout, which depends on the processor; 0 for a layout that is none of these."""
-    q = _case(32)[1]
-    return next((b for b in (64, 32, 16) if torch.equal(INT4.unpack(INT4.pack(q), len(q), 32, b), q)), 0)
-
-
-@cache
 def _knows_gemv() -> bool:
     x, q, _ = _case(32)
     return _answers(lambda: torch.equal(gemv(x[:1], q.bfloat16()), F.linear(x[:1].float(), q.float()).bfloat16()))
@@ -284,6 +262,5 @@ def _knows_int4() -> bool:
     x, q, scale = _case(64)
     constants = torch.stack((scale, scale), -1).repeat(2, 1, 1)  # shift = scale: w = (q + 1) * scale
     want = F.linear(x.float(), (q.float() + 1) * scale.float()[:, None])
-    product = aten._weight_int4pack_mm_for_cpu
-    same = _answers(lambda: torch.allclose(product(x, INT4.pack(q), 32, constants).float(), want, rtol=2**-7))
-    return same and _block() > 0
+    right = _answers(lambda: torch.allclose(cpu_int4.few(x, cpu_int4.pack(q), constants).float(), want, rtol=2**-7))
+    return right and cpu_int4.block_rows() > 0

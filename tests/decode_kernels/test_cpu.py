@@ -7,7 +7,7 @@ import torch
 
 import decode_kernels
 from checkpoint import quantized_copy, random_model
-from decode_kernels import INTERPRETED, cpu
+from decode_kernels import INTERPRETED, cpu, cpu_int4
 from engine import Engine
 from linear import Int4Linear, Linear, RMSNorm, from_linear, quantize_rtn
 from model import Attention, KVCache, angles
@@ -91,6 +91,13 @@ def test_the_layout_of_int4_is_undone(n):
     q = torch.randint(-8, 8, (n, 96), generator=torch.Generator().manual_seed(n), dtype=torch.int8)
     if cpu._knows_int4():
         assert torch.equal(cpu.INT4.unpack(cpu.INT4.pack(q), n, 96), q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int4", "int4 zero"])
+@pytest.mark.parametrize("n", [64, 208])
+def test_many_rows_of_int4(kind, dtype, n):
+    agree(make(kind, 128, n, dtype), dtype, cpu_int4.FEW + 1)
 
 
 def test_onednn_is_as_it_was_after_a_product_and_after_an_error():
