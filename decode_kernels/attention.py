@@ -195,11 +195,14 @@ def _attention_kernel(
 def _split_of_prefix(first, split, T: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr):
     """(the first slot of this split, the first behind it, how many splits have any) of the slots to which T new tokens
     from position `first` on attend: the old ones, and a single new token, which is put among them. They are shared by
-    all splits, with a step each at least.
+    all splits, with a step each at least; up to 24,576 slots by seven of eight. More multiprocessors for the kernels
+    behind this one then count for more than those few programs: a step of Llama-3.1-8B in int4 takes 1.514 ms with 14
+    splits and 1.530 with 15 at position 2,048, 1.983 and 1.996 at 16,384, but at 131,000 1% longer with 14.
     """
     begin = 0 if WINDOW == 0 else tl.maximum(first - WINDOW + 1, 0)
     end = first + (T == 1)
-    share = tl.maximum(tl.cdiv(end - begin, SPLITS), STEP)
+    few, most = tl.cdiv(end - begin, SPLITS - SPLITS // 8), tl.cdiv(end - begin, SPLITS)
+    share = tl.maximum(tl.where(end - begin <= 24576, few, most), STEP)
     used = tl.maximum(tl.cdiv(end - begin, share), 1)
     begin += split * share
     return begin, tl.minimum(begin + share, end), used

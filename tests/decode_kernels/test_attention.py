@@ -16,9 +16,19 @@ from tp import TensorParallel
 
 if HAS_TRITON:
     import triton
+    import triton.language as tl
 
     from decode_kernels import attention, gpu
     from decode_kernels.digits import empty_digits, fill_digits_
+
+    @triton.jit
+    def shares_kernel(out_ptr, first, SPLITS: tl.constexpr):
+        begin, end, used = attention._split_of_prefix(first, tl.program_id(0), 1, 0, SPLITS, 128)
+        out_ptr += tl.program_id(0) * 3
+        tl.store(out_ptr, begin)
+        tl.store(out_ptr + 1, end)
+        tl.store(out_ptr + 2, used)
+
 
 # batch, T, H, Hkv, Dh, slots, first positions, window, q and k norm
 ATTENTIONS = [
@@ -34,7 +44,7 @@ ATTENTIONS = [
     (2, 1, 4, 2, 64, 1100, [0, 1040], 0, False),  # one new token: the prefix begins with it; two splits
     (2, 1, 4, 1, 128, 1100, [511, 512], 500, True),  # it is the last slot of a step, and the first
     (2, 1, 16, 1, 256, 300, [63, 64], 0, False),
-    (1, 1, 8, 1, 128, 2048, [1500], 0, False),  # twelve of fourteen splits have slots
+    (1, 1, 8, 1, 128, 2048, [1500], 0, False),  # twelve of fifteen splits have slots
     (1, 3, 4, 2, 64, 1100, [1024], 100, False),  # of a long prefix a window leaves one split
 ]
 
@@ -200,6 +210,20 @@ def test_operators_survive_compilation_and_equals_twin():
     )
     args = (qkv, cos, sin, positions, k_cache, v_cache, None, None, 0.0, 0)
     torch.library.opcheck(torch.ops.decode.attention.default, args, test_utils=utils)
+
+
+@needs_kernels
+@pytest.mark.parametrize("splits", [1, 4, 15, 31])
+def test_splits_share_every_slot(splits):
+    used_by = {}
+    for first in (0, 127, 128, 2048, 24_575, 24_576, 131_071):
+        out = torch.zeros(splits, 3, dtype=torch.int32, device=DEVICE)
+        shares_kernel[(splits,)](out, first, SPLITS=splits)
+        shares = [(begin, end) for begin, end, _ in out.tolist() if begin < end]
+        assert [begin for begin, _ in shares] == [0, *(end for _, end in shares)][:-1] and shares[-1][1] == first + 1
+        assert set(out[:, 2].tolist()) == {len(shares)}
+        used_by[first] = len(shares)
+    assert used_by[127] == 1 and used_by[24_575] == splits - splits // 8 and used_by[24_576] == splits
 
 
 @needs_compiler
