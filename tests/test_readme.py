@@ -22,7 +22,7 @@ import architectures  # noqa: E402
 import shapes  # noqa: E402
 
 README, TABLES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-SOURCE_LINE = re.compile(r"(?m)^([a-z_]+(?:/[a-z_]+)?\.py)( +\d+)(?=  )")
+SOURCE_LINE = re.compile(r"(?m)^([a-z_]+(?:/[a-z0-9_]+)?\.py)( +\d+)(?=  )")
 CPU_BUILD = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 INSTALLS = ["pip install -e .", 'pip install -e ".[test]"']  # what a fresh environment runs first; see .ci/run
 INTERPRETER = 'pip install -e ".[interpreter]"'  # beside PyTorch's CPU build
