@@ -63,8 +63,9 @@ def latest(rows, *names):
 def start(row):
     """The first columns: device, shape, weights."""
     device = row["device"] if row["tp"] == "1" else f"{row['tp']} x {row['device']}"
-    formats = {"int4": f"int4 g{row['group_size']}", "bf16": row["dtype"], "checkpoint": "as stored"}
-    return [device, row["shape"], formats.get(row["mode"], row["mode"])]
+    formats, group = {"bf16": row["dtype"], "checkpoint": "as stored"}, row["group_size"]
+    groups = f" g{group}" if group not in ("", "-1") and row["mode"] in ("int8", "int4") else ""
+    return [device, row["shape"], formats.get(row["mode"], row["mode"] + groups)]
 
 
 def by_device(head, rows, left):
@@ -95,7 +96,8 @@ def decode_table():
 def first_table():
     """The README's own: six rows, beside others."""
     shown = ("llama-2-7b", "triton"), ("SmolLM2-135M-Instruct", "cpu compiled")
-    own = {(r["device"], r["tp"], r["mode"]): r for r in short_runs() if (r["shape"], r["kernels"]) in shown}
+    runs = [r for r in short_runs() if (r["shape"], r["kernels"]) in shown]
+    own = {(r["device"], r["tp"], r["mode"]): r for r in runs if r["mode"] != "int8" or not r["group_size"]}
     others = {(r["system"], r["device"], r["technique"]): f"{float(r['tok_s']):,.0f}" for r in records("others.csv")}
 
     def rate(device, tp, mode):
@@ -205,16 +207,22 @@ def rows_table():
 
 
 def contexts_table():
-    """Milliseconds of a step and the share of the bandwidth, by position; transformers' in a row of its own."""
-    rows = latest(records("contexts.csv"), "position")
+    """Milliseconds of a step and the share of the bandwidth, by position; where transformers ran too, its step with
+    a static cache, and ours in that run.
+    """
+    rows = records("contexts.csv")
+    rows = latest([r for r in rows if not r["transformers_ms"]], "position") + [r for r in rows if r["transformers_ms"]]
     positions = sorted({int(r["position"]) for r in rows})
     lines = {}
     for r in rows:
         name = [*start(r), r["commit"]]
-        cells = {"": f"{float(r['ms']):.3f} ({float(r['mbu']):.0%})"}
-        cells |= {", transformers": f"{float(r['transformers_ms']):.2f}"} if r["transformers_ms"] else {}
-        for suffix, cell in cells.items():
-            lines.setdefault((*name[:2], name[2] + suffix, name[3]), {})[int(r["position"])] = cell
+        cell = f"{float(r['ms']):.3f} ({float(r['mbu']):.0%})"
+        if r["transformers_ms"]:
+            name[2], cell = (
+                f"{name[2]}, transformers (ours)",
+                f"{float(r['transformers_ms']):.3f} ({float(r['ms']):.3f})",
+            )
+        lines.setdefault(tuple(name), {})[int(r["position"])] = cell
     body = [[*line[:3], *(found.get(p, "") for p in positions), line[3]] for line, found in lines.items()]
     return by_device(["device", "shape", "weights", *(f"{p:,}" for p in positions), "commit"], body, 3)
 
