@@ -84,10 +84,12 @@ class Dense:
 def sums(x: Tensor, w: Tensor) -> Tensor:
     """x [1, K] by w [N, K] as a loop for Inductor, which reads four rows of w at a time: a sum of one row waits for its
     own last addition, and 2048 x 8192 of bf16 took 4.0 ms instead of 2.6. The view, which changes nothing, makes it
-    store x first: else it norms x anew for every four rows, and 49152 x 576 of int8 take 1.44 ms instead of 0.85.
+    store x first: else it norms x anew for every four rows, and 49152 x 576 of int8 take 1.44 ms instead of 0.85. Of
+    more than 4,096 numbers it makes a cascade of sums, which takes 0.85 ms for 2048 x 8192 of int8 instead of 0.63.
     """
-    x = x.as_strided(x.shape, x.stride())
-    return torch.cat([(part.float() * x).sum(-1) for part in w.chunk(4)])[None]
+    x, k = x.as_strided(x.shape, x.stride()), x.shape[-1]
+    pieces = next(n for n in range(1, k + 1) if k % n == 0 and k // n <= 4096)
+    return torch.cat([(part.float() * x).unflatten(-1, (pieces, -1)).sum(-1).sum(-1) for part in w.chunk(4)])[None]
 
 
 def normalized(x: Tensor, norm: RMSNorm) -> Tensor:
