@@ -250,9 +250,8 @@ class QuantizedLinear(Linear):
         w = None if self.fast is None else self.fast.matrix(self, experts, dtype)
         if w is None:
             packed, scale, zero = self.operands(experts)
-            q = (
-                self.values(packed).to(dtype).unflatten(-1, (scale.shape[-1], -1))
-            )  # exact in 16 bits, and so is q - zero
+            # q is exact in 16 bits, and so is q - zero
+            q = self.values(packed).to(dtype).unflatten(-1, (scale.shape[-1], -1))
             q = q if zero is None else q - zero[..., None]
             w = (q * scale[..., None]).flatten(-2).to(dtype)
         return w
