@@ -425,7 +425,10 @@ class Engine:
         if self.compile and plain:
             return self._tried(compiled(step, f"step_{end}", mode="reduce-overhead"), park, capture=False)
         step = self._tried(step, park, capture=self.cuda)
-        return run.settle(step) if isinstance(run, CompiledModules) and not self.cuda else step
+        if isinstance(run, CompiledModules) and not self.cuda:
+            park()
+            run.settle(step)
+        return step
 
     def shared(self, ending: Function, structure: Structure) -> Function:
         """What several programs end with: compiled once for all of them, where it is none but the model is kernels."""

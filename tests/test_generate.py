@@ -18,7 +18,7 @@ import golden
 import architectures
 import checkpoint
 import shapes
-from compilation import kind
+from compilation import CompiledModules, Inductor, kind
 from engine import DEFAULT_CHECKPOINT, Engine, EngineOptions, Increment
 from model import Transformer
 from sampling import SamplingParams
@@ -74,10 +74,11 @@ def eager_backend(monkeypatch):
     """torch.compile as far as Dynamo: its graphs, guards and limits, but no code generation."""
     real = torch.compile
 
-    def patched(function, *, fullgraph, dynamic=None, options=None):
-        return real(function, fullgraph=fullgraph, dynamic=dynamic, options=options, backend="eager")
+    def patched(function, *, fullgraph, dynamic=None, options=None, backend="eager"):
+        return real(function, fullgraph=fullgraph, dynamic=dynamic, options=options, backend=backend)
 
     monkeypatch.setattr(torch, "compile", patched)
+    monkeypatch.setattr(Inductor, "build", lambda self, graph, examples: graph.forward)
     torch._dynamo.reset()
     counters.clear()
 
@@ -352,6 +353,25 @@ def test_a_second_pass_over_mixed_lengths_compiles_nothing(eager_backend):
     for temperature in (0.3, 1.7):  # numbers, not programs
         ids_of(engine, [1] * 9, SamplingParams(temperature, 50, 0.5), max_new_tokens=5)
     assert graphs() == first
+
+
+def test_settled_modules_are_called_without_dynamo_each_with_its_own_weights(eager_backend):
+    modules = [torch.nn.Linear(3, 3, bias=bias) for bias in (True, True, False)]
+    other = torch.nn.Tanh()
+    run, x, found = CompiledModules(modules, "module", guards=False), torch.randn(2, 3), []
+
+    def step():
+        found[:] = [run(module, x + 1) for module in (*modules, other)]
+
+    with torch.inference_mode():
+        step()
+        run.settle(step)
+        given = [run.backends[module].given for module in modules]
+        x += 1
+        step()
+        assert all(run.backends[module].given is before for module, before in zip(modules, given))
+        want = [torch.nn.functional.linear(x + 1, m.weight, m.bias) for m in modules] + [(x + 1).tanh()]
+    assert all(map(torch.equal, found, want)) and graphs() == 2
 
 
 def test_compiled_prefill_serves_many_lengths(eager_backend):

@@ -19,7 +19,7 @@ LIMITS = {
     "sampling.py": 110,
     "shortlist.py": 40,
     "engine.py": 440,
-    "compilation.py": 50,
+    "compilation.py": 75,
     "generate.py": 300,
     "command_line.py": 110,
     "speculative.py": 380,

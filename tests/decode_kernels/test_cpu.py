@@ -162,12 +162,27 @@ def test_greedy_ids_in_float32_do_not_depend_on_the_fast_paths(bits):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("group, zero", [(32, True), (64, False), (128, True), (256, False)])
+@pytest.mark.parametrize("half", [16, 32])
+def test_the_loops_of_int4_know_both_layouts(group, zero, half):
+    g = torch.Generator().manual_seed(group)
+    q = torch.randint(-8, 8, (192, 512), generator=g, dtype=torch.int8)
+    scale, shift = torch.rand(192, 512 // group, generator=g), torch.randint(-8, 8, (192, 512 // group), generator=g)
+    low, high = (q + 8).unflatten(0, (-1, 2, half)).transpose(-1, -2).unbind(1)  # [blocks, K, half]
+    x = torch.randn(1, 512, generator=g)
+    y = cpu_int4.sums(x, (low | high << 4).view(torch.uint8), scale, shift.float() if zero else None, half)
+    shifted = q.double().unflatten(1, (-1, group)) - (shift.double()[..., None] if zero else 0)
+    want = x.double() @ (shifted * scale.double()[..., None]).flatten(1).T
+    assert (y - want).abs().max() < 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4 zero"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_compiled_layer_takes_the_fast_paths_whole(kind, dtype):
+@pytest.mark.parametrize("n", [48, 192])
+def test_a_compiled_layer_takes_the_fast_paths_whole(kind, dtype, n):
     """Traced without a graph break; what Inductor makes of the trace, the compiled engine's tests see."""
     torch._dynamo.reset()  # it counts recompilations per line of source
-    linear, norm = make(kind, 64, 48, dtype), RMSNorm(64, 1e-5).to(dtype)
+    linear, norm = make(kind, 64, n, dtype), RMSNorm(64, 1e-5).to(dtype)
     norm.weight.fill_(1.5)
     decode_kernels.use_(linear)
     traced = torch.compile(lambda x: linear(x, norm=norm), backend="eager", fullgraph=True, dynamic=False)
