@@ -11,23 +11,30 @@ Worked example of the race: p = 0.7, 0.2, 0.1 and E = 2.0, 0.4, 0.05 give p / E 
 
 The k largest logits are found in two kernels, for one program that reads all of them took 75 us: `_block_max_kernel`
 takes the maximum of every 16 logits, and `_sample_kernel`, one program a row, finds the k blocks with the largest
-maxima, which hold the k largest logits, and then these.
+maxima, which hold the k largest logits, and then these. It writes their ids to memory one behind the other, so that k
+lanes race. With 16 k lanes, and a search whose sixteen counts stood one after the other in the code, it took twice as
+long.
 
 Worked example, k = 2 and blocks of 4 instead of 16: logits 5 1 0 2 | 4 3 3 1 | 2 2 0 1 have the maxima 5, 4 and 2. The
 blocks with the two largest are 5 1 0 2 and 4 3 3 1, and the two largest logits, 5 and 4, are among their eight.
 
-To find the k largest of some numbers, the k-th largest is found bit by bit, from the highest to the lowest of sixteen:
-a bit is set if at least k numbers are not less than the result with it. So 16-bit floats are mapped to integers of the
-same order first. Worked example in float16: 1.0 is 0x3C00 and becomes 48128, 0.0 and -0.0 become 32768, and -1.0,
-0xBC00, becomes 17408; infinities and NaN become 65535, so that the maximum tells whether a row has one.
+To find the k largest of some numbers, what lies between a lower bound of the k-th largest and the largest is halved:
+the upper half stays if at least k numbers are in it or above. So 16-bit floats are mapped to integers of the same order
+first. Worked example in float16: 1.0 is 0x3C00 and becomes 48128, 0.0 and -0.0 become 32768, and -1.0, 0xBC00, becomes
+17408; infinities and NaN become 65535, so that the maximum tells whether a row has one. No k-th largest is less than
+the smallest of k of the numbers, and the k-th largest maximum is a bound for the k-th largest logit. Of blocks some
+more than k do no harm, so that the halving ends where few enough are left.
+
+Worked example, k = 2 of the integers 9 3 7 1 5 2, of which 4 may stay: the upper half of 1 to 9 is 5 to 9, and there
+are 3 of them, neither too few nor too many.
 
 Top-p finds its last logit by halving what is between the k-th and the largest integer: the upper half stays if the p of
 the logits in it and above reach top_p of the sum. They are added as integers, so that the sum depends on no order.
 Worked example: logits 4 3 3 1 with p = 1, 0.5, 0.5, 0.125 and top_p = 0.5: 4 alone has less than half of 2.125, with a
 3 it is more, so that 4 and the first 3 stay.
 
-**A repetition penalty** is applied by a kernel in front, `_penalise_kernel`. It leaves logits in float32, for which
-"bit by bit" means 32 bits.
+**A repetition penalty** is applied by a kernel in front, `_penalise_kernel`. It leaves logits in float32, whose
+integers have 32 bits.
 
 **Over ranks**, each of which has the logits of its own words, `_shortlist_kernel` finds the k largest of these in the
 same way and lists them, with their ids. Ranks exchange their lists, and `_sample_kernel`, given all lists instead of
@@ -36,7 +43,7 @@ logits, draws on every rank the token that it would draw from all logits.
 Worked example, k = 2: one rank lists 5 (word 0) and 4 (word 3), the other 4 (word 8) and 2 (word 9). Of the four, 5
 (word 0) and 4 (word 3) are the largest two, the first among equals.
 
-A row of 32,000 logits takes 14.2 us, one of 128,256 19.1 us; PyTorch's operators, compiled, took 39 and 57. The times
+A row of 32,000 logits takes 7.2 us, one of 128,256 9.3 us; PyTorch's operators, compiled, took 39 and 57. The times
 are of one H200 (`benchmarks/NOTES.md`).
 """
 
@@ -50,7 +57,7 @@ from torch import Tensor
 
 from decode_kernels import launch
 
-Source = tuple[Tensor, Tensor | None, Tensor | None]  # logits, maxima of blocks, room for blocks; or a list alone
+Source = tuple[Tensor, Tensor | None, Tensor]  # logits, maxima of blocks, room for ids; or a list, None, and this room
 
 # -- the largest ----------------
 
@@ -83,23 +90,35 @@ def _block_max_kernel(logits_ptr, key_ptr, V: tl.constexpr, BLOCKS: tl.constexpr
 
 
 @triton.jit
-def _k_largest(key, K: tl.constexpr, BITS: tl.constexpr):
-    """(which keys are the K largest, the first ones among equals; how many of them come before each key; the smallest
-    of them).
+def _keep_largest(key, first, low, high, kept_ptr, COUNT: tl.constexpr, K: tl.constexpr, MOST: tl.constexpr):
+    """Stores numbers with keys [rows, 8], which are first [rows] and the seven behind it, in their order: those of the
+    K largest keys, and of others from the next largest on, the first ones among equals, MOST in all at most. (how many;
+    what none of the K keys is smaller than).
+
+    low, high: what none of the K keys is smaller than, and the largest key; COUNT: how many keys are not less than low,
+    or more.
     """
-    kth = tl.max(key)  # the K-th largest key
-    if K > 1:
-        kth = kth & 0  # and bit by bit
-        for i in tl.static_range(BITS):
-            larger = kth + (1 << BITS - 1 >> i)
-            kth = tl.where(tl.sum((key >= larger).to(tl.int32)) >= K, larger, kth)
-    equals_wanted = K - tl.sum((key > kth).to(tl.int32))
+    count = COUNT
+    above = 0  # how many keys are greater than `high`
+    if K == 1:
+        low = high
+    while (low < high) & (count > MOST):
+        middle = high - (high - low) // 2
+        upper = tl.sum((key >= middle).to(tl.int32))
+        enough = upper >= K
+        low, count = tl.where(enough, middle, low), tl.where(enough, upper, count)
+        high, above = tl.where(enough, high, middle - 1), tl.where(enough, above, upper)
     # one prefix sum counts both: the larger ones in the high half, the equal ones in the low half
-    counts = (key > kth).to(tl.int32) * 65536 + (key == kth).to(tl.int32)
-    before = tl.cumsum(counts) - counts
-    equals = before & 0xFFFF
-    chosen = (key > kth) | ((key == kth) & (equals < equals_wanted))
-    return chosen, (before >> 16) + tl.minimum(equals, equals_wanted), kth
+    counts = (key > low).to(tl.int32) * 65536 + (key == low).to(tl.int32)
+    rows = tl.sum(counts, 1)
+    before = (tl.cumsum(rows) - rows)[:, None] + tl.cumsum(counts, 1) - counts
+    equals, wanted = before & 0xFFFF, MOST - above
+    # a lane has whole rows; that it is to store them, too, says the largest number, which is that of neighbouring lanes
+    at = tl.max_contiguous(kept_ptr + (before >> 16) + tl.minimum(equals, wanted), [64, 1])
+    tl.debug_barrier()  # no lane still reads what stood there
+    tl.store(at, first[:, None] + tl.arange(0, 8), (key > low) | ((key == low) & (equals < wanted)))
+    tl.debug_barrier()  # the program reads what its other lanes have written
+    return tl.minimum(count, MOST), low
 
 
 @triton.jit
@@ -123,71 +142,81 @@ def _most_probable(key, p, share, last):
 
 
 @triton.jit
-def _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr):
-    """Of the tokens in the K blocks with the largest maxima: (their ids, which are not in the vocabulary where the key
-    is 0; their logits; the keys of these; whether all logits of the row are finite).
+def _of_largest_blocks(logits_ptr, key_ptr, kept_ptr, row, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr):
+    """Of the tokens in the blocks with the K largest maxima, what `_keep_largest` takes: (keys, 0 where there is no
+    token; first ids; what none of the K largest is smaller than; the largest).
     """
     BLOCKS: tl.constexpr = (N + 15) // 16
-    CHOSEN: tl.constexpr = min(K, BLOCKS)
-    block = tl.arange(0, triton.next_power_of_2(BLOCKS))
-    key = tl.load(key_ptr + row * BLOCKS + block, block < BLOCKS, 0)
-    finite = tl.max(key) < (1 << BITS) - 1
-    chosen, place, _ = _k_largest(key, CHOSEN, BITS)
-    tl.store(chosen_ptr + row * CHOSEN + place, block, chosen)
-    tl.debug_barrier()  # the program reads what its other lanes have written
-    j = tl.arange(0, triton.next_power_of_2(CHOSEN) * 16)
-    token = tl.load(chosen_ptr + row * CHOSEN + j // 16, j < CHOSEN * 16, 0) * 16 + j % 16
-    valid = (j < CHOSEN * 16) & (token < N)
-    x = tl.load(logits_ptr + row * N + token, valid, 0)
-    return token, x, tl.where(valid, _sortable_keys(x, BITS), 0), finite
+    FEW: tl.constexpr = min(K, BLOCKS)
+    MOST: tl.constexpr = triton.next_power_of_2(FEW)
+    first = tl.arange(0, triton.next_power_of_2((BLOCKS + 7) // 8)) * 8
+    block = first[:, None] + tl.arange(0, 8)
+    key = tl.load(key_ptr + row * BLOCKS + block, block < BLOCKS, 0).to(tl.uint32 if BITS == 32 else tl.int32)
+    maxima = tl.max(key, 1)
+    high = tl.max(maxima)
+    low = tl.min(tl.where(maxima > 0, maxima, high)) if FEW * 8 <= BLOCKS + 7 else high * 0  # K rows have K such keys
+    count, low = _keep_largest(key, first, low, high, kept_ptr, BLOCKS, FEW, MOST)
+    half = tl.arange(0, MOST * 2)
+    first = tl.load(kept_ptr + half // 2, half < count * 2, 0) * 16 + half % 2 * 8
+    token = first[:, None] + tl.arange(0, 8)
+    valid = (half < count * 2)[:, None] & (token < N)
+    key = _sortable_keys(tl.load(logits_ptr + row * N + token, valid, 0), BITS)
+    return tl.where(valid, key, 0), first, low if BLOCKS >= K else low * 0, high
 
 
 @triton.jit
 def _of_list(list_ptr, row, N: tl.constexpr, BITS: tl.constexpr):
-    """The same of a list of N tokens, as `shortlist` leaves it."""
-    j = tl.arange(0, triton.next_power_of_2(N))
-    word = tl.load(list_ptr + row * N + j, j < N, 0)
-    x = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    key = tl.where(j < N, _sortable_keys(x, BITS), 0)
-    tl.debug_barrier()  # as where the logits are all here
-    return (word & 0xFFFFFFFF).to(tl.int32), x, key, tl.max(key) < (1 << BITS) - 1
+    """The same of a list of N tokens, as `shortlist` leaves it, with places in it for ids."""
+    first = tl.arange(0, triton.next_power_of_2((N + 7) // 8)) * 8
+    j = first[:, None] + tl.arange(0, 8)
+    logit = (tl.load(list_ptr + row * N + j, j < N, 0) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    key = tl.where(j < N, _sortable_keys(logit, BITS), 0)
+    return key, first, tl.min(tl.where(j < N, key, (1 << BITS) - 1)), tl.max(key)
 
 
 @triton.jit
-def candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N: tl.constexpr, K: tl.constexpr, TOP_P: tl.constexpr):
-    """(ids of tokens, among them those with the K largest logits; of each exp((l - max l) / T), but 0 for what top-k,
-    TOP_P and min-p leave out; whether all logits of the row are finite). The first three arguments: see
-    `largest_of_blocks`.
+def candidates(logits_ptr, key_ptr, kept_ptr, knobs_ptr, row, N: tl.constexpr, K: tl.constexpr, TOP_P: tl.constexpr):
+    """(ids of the tokens with the K largest logits, and places to spare; of each exp((l - max l) / T), but 0 for what
+    TOP_P and min-p leave out, and in the places to spare; whether all logits of the row are finite). The first three
+    arguments: see `largest_of_blocks`.
     """
     # a list's float32 was a 16-bit float, of which 19 bits are all
     BITS: tl.constexpr = 19 if key_ptr is None else logits_ptr.dtype.element_ty.primitive_bitwidth
     inverse_temperature, min_p = tl.load(knobs_ptr), tl.load(knobs_ptr + 2)
+    i = tl.arange(0, triton.next_power_of_2(K))
+    kept_ptr += row * i.shape[0]
     if key_ptr is None:
-        token, x, key, finite = _of_list(logits_ptr, row, N, BITS)
+        key, first, low, high = _of_list(logits_ptr, row, N, BITS)
     else:
-        token, x, key, finite = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K, BITS)
-    chosen, _, kth = _k_largest(key, K, BITS)
-    top = tl.max(tl.where(key > 0, x.to(tl.float32), float("-inf")))
-    p = tl.exp((x.to(tl.float32) - top) * inverse_temperature)
-    p = tl.where(chosen & (key > 0), p, 0.0)
+        key, first, low, high = _of_largest_blocks(logits_ptr, key_ptr, kept_ptr, row, N, K, BITS)
+    _, low = _keep_largest(key, first, low, high, kept_ptr, N, K, K)
+    token = tl.load(kept_ptr + i, i < K, 0)
+    x = tl.load(logits_ptr + row * N + token, i < K, 0)
+    if key_ptr is None:
+        token, x = (x & 0xFFFFFFFF).to(tl.int32), (x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    logit = tl.where(i < K, x.to(tl.float32), float("-inf"))
+    p = tl.exp((logit - tl.max(logit)) * inverse_temperature)
+    p = tl.where(i < K, p, 0.0)
     if TOP_P:
-        p = tl.where(_most_probable(key, p, tl.load(knobs_ptr + 1), kth), p, 0.0)
-    return token, tl.where(p >= min_p, p, 0.0), finite
+        key = tl.where(i < K, _sortable_keys(x, BITS), 0)
+        p = tl.where(_most_probable(key, p, tl.load(knobs_ptr + 1), low), p, 0.0)
+    return token, tl.where(p >= min_p, p, 0.0), high < (1 << BITS) - 1
 
 
 def largest_of_blocks(logits: Tensor, top_k: int, top_p: bool) -> tuple[Source, dict[str, int]]:
     """The first step, for logits [rows, N] in 16 bits or float32: (what a kernel with `candidates` takes first, its
-    constants). For a list int64 [rows, N] there is nothing to do.
+    constants). For a list int64 [rows, N] there is nothing to compute.
     """
     logits, (rows, n) = logits.contiguous(), logits.shape
     constants = {"N": n, "K": top_k, "TOP_P": top_p}
+    kept = logits.new_empty(rows, triton.next_power_of_2(top_k), dtype=torch.int32)
     if logits.dtype == torch.int64:
-        return (logits, None, None), constants
+        return (logits, None, kept), constants
     blocks, per_program = triton.cdiv(n, 16), 64
-    key = torch.empty(rows, blocks, dtype=torch.uint32 if logits.itemsize == 4 else torch.int32, device=logits.device)
+    key = logits.new_empty(rows, blocks, dtype=torch.uint32 if logits.itemsize == 4 else torch.uint16)
     grid = triton.cdiv(blocks, per_program), rows
     _block_max_kernel[grid](logits, key, V=n, BLOCKS=per_program, **launch.options(4))
-    return (logits, key, key.new_empty(rows, min(top_k, blocks), dtype=torch.int32)), constants
+    return (logits, key, kept), constants
 
 
 # -- a race between them ----------------
@@ -231,7 +260,7 @@ def race(token, weight, key):
 def _sample_kernel(
     logits_ptr,
     key_ptr,
-    chosen_ptr,
+    kept_ptr,
     knobs_ptr,
     seeds_ptr,
     pos_ptr,
@@ -248,7 +277,7 @@ def _sample_kernel(
     launch.launch_next(PDL)
     launch.wait_for_previous(PDL)
     key = key_of(tl.load(seeds_ptr + row * seed_stride), tl.load(pos_ptr + row * pos_stride), 0)
-    token, p, finite = candidates(logits_ptr, key_ptr, chosen_ptr, knobs_ptr, row, N, K, TOP_P)
+    token, p, finite = candidates(logits_ptr, key_ptr, kept_ptr, knobs_ptr, row, N, K, TOP_P)
     tl.store(out_ptr + row, tl.where(finite, race(token, p, key), -1).to(tl.int64))
 
 
@@ -266,7 +295,7 @@ def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_
     tensors, constants = largest_of_blocks(logits, top_k, top_p)
     b, out = len(logits), _sample_shape(logits, knobs, seeds, positions, top_k, top_p)
     given = knobs, seeds, positions, out, seeds.expand(b).stride(0), positions.stride(0)
-    _sample_kernel[(b,)](*tensors, *given, **constants, **launch.options(16))
+    _sample_kernel[(b,)](*tensors, *given, **constants, **launch.options(8))
     return out
 
 
@@ -275,16 +304,19 @@ def sample(logits: Tensor, knobs: Tensor, seeds: Tensor, positions: Tensor, top_
 
 @triton.jit(do_not_specialize=["first"])
 def _shortlist_kernel(
-    logits_ptr, key_ptr, chosen_ptr, list_ptr, first, N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr
+    logits_ptr, key_ptr, kept_ptr, list_ptr, first, N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr
 ):
     """One row: its K largest logits, with the ids of their tokens, which begin with `first`."""
     row = tl.program_id(0)
     launch.launch_next(PDL)
     launch.wait_for_previous(PDL)
-    token, x, key, _ = _of_largest_blocks(logits_ptr, key_ptr, chosen_ptr, row, N, K, 16)
-    chosen, place, _ = _k_largest(key, K, 16)
-    logit = x.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
-    tl.store(list_ptr + row * K + place, (logit << 32) | (token + first).to(tl.int64), chosen)
+    i = tl.arange(0, triton.next_power_of_2(K))
+    kept_ptr += row * i.shape[0]
+    key, ids, low, high = _of_largest_blocks(logits_ptr, key_ptr, kept_ptr, row, N, K, 16)
+    _keep_largest(key, ids, low, high, kept_ptr, N, K, K)
+    token = tl.load(kept_ptr + i, i < K, 0)
+    logit = tl.load(logits_ptr + row * N + token, i < K, 0).to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
+    tl.store(list_ptr + row * K + i, (logit << 32) | (token + first).to(tl.int64), i < K)
 
 
 def _shortlist_shape(logits: Tensor, top_k: int, first: int) -> Tensor:
@@ -299,7 +331,7 @@ def shortlist(logits: Tensor, top_k: int, first: int) -> Tensor:
     """
     out = _shortlist_shape(logits, top_k, first)
     tensors, _ = largest_of_blocks(logits.flatten(0, -2), top_k, False)
-    _shortlist_kernel[(len(tensors[0]),)](*tensors, out, first, N=logits.shape[-1], K=top_k, **launch.options(16))
+    _shortlist_kernel[(len(tensors[0]),)](*tensors, out, first, N=logits.shape[-1], K=top_k, **launch.options(8))
     return out
 
 

@@ -142,7 +142,7 @@ def propose_(
     """
     tensors, constants = draw.largest_of_blocks(logits[:, : q.shape[-1]], top_k, top_p)
     given = knobs, seeds, position, drafted, history, q, history.shape[1], *q.stride()[:2]
-    _propose_kernel[(len(logits),)](*tensors, *given, V=q.shape[-1], **constants, **launch.options(16))
+    _propose_kernel[(len(logits),)](*tensors, *given, V=q.shape[-1], **constants, **launch.options(8))
     drafted.add_(1)
 
 
@@ -224,7 +224,7 @@ def verify(
         logits = draw.penalise(logits, seen, knobs, history, position)
     tensors, constants = draw.largest_of_blocks(logits.flatten(0, 1), top_k, top_p)
     given = knobs, seeds, position, history, q, rate, out, history.shape[1], *((0, 0) if q is None else q.stride()[:2])
-    _verify_kernel[(logits.shape[1], len(logits))](*tensors, *given, **constants, **launch.options(16))
+    _verify_kernel[(logits.shape[1], len(logits))](*tensors, *given, **constants, **launch.options(8))
     return out
 
 

@@ -239,29 +239,58 @@ def test_what_top_p_keeps_in_the_example():
 if HAS_TRITON:
 
     @triton.jit
-    def keys_kernel(x_ptr, key_ptr, chosen_ptr, place_ptr, N: tl.constexpr, K: tl.constexpr):
+    def keys_kernel(x_ptr, key_ptr, kept_ptr, count_ptr, N: tl.constexpr, K: tl.constexpr, MOST: tl.constexpr):
         i = tl.arange(0, N)
         key = draw._sortable_keys(tl.load(x_ptr + i), 16)
-        chosen, place, _ = draw._k_largest(key, K, 16)
         tl.store(key_ptr + i, key)
-        tl.store(chosen_ptr + i, chosen.to(tl.int32))
-        tl.store(place_ptr + i, place)
+        key, first = tl.reshape(key, (N // 8, 8)), tl.arange(0, N // 8) * 8
+        count, _ = draw._keep_largest(key, first, tl.min(key), tl.max(key), kept_ptr, N, K, MOST)
+        tl.store(count_ptr, count)
+
+
+def kept(x, k, most):
+    """(the keys of x, which of them are kept as the k largest, where so many may be kept)."""
+    key, places, count = (torch.full((n,), -1, dtype=torch.int32, device=DEVICE) for n in (len(x), most, 1))
+    keys_kernel[(1,)](x.to(DEVICE), key, places, count, len(x), k, most)
+    assert (places[count.item() :] == -1).all()
+    return key.cpu(), places[: count.item()].tolist()
 
 
 @needs_kernels
 def test_keys_and_the_k_largest_equals_twin():
     x = torch.tensor([1.0, 0.0, -0.0, -1.0, float("inf"), -float("inf"), float("nan"), 1.0], dtype=torch.float16)
-    key, chosen, place = (torch.empty(8, dtype=torch.int32, device=DEVICE) for _ in range(3))
-    keys_kernel[(1,)](x.to(DEVICE), key, chosen, place, 8, 5)
+    key, five = kept(x, 5, 5)
     one, zero, negative_zero, minus_one, *others, again = key.tolist()
     assert said(
         draw, f"1.0 is 0x3C00 and becomes {one}, 0.0 and -0.0 become {zero}, and -1.0, 0xBC00, becomes {minus_one}"
     )
     assert one == again and zero == negative_zero and others == [65535] * 3
-    assert chosen.bool().tolist() == [True, False, False, False, True, True, True, True]
-    assert place[chosen.bool()].tolist() == [0, 1, 2, 3, 4]
-    keys_kernel[(1,)](x.to(DEVICE), key, chosen, place, 8, 4)  # one of the two 1.0 only: the first
-    assert chosen.bool().tolist() == [True, False, False, False, True, True, True, False]
+    assert five == [0, 4, 5, 6, 7]
+    assert kept(x, 4, 4)[1] == [0, 4, 5, 6]  # one of the two 1.0 only: the first
+
+
+@needs_kernels
+@pytest.mark.parametrize("k, most", [(1, 1), (5, 5), (5, 8), (50, 64), (64, 64), (100, 128)])
+def test_whatever_the_numbers_the_largest_are_kept_equals_twin(k, most):
+    """All of the k largest, the first among equals; and no other before all that are larger."""
+    gen = torch.Generator().manual_seed(k)
+    normal = torch.randn(128, generator=gen)
+    same, steep = torch.full((128,), -2.5), 30000 * torch.rand(128, generator=gen) ** 20
+    for x in (normal, normal.round(), same, steep, torch.cat((same[1:], normal[:1])), torch.arange(128.0)):
+        key, got = kept(x.half(), k, most)
+        order = key.sort(descending=True, stable=True).indices.tolist()
+        assert k <= len(got) <= most and got == sorted(order[: len(got)])
+
+
+@needs_triton
+def test_some_more_than_the_largest_may_stay_in_the_example():
+    numbers, k, most = [9, 3, 7, 1, 5, 2], 2, 4
+    told = f"k = {k} of the integers {' '.join(map(str, numbers))}, of which {most} may stay"
+    low, high = min(numbers), max(numbers)
+    middle = high - (high - low) // 2
+    upper = sum(n >= middle for n in numbers)
+    assert said(draw, f"{told}: the upper half of {low} to {high} is {middle} to {high}, and there are {upper} of them")
+    assert k <= upper <= most
 
 
 # -- rounds.py ----------------
