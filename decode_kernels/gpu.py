@@ -14,7 +14,7 @@ from decode_kernels import INTERPRETED, ROWS, Letters, blocks, dense, prefill, q
 from decode_kernels import attention as attending
 from decode_kernels.digits import Left
 from linear import Experts, Linear, QuantizedLinear, RMSNorm
-from model import MLP, Attention, LayerCache, MoE, Transformer, gated, route
+from model import MLP, Attention, DecoderLayer, LayerCache, MoE, Transformer, gated, route
 
 
 def use_(model: nn.Module, on: bool) -> None:
@@ -31,10 +31,13 @@ def use_(model: nn.Module, on: bool) -> None:
             module.fast = AROUND[type(module)] if on else None
         elif isinstance(module, Transformer):
             module.fast = begin if on else None
+    mlps = {m.self_attn: m.mlp for m in model.modules() if isinstance(m, DecoderLayer) and isinstance(m.mlp, MLP)}
+    gate_up = {key: m.gate_up_proj for key, m in mlps.items() if isinstance(m.gate_up_proj, QuantizedLinear)}
     for module in model.modules():
         if isinstance(module, Attention) and module.fast is not None and isinstance(module.o_proj.fast, Quantized):
             left = Left()
-            module.fast, module.o_proj.fast = partial(attend, left=left), Quantized(module.o_proj.fast.bits, left)
+            module.fast = partial(attend, then=(left, gate_up.get(module)))
+            module.o_proj.fast = Quantized(module.o_proj.fast.bits, left)
 
 
 def serves(x: Tensor) -> bool:
@@ -134,18 +137,17 @@ def attend(
     positions: Tensor,
     cache: LayerCache,
     end: int,
-    left: Left | None = None,
+    then: attending.Then | None = None,
 ) -> Tensor | None:
     """`Attention.fast`: norms, rotation, cache write and attention. Up to 16 new tokens, whose positions must be
-    consecutive in each row, take one kernel or two, which read the length on the device; `left` gets the digits of
-    their results.
+    consecutive in each row, take one kernel or two, which read the length on the device.
     """
     b, t, _ = qkv.shape
     if cache.k.dtype == qkv.dtype and prefills(qkv, t):
         return prefill.attend(attention, qkv, cos, sin, positions, cache, end)
     if t > ROWS or attention.head_dim % 8 or attention.head_dim > 256 or not serves(qkv) or cache.k.dtype != qkv.dtype:
         return None
-    return attending.attend(attention, qkv, cos, sin, positions, cache, left)
+    return attending.attend(attention, qkv, cos, sin, positions, cache, then)
 
 
 def begin(model: Transformer, tokens: Tensor, positions: Tensor, which: int) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -39,11 +39,13 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from decode_kernels import INTERPRETED
 
 LIBRARY = torch.library.Library("decode", "FRAGMENT")
+ASKED = 4 << 20  # bytes of a matrix that the L2 cache is asked for before the matrix is wanted
 
 
 # -- inside a kernel ----------------
@@ -113,6 +115,15 @@ def spread_over_lanes(ptr, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def ask_for(ptr, part, BYTES: tl.constexpr):
+    """Asks the L2 cache to load the part-th BYTES from ptr on: one instruction of the program's first lane (sm90)."""
+    CODE: tl.constexpr = """{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %tid.x; setp.eq.u32 first, lane, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"""
+    given = [ptr.to(tl.int64) + part * BYTES, tl.full([], BYTES, tl.int32)]
+    tl.inline_asm_elementwise(CODE, "=r,l,r", given, dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def dot(a, b, acc, ASM: tl.constexpr):
     """acc + a @ b, batched or not. The interpreter (not ASM) has no bf16 product."""
     if not ASM:
@@ -155,6 +166,12 @@ def options(warps: int, stages: int = 1) -> dict[str, bool | int | None]:
         return {"PDL": False, "num_warps": warps}
     pdl = triton.runtime.driver.active.get_current_target().arch >= 90
     return {"PDL": pdl, "num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
+
+
+def share_of(matrix: Tensor | None, programs: int) -> tuple[Tensor | None, int]:
+    """(the matrix, for how many of its first bytes each program is to `ask_for`); None and 0 where nobody asks."""
+    share = 0 if matrix is None or not options(1)["PDL"] else min(matrix.nbytes, ASKED) // programs // 128 * 128
+    return matrix if share else None, share
 
 
 def shared_memory() -> int:

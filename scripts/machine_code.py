@@ -155,7 +155,7 @@ def attention(
     leave: bool = False,
 ) -> Callable[[], object]:
     """Attention of new tokens, with so many heads and KV heads, to a cache of that many slots; leave: it leaves the
-    digits of its results.
+    digits of its results, and asks for the next matrix.
     """
     h, kv_heads = heads
 
@@ -166,7 +166,8 @@ def attention(
         gain = make(dim) if norm else None
         caches = make(batch, kv_heads, slots, dim), make(batch, kv_heads, slots, dim)
         digits = empty_digits(qkv, batch * tokens, h * dim, norm=False) if leave else None
-        return attending.run(qkv, (angle, angle), positions, caches, (gain, gain), 1e-6, window, digits)
+        following = torch.empty(8 << 20, dtype=torch.uint8) if leave else None
+        return attending.run(qkv, (angle, angle), positions, caches, (gain, gain, 1e-6), window, digits, following)
 
     return run
 

@@ -154,7 +154,7 @@ def test_the_digits_that_attention_leaves_equals_twin(case):
     got, wanted = (empty_digits(args[0], b * t, h * dim, norm=False) for _ in range(2))
     for x in (*got[:2], *wanted[:2]):
         x.zero_()
-    y = attention.run(args[0], args[1:3], args[3], args[4:6], args[6:], 1e-5, window, got)
+    y = attention.run(args[0], args[1:3], args[3], args[4:6], (*args[6:], 1e-5), window, got)
     fill_digits_(y, None, wanted)
     assert y.isfinite().all() and torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
 
@@ -230,7 +230,8 @@ def test_splits_share_every_slot(splits):
 @pytest.mark.parametrize("sm, case", [*((90, case) for case in ATTENTIONS), (80, ATTENTIONS[1]), (80, ATTENTIONS[2])])
 def test_attention_compiles_and_leaves_its_neighbours_their_cache(sm, case):
     """More than 48 KB of shared memory would move the boundary to the L1 cache for the kernels around it. Old keys and
-    values are operands where they were loaded: a lane asks others for maxima, sums and their like alone.
+    values are operands where they were loaded: a lane asks others for maxima, sums and their like alone. One
+    instruction asks for the next matrix.
     """
     b, t, heads, kv_heads, dim, slots, _, window, norm = case
     width, rows = max(64, triton.next_power_of_2(dim)), t * heads // kv_heads
@@ -238,13 +239,17 @@ def test_attention_compiles_and_leaves_its_neighbours_their_cache(sm, case):
     pointers = {"qkv": "bf16", "cos": "fp32", "sin": "fp32", "pos": "i64", "k": "bf16", "v": "bf16", "out": "bf16"}
     pointers |= {"part": "fp32"} if splits > 1 else {"digits": "i8", "unit": "fp32"} if dim == 128 else {}
     pointers |= {"q_norm": "bf16", "k_norm": "bf16"} if norm else {}
+    asks = sm >= 90 and b * t == 1
+    pointers |= {"next": "u8"} if asks else {}
     types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()} | {"eps": "fp32", "scale": "fp32"}
     types["slots"] = "i32"
-    values = dict.fromkeys({"part_ptr", "digits_ptr", "unit_ptr", "q_norm_ptr", "k_norm_ptr"} - types.keys())
+    optional = {"part_ptr", "digits_ptr", "unit_ptr", "q_norm_ptr", "k_norm_ptr", "next_ptr"}
+    values = dict.fromkeys(optional - types.keys())
     values |= {"T": t, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WIDTH": width, "WINDOW": window}
     values |= {"SPLITS": splits, "ROWS": -(-rows // block) * block, "BLOCK": block, "WARPS": warps}
     values |= {"COLUMNS": min(block, triton.next_power_of_2(rows))}
-    values |= {"AHEAD": tiles.ATTENTION_AHEAD, "ALONE": True, "PDL": sm >= 90, "ASM": True}
+    values |= {"AHEAD": tiles.ATTENTION_AHEAD, "ALONE": True, "PDL": sm >= 90, "ASM": True, "NEXT": asks * 32768}
     kernel = compiled(attention._attention_kernel, types, values, sm, warps)
     assert kernel.metadata.shared <= 48 * 1024
     assert kernel.asm["ptx"].count("shfl.sync") <= 44 and not unhinted(kernel)
+    assert kernel.asm["ptx"].count("cp.async.bulk.prefetch.L2") == asks
