@@ -101,13 +101,14 @@ def distribution(logits: Tensor, structure: Structure, knobs: Tensor) -> tuple[T
 
 def top(logits: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     """`logits.topk(k)` in two small selections, which are faster than a large one: the k largest lie in those k blocks
-    of 16 whose maxima are largest. 16-bit logits stay so: a selection looks at two bits at a time.
+    of 16 whose maxima are largest. A block is every V/16-th id, so that vectors of a processor take maxima of 16 blocks
+    at once: 10 us instead of 44 of 49,152 logits. 16-bit logits stay so: a selection looks at two bits at a time.
     """
     V = logits.shape[-1]
     if V % 16 or 64 * k > V:
         return torch.topk(logits, k, sorted=sorted)
-    best = logits.unflatten(-1, (-1, 16)).amax(-1).topk(k, sorted=False).indices
-    ids = (best.unsqueeze(-1) * 16 + torch.arange(16, device=logits.device)).flatten(-2)
+    best = logits.unflatten(-1, (16, -1)).amax(-2).topk(k, sorted=False).indices
+    ids = (best.unsqueeze(-1) + torch.arange(0, V, V // 16, device=logits.device)).flatten(-2)
     values, at = logits.gather(-1, ids).topk(k, sorted=sorted)
     return values, ids.gather(-1, at)
 
