@@ -302,7 +302,9 @@ def load_for_result(
 
 @triton.jit
 def store_result(y, added, start, rows, letters, out_ptr, N: tl.constexpr, SILU: tl.constexpr):
-    """Bias, silu(gate) * up, residual and store of y [rows of the matrix as `interleave_gates` says, activations]."""
+    """Bias, silu(gate) * up, residual and store of y [rows of the matrix as `interleave_gates` says, activations]; what
+    it stores, in float32.
+    """
     bias, residual, number = added
     BLOCK_N: tl.constexpr = y.shape[0]
     M: tl.constexpr = y.shape[1]
@@ -319,6 +321,7 @@ def store_result(y, added, start, rows, letters, out_ptr, N: tl.constexpr, SILU:
         send_results(y, m * OUT + n, (n < OUT) & (m < rows), number, letters)
     else:
         tl.store(out_ptr + m * OUT + n, y.to(out_ptr.dtype.element_ty), (n < OUT) & (m < rows))
+    return y
 
 
 def _launch_rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from decode_kernels import INTERPRETED, ROWS, Letters, blocks, dense, prefill, quantized, step
 from decode_kernels import attention as attending
-from decode_kernels.digits import Left
+from decode_kernels.digits import Left, empty_digits
 from linear import Experts, Linear, QuantizedLinear, RMSNorm
 from model import MLP, Attention, DecoderLayer, LayerCache, MoE, Transformer, gated, route
 
@@ -38,6 +38,11 @@ def use_(model: nn.Module, on: bool) -> None:
             left = Left()
             module.fast = partial(attend, then=(left, gate_up.get(module)))
             module.o_proj.fast = Quantized(module.o_proj.fast.bits, left)
+        elif isinstance(module, MLP) and module.silu and module.down_proj.in_features % 128 == 0:
+            wide, down = module.gate_up_proj, module.down_proj
+            if isinstance(wide.fast, Quantized) and isinstance(down.fast, Quantized):
+                left = Left()
+                wide.fast, down.fast = Quantized(wide.fast.bits, leave=left), Quantized(down.fast.bits, left)
 
 
 def serves(x: Tensor) -> bool:
@@ -88,10 +93,10 @@ class Dense:
 class Quantized(Dense):
     """`Linear.fast` for int8 and int4 weights: see `linear.FastQuantized`."""
 
-    def __init__(self, bits: int, left: Callable[[Tensor], Any] | None = None) -> None:
-        # left(x): the digits of x, if the kernel that computed it has left some; those of more rows than ROWS would not
-        # fit into a lane's registers
-        self.bits, self.left, self.at_once = bits, left, ROWS
+    def __init__(self, bits: int, left: Callable[[Tensor], Any] | None = None, leave: Left | None = None) -> None:
+        # left(x): the digits of x, if the kernel that computed it has left some; leave: who gets those of the results;
+        # those of more rows than ROWS would not fit into a lane's registers
+        self.bits, self.left, self.leave, self.at_once = bits, left, leave, ROWS
 
     def covers(self, linear: QuantizedLinear) -> bool:
         """A scale is one of a row, or of a group whose size is a power of two from 32 on."""
@@ -103,11 +108,25 @@ class Quantized(Dense):
     ) -> Callable[..., Tensor] | None:
         if silu_mul and linear.out_features % 32:  # gates and ups would share a tile
             return None
-        weight, scale, zero = linear.operands(one)
-        if letters is not None or (self.left is not None and not torch.compiler.is_compiling()):
-            run, left = partial(quantized.run, bits=self.bits, letters=letters), self.left or (lambda x: None)
-            return lambda x, *others: run(x, weight, scale, zero, *others, digits=left(x))
-        return lambda x, *others: quantized.linear(x, weight, scale, zero, *others, self.bits)
+        operands = linear.operands(one)
+        if letters is None and (self.left is self.leave is None or torch.compiler.is_compiling()):
+            return lambda x, *others: quantized.linear(x, *operands, *others, self.bits)
+
+        product = partial(quantized.run, bits=self.bits, letters=letters)
+
+        def run(x: Tensor, bias: Tensor | None, gain: Tensor | None, *others: Any) -> Tensor:  # noqa: ANN401
+            digits = None if self.left is None else self.left(x)
+            if self.leave is None or gain is None or not silu_mul or len(x) > 1:
+                return product(x, *operands, bias, gain, *others, digits=digits)
+            if linear.fast_constants is None:
+                linear.fast_constants = quantized.known_units(*operands[1:], bias, gain, self.bits)
+            own = empty_digits(x, 2, linear.out_features // 2, norm=False)._replace(halves=True)
+            leave = *own[:2], linear.fast_constants
+            y = product(x, *operands, bias, gain, *others, digits=digits, leave=leave)
+            self.leave.keep(y, own)
+            return y
+
+        return run
 
     def pack(self, q: Tensor) -> Tensor:
         return quantized.pack(q, self.bits)

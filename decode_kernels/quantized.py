@@ -18,6 +18,14 @@ The digits of activations are explained in `digits.py`. One row takes two of the
 take all, and more rows two or four times as many products, but no more bytes. The norm's gain is multiplied into x
 before; its factor 1 / rms is one number a row and is multiplied into y.
 
+**What silu(gate) * up can be.** The norm of K activations leaves a vector whose length is at most sqrt(K). So a gate or
+an up is at most sqrt(K) times the length of its row of the matrix, times the gain, and with 2^(bits - 1) in the place
+of every |q| the scales alone tell that length. |silu(gate) * up| is at most the product of both bounds. So one row's
+results, which the next product reads, get their digits where they are computed. That saves a kernel a layer.
+
+Worked example, K = 4 in one group with a scale of 0.1, int4, a gain of 1: |w| <= 0.8, so a row is at most 1.6 long, a
+gate at most 2 * 1.6 = 3.2, and so is an up. silu(gate) * up is at most 10.24.
+
 **Weights: an operand as it lies in memory.** A lane loads 16 bytes in a row, and they are what the instruction wants in
 that lane, so nothing is exchanged between lanes. `pack` puts 16 rows x 128 columns into 2,048 bytes (int8) in the order
 
@@ -50,7 +58,7 @@ from torch import Tensor
 
 from decode_kernels import INTERPRETED, Letters, launch, tiles
 from decode_kernels.dense import empty_result, interleave_gates, load_for_result, store_result
-from decode_kernels.digits import Digits, empty_digits, fill_digits_
+from decode_kernels.digits import Digits, empty_digits, fill_digits_, store_four_digits
 
 # -- the layout ----------------
 
@@ -94,6 +102,7 @@ def _quantized_kernel(
     residual_ptr,
     experts_ptr,
     letters,
+    leave,  # not None: one row leaves digits of its results; (digits, units, `known_units`)
     out_ptr,
     rows,
     eps,
@@ -103,6 +112,7 @@ def _quantized_kernel(
     BITS: tl.constexpr,
     SILU: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HALVES: tl.constexpr,  # the digits are four of one row
     TILES: tl.constexpr,
     WARPS: tl.constexpr,
     W_AHEAD: tl.constexpr,
@@ -121,6 +131,7 @@ def _quantized_kernel(
     SCALES: tl.constexpr = 0 if ROW else 128 // GROUP if GROUP < 128 and GROUP < K else 1  # in a row of a chunk
     BYTES: tl.constexpr = 256 * BITS  # bytes of 16 rows of a chunk
     OUT: tl.constexpr = N // 2 if SILU else N
+    M: tl.constexpr = 1 if HALVES else COLUMNS // 2
     BLOCK_N: tl.constexpr = TILES * (8 if SILU else 16)
     start = tl.program_id(0) * BLOCK_N
     m = tl.program_id(1)
@@ -156,7 +167,7 @@ def _quantized_kernel(
     t = tl.arange(0, 4)[:, None, None, None, None]
     g = tl.arange(0, 8)[:, None, None, None]
     warp = tl.arange(0, WARPS)[:, None, None]
-    unit_offset = tl.arange(0, COLUMNS // 8)[:, None] * (CHUNKS * 8) + warp * 8 + t * 2
+    unit_offset = tl.arange(0, COLUMNS // 8)[:, None] * (CHUNKS * 8) + warp * 8 + (g[None] if HALVES else t * 2)
     row = start + interleave_gates(tl.arange(0, TILES * 2)[:, None] * 8, OUT, SILU) + g
     acc = tl.zeros([WARPS, TILES * 2, 8, COLUMNS // 8, 4], tl.float32)
     w_lanes, scale_lanes = (w_ptr, w_offset, w_exists, chunk), (scale_ptr, row, warp * 128)
@@ -170,9 +181,9 @@ def _quantized_kernel(
             weights = weights + (_load_weights(w_lanes, scale_lanes, i, OUT % BLOCK_N == 0, N, K, GROUP, SCALES, BITS),)
         if i == W_AHEAD - 1:
             launch.wait_for_previous(PDL)
-            added = load_for_result(
-                start, rows, bias_ptr, residual_ptr, letters, out_ptr, N, TILES * 16, COLUMNS // 2, SILU
-            )
+            added = load_for_result(start, rows, bias_ptr, residual_ptr, letters, out_ptr, N, TILES * 16, M, SILU)
+            if leave is not None:
+                unit = tl.load(leave[2] + start // 128)
             if squares_ptr is not None:
                 m = tl.arange(0, COLUMNS // 2)[:, None]
                 b = tl.arange(0, triton.next_power_of_2(CHUNKS))
@@ -182,21 +193,26 @@ def _quantized_kernel(
             0 if i < W_AHEAD else i - W_AHEAD + X_AHEAD, 0 if i < W_AHEAD - 1 else i - W_AHEAD + X_AHEAD + 1
         ):
             if j < STEPS:
-                digits = digits + (_load_digits(x_lanes, unit_lanes, rows, j, CHUNKS),)
+                digits = digits + (_load_digits(x_lanes, unit_lanes, 2 if HALVES else rows, j, CHUNKS),)
         if i >= W_AHEAD:
             launch.keep_loads_here(PDL)
             if launch.always_true(eps, i):
                 at = (row, warp * 128 + (i - W_AHEAD) * WARPS * 128)
                 w, x = weights[i - W_AHEAD], digits[i - W_AHEAD]
                 acc = _add_products(acc, w, x, zero_ptr, at, N, K, GROUP, SCALES, BITS, ASM)
-    y = _sum_warps(acc.reshape(WARPS, TILES * 16, COLUMNS // 2))
+    y = acc.reshape(WARPS, TILES * 16, COLUMNS // 2)
+    if HALVES:
+        y = tl.sum(y * tl.where(tl.arange(0, COLUMNS // 2) == 0, 65536.0, 1.0), 2)[:, :, None]
+    y = _sum_warps(y)
     if squares_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None]
     if BITS == 4:
         y *= 0.0625  # for `_nibbles_times_16`
     if ROW:
         y *= channel.to(tl.float32)[:, None]
-    store_result(y, added, start, rows, letters, out_ptr, N, SILU)
+    y = store_result(y, added, start, rows, letters, out_ptr, N, SILU)
+    if leave is not None:
+        store_four_digits(y.to(out_ptr.dtype.element_ty).to(tl.float32), start, unit, leave)
 
 
 @triton.jit
@@ -381,8 +397,11 @@ def run(
     bits: int,
     letters: Letters = None,
     digits: Digits | None = None,
+    leave: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`linear`; letters as in `dense.run`, digits: those of x if there are any."""
+    """`linear`; letters as in `dense.run`, digits: those of x if there are any, leave: digits and units that will be
+    those of the results, and `known_units`.
+    """
     (rows, k), n = x.shape, scale.shape[-2]
     out = empty_result(x, n, silu_mul)
     x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
@@ -392,6 +411,7 @@ def run(
     tile = tiles.choose(f"int{bits}", k, n, rows if experts is None else 1, silu_mul)
     steps = triton.cdiv(triton.cdiv(k, 128), tile.warps)
     grid = (triton.cdiv(out.shape[1], tile.rows // 2 if silu_mul else tile.rows), 1 if experts is None else rows)
+    sizes = {"N": n, "K": k, "GROUP": k // scale.shape[-1], "BITS": bits, "SILU": silu_mul}
     _quantized_kernel[grid](
         *digits[:3],
         weight,
@@ -401,15 +421,13 @@ def run(
         residual,
         experts,
         letters,
+        leave,
         out,
         rows,
         eps,
-        N=n,
-        K=k,
-        GROUP=k // scale.shape[-1],
-        BITS=bits,
-        SILU=silu_mul,
-        COLUMNS=digits[3],
+        **sizes,
+        COLUMNS=digits.columns,
+        HALVES=digits.halves,
         TILES=tile.rows // 16,
         WARPS=tile.warps,
         W_AHEAD=min(tile.w_ahead, steps),
@@ -418,6 +436,15 @@ def run(
         **launch.options(tile.warps),
     )
     return out
+
+
+def known_units(scale: Tensor, zero: Tensor | None, bias: Tensor | None, norm_weight: Tensor, bits: int) -> Tensor:
+    """The units [N / 256] of 128 results silu(gate) * up each, for `leave`: see the module docstring."""
+    q = 2.0 ** (bits - 1) + (0 if zero is None else zero.float().abs())
+    gains = norm_weight.float().square().unflatten(0, (scale.shape[1], -1)).sum(1)
+    largest = ((scale.float() * q).square() * gains * len(norm_weight)).sum(1).sqrt()
+    gate, up = (largest if bias is None else largest + bias.float().abs()).chunk(2)
+    return (gate * up).view(-1, 128).amax(1).div(2**30).clamp(min=1e-30)
 
 
 @launch.operator("quantized", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-2], silu_mul=rest[-3]))

@@ -110,4 +110,4 @@ def use_(model: Transformer, on: bool) -> None:
             fast = reader.fast if norm is not None else None
             block.fast_sum = total = Sum(model.tp.fast, norm.weight if isinstance(fast, Quantized) else None)
             if isinstance(fast, Quantized):
-                reader.fast = Quantized(fast.bits, total.left)
+                reader.fast = Quantized(fast.bits, total.left, fast.leave)

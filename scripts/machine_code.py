@@ -284,6 +284,21 @@ def summed(k: int, n: int, bits: int, size: int) -> Callable[[], object]:
     return run
 
 
+def mlp(k: int, width: int) -> Callable[[], object]:
+    """Gates and ups in int4, which leave the digits of their results, and the product that reads these."""
+
+    def run() -> object:
+        make = functools.partial(torch.empty, dtype=torch.bfloat16)
+        x, gain, units = make(1, k), make(k), torch.empty(width // 128)
+        left = empty_digits(x, 2, width, norm=False)._replace(halves=True)
+        weights = [torch.empty(n // 16, m // 128, 1024, dtype=torch.uint8) for n, m in ((2 * width, k), (k, width))]
+        wide, narrow = make(2 * width, k // 128), make(k, width // 128)
+        h = quantized.run(x, weights[0], wide, None, None, gain, 1e-5, None, True, None, 4, leave=(*left[:2], units))
+        return quantized.run(h, weights[1], narrow, None, None, None, 0.0, x, False, None, 4, digits=left)
+
+    return run
+
+
 def cases() -> dict[str, Callable[[], object]]:
     """What is launched, by a name that says for which model, matrix, format and number of rows."""
     layer: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -297,7 +312,7 @@ def cases() -> dict[str, Callable[[], object]]:
         for rows in (1, 4, 8, 16):
             for name, (k, n, extra) in layer.items():
                 out[f"llama-2-7b {name} {mode} {rows}"] = linear(rows, (k, n), mode, **extra)
-    out |= {
+    return out | {
         "llama-2-7b head bf16 1": linear(1, (4096, 32000), norm=True),
         "llama-3.2-1b down bf16 1": linear(1, (8192, 2048), residual=True),
         "llama-3.2-1b gate_up fp16 1": linear(1, (2048, 16384), "fp16", norm=True, silu_mul=True),
@@ -333,8 +348,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "llama-2-70b gather over 8 ranks": exchange(4000, 8, False),
         "llama-2-7b o bf16 1, summed over 2 ranks": summed(2048, 4096, 16, 2),
         "llama-3.1-8b o int4-g128 1, summed over 2 ranks": summed(2048, 4096, 4, 2),
+        "llama-2-7b gate_up and down int4-g128 1, with digits": mlp(4096, 11008),
     }
-    return out
 
 
 QUICK = (  # of every kernel, and of every way in which it is compiled otherwise, one case
@@ -360,6 +375,7 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "llama-3.1-8b round of a draft, greedy",
     "llama-2-7b sum over 2 ranks",
     "llama-2-7b o bf16 1, summed over 2 ranks",
+    "llama-2-7b gate_up and down int4-g128 1, with digits",
 )
 
 

@@ -92,6 +92,26 @@ def test_two_digits():
     )
 
 
+@needs_triton
+def test_four_digits():
+    x = round(0.3 * 2**24)
+    high = (x + 0x8080) >> 16
+    low = x - 65536 * high
+    assert said(digits, f"2^-24, and 0.3 is {0.3 * 2**24:.1f} units, rounded {x} = 65536 * {high} - {-low}.")
+    pairs = [((n + 128) >> 8, (n + 128) % 256 - 128) for n in (high, low)]
+    (a, b), (c, d) = pairs
+    assert said(
+        digits, f"As {high} = 256 * {a} + {b} and {low} = 256 * {c} - {-d}, the digits are {a}, {b}, {c} and {d}."
+    )
+
+
+@needs_triton
+def test_what_the_gates_and_ups_of_the_example_can_be():
+    scale, ones = torch.full((256, 1), 0.1), torch.ones(4)
+    (unit,) = quantized.known_units(scale, None, None, ones, 4).tolist()
+    assert said(quantized, f"silu(gate) * up is at most {unit * 2**30:.2f}.")
+
+
 @needs_kernels
 def test_digits_of_the_example_equals_twin():
     x = torch.zeros(1, 128)
