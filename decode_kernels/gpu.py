@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from decode_kernels import INTERPRETED, ROWS, Letters, blocks, dense, prefill, quantized, step
 from decode_kernels import attention as attending
-from decode_kernels.digits import Left, empty_digits
+from decode_kernels.digits import Digits, Left, empty_digits
 from linear import Experts, Linear, QuantizedLinear, RMSNorm
 from model import MLP, Attention, DecoderLayer, LayerCache, MoE, Transformer, gated, route
 
@@ -43,6 +43,20 @@ def use_(model: nn.Module, on: bool) -> None:
             if isinstance(wide.fast, Quantized) and isinstance(down.fast, Quantized):
                 left = Left()
                 wide.fast, down.fast = Quantized(wide.fast.bits, leave=left), Quantized(down.fast.bits, left)
+    for module in model.modules():
+        if isinstance(module, DecoderLayer):
+            link_(module)
+
+
+def link_(layer: DecoderLayer) -> None:
+    """Let o_proj leave the digits of its results, times the gain of the norm behind it, for gates and ups."""
+    attention, norm, o = layer.self_attn, layer.post_attention_layernorm, layer.self_attn.o_proj
+    if norm is None or attention.post_norm is not None or attention.tp.size > 1 or not isinstance(layer.mlp, MLP):
+        return  # o_proj's result with its residual is not what the norm reads
+    gate_up, left, n = layer.mlp.gate_up_proj, Left(norm.weight), o.out_features
+    if isinstance(o.fast, Quantized) and isinstance(gate_up.fast, Quantized) and o.bias is None and not n % 128:
+        o.fast = Quantized(o.fast.bits, o.fast.left, left)
+        gate_up.fast = Quantized(gate_up.fast.bits, left, gate_up.fast.leave)
 
 
 def serves(x: Tensor) -> bool:
@@ -114,19 +128,43 @@ class Quantized(Dense):
 
         product = partial(quantized.run, bits=self.bits, letters=letters)
 
-        def run(x: Tensor, bias: Tensor | None, gain: Tensor | None, *others: Any) -> Tensor:  # noqa: ANN401
+        def run(
+            x: Tensor,
+            bias: Tensor | None,
+            gain: Tensor | None,
+            eps: float,
+            added: Tensor | None,
+            *rest: Any,  # noqa: ANN401
+        ) -> Tensor:
             digits = None if self.left is None else self.left(x)
-            if self.leave is None or gain is None or not silu_mul or len(x) > 1:
-                return product(x, *operands, bias, gain, *others, digits=digits)
-            if linear.fast_constants is None:
-                linear.fast_constants = quantized.known_units(*operands[1:], bias, gain, self.bits)
-            own = empty_digits(x, 2, linear.out_features // 2, norm=False)._replace(halves=True)
-            leave = *own[:2], linear.fast_constants
-            y = product(x, *operands, bias, gain, *others, digits=digits, leave=leave)
-            self.leave.keep(y, own)
+            own, leave = (None, None) if letters else self.leaving(linear, x, bias, gain if silu_mul else added)
+            y = product(x, *operands, bias, gain, eps, added, *rest, digits=digits, leave=leave)
+            if self.leave is not None and own is not None:
+                self.leave.keep(y, own)
             return y
 
         return run
+
+    def leaving(
+        self, linear: QuantizedLinear, x: Tensor, bias: Tensor | None, given: Tensor | None
+    ) -> tuple[Digits | None, tuple[Tensor, ...] | None]:
+        """What will be the digits of the results, and what `quantized.run` is told, if there are to be any. given: the
+        gain of the norm before gates and ups, or the residual.
+        """
+        if self.leave is None or given is None or len(x) > 1:
+            return None, None
+        (_, scale, zero), after, known = linear.operands(None), self.leave.gain, linear.fast_constants
+        n = linear.out_features // 2 if after is None else linear.out_features
+        own = empty_digits(x, 2, n, norm=False)._replace(halves=True)
+        if after is None:
+            known = quantized.known_units(scale, zero, bias, given, self.bits) if known is None else known
+        else:
+            known = (
+                quantized.unit_factors(scale, zero, linear.in_features, after, self.bits) if known is None else known
+            )
+            own = own._replace(squares=x.new_empty(n // 16, dtype=torch.float32))
+        linear.fast_constants = known
+        return own, (*own[:2], known, *[t for t in (after, own.squares) if t is not None])
 
     def pack(self, q: Tensor) -> Tensor:
         return quantized.pack(q, self.bits)

@@ -26,6 +26,14 @@ results, which the next product reads, get their digits where they are computed.
 Worked example, K = 4 in one group with a scale of 0.1, int4, a gain of 1: |w| <= 0.8, so a row is at most 1.6 long, a
 gate at most 2 * 1.6 = 3.2, and so is an up. silu(gate) * up is at most 10.24.
 
+**What a residual and a product can be.** A result of o_proj is a residual, of which a program loads the 128 that share
+a unit, and a product that is at most the length of x times that of a row. The length of x is at most that of all its
+chunks of 128 added up, and a chunk's is at most sqrt(128) times its largest. So these results, too, get digits where
+they are computed, times the gain of the norm that comes next, and sums of 16 squares.
+
+Worked example: with a row that is 1.6 long, x of length 2, a largest residual of 5 and a gain of 1 the bound is
+5 + 2 * 1.6 = 8.2.
+
 **Weights: an operand as it lies in memory.** A lane loads 16 bytes in a row, and they are what the instruction wants in
 that lane, so nothing is exchanged between lanes. `pack` puts 16 rows x 128 columns into 2,048 bytes (int8) in the order
 
@@ -102,7 +110,8 @@ def _quantized_kernel(
     residual_ptr,
     experts_ptr,
     letters,
-    leave,  # not None: one row leaves digits of its results; (digits, units, `known_units`)
+    leave,  # not None: one row leaves (digits, units) of its results; behind these `known_units`, or `unit_factors`
+    # and, of the norm that comes next, the gain and the sums of squares
     out_ptr,
     rows,
     eps,
@@ -183,11 +192,15 @@ def _quantized_kernel(
             launch.wait_for_previous(PDL)
             added = load_for_result(start, rows, bias_ptr, residual_ptr, letters, out_ptr, N, TILES * 16, M, SILU)
             if leave is not None:
-                unit = tl.load(leave[2] + start // 128)
+                if SILU:
+                    unit = tl.load(leave[2] + start // 128)
+                else:
+                    bound = _load_bound(leave, start, residual_ptr, unit_ptr, BLOCK_N, CHUNKS)
             if squares_ptr is not None:
-                m = tl.arange(0, COLUMNS // 2)[:, None]
-                b = tl.arange(0, triton.next_power_of_2(CHUNKS))
-                squares = tl.load(squares_ptr + m * CHUNKS + b, (m < rows) & (b < CHUNKS), 0)
+                SUMS: tl.constexpr = K // 16 if HALVES else CHUNKS
+                m = tl.arange(0, M)[:, None]
+                b = tl.arange(0, triton.next_power_of_2(SUMS))
+                squares = tl.load(squares_ptr + m * SUMS + b, (m < rows) & (b < SUMS), 0)
         # After the wait the digits of X_AHEAD steps are loaded, and those of one more step in each step.
         for j in tl.static_range(
             0 if i < W_AHEAD else i - W_AHEAD + X_AHEAD, 0 if i < W_AHEAD - 1 else i - W_AHEAD + X_AHEAD + 1
@@ -212,7 +225,31 @@ def _quantized_kernel(
         y *= channel.to(tl.float32)[:, None]
     y = store_result(y, added, start, rows, letters, out_ptr, N, SILU)
     if leave is not None:
-        store_four_digits(y.to(out_ptr.dtype.element_ty).to(tl.float32), start, unit, leave)
+        y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
+        if not SILU:
+            y, unit = _begin_norm(y, bound, start, leave[4])
+        store_four_digits(y, start, unit, leave)
+
+
+@triton.jit
+def _load_bound(leave, start, residual_ptr, unit_ptr, RESULTS: tl.constexpr, CHUNKS: tl.constexpr):
+    """What `_begin_norm` needs, loaded long before: gains, residuals of the chunk, the units of x, two factors."""
+    gain = tl.load(leave[3] + start + tl.arange(0, RESULTS))
+    residual = tl.load(residual_ptr + start // 128 * 128 + tl.arange(0, 128))
+    i = tl.arange(0, triton.next_power_of_2(CHUNKS))
+    factors = leave[2] + start // 128 * 2
+    return gain, residual, tl.load(unit_ptr + i * 8, i < CHUNKS, 0), tl.load(factors), tl.load(factors + 1)
+
+
+@triton.jit
+def _begin_norm(y, bound, start, squares_ptr):
+    """y [results, columns] times the gains, and the unit of its first column, whose squares are summed and stored."""
+    gain, residual, units, per_residual, per_length = bound
+    squares = tl.where(tl.arange(0, y.shape[1]) == 0, y * y, 0.0).reshape(y.shape[0] // 16, 16 * y.shape[1])
+    tl.store(squares_ptr + start // 16 + tl.arange(0, y.shape[0] // 16), tl.sum(squares, 1))
+    length = tl.sum(units) * 367833  # at most sqrt(128) * 32512 units for every 128 numbers
+    unit = tl.max(tl.abs(residual.to(tl.float32))) * per_residual + length * per_length
+    return y * gain.to(tl.float32)[:, None], tl.maximum(unit, 1e-30)
 
 
 @triton.jit
@@ -397,11 +434,9 @@ def run(
     bits: int,
     letters: Letters = None,
     digits: Digits | None = None,
-    leave: tuple[Tensor, Tensor, Tensor] | None = None,
+    leave: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
-    """`linear`; letters as in `dense.run`, digits: those of x if there are any, leave: digits and units that will be
-    those of the results, and `known_units`.
-    """
+    """`linear`; letters as in `dense.run`, digits: those of x if there are any, leave as in the kernel."""
     (rows, k), n = x.shape, scale.shape[-2]
     out = empty_result(x, n, silu_mul)
     x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
@@ -438,13 +473,27 @@ def run(
     return out
 
 
-def known_units(scale: Tensor, zero: Tensor | None, bias: Tensor | None, norm_weight: Tensor, bits: int) -> Tensor:
-    """The units [N / 256] of 128 results silu(gate) * up each, for `leave`: see the module docstring."""
+def _lengths(scale: Tensor, zero: Tensor | None, squares: Tensor | float, bits: int) -> Tensor:
+    """What no row of the matrix is longer than, float32 [N]; squares: of the gains of each group, added up."""
     q = 2.0 ** (bits - 1) + (0 if zero is None else zero.float().abs())
-    gains = norm_weight.float().square().unflatten(0, (scale.shape[1], -1)).sum(1)
-    largest = ((scale.float() * q).square() * gains * len(norm_weight)).sum(1).sqrt()
+    return ((scale.float() * q).square() * squares).sum(1).sqrt()
+
+
+def known_units(scale: Tensor, zero: Tensor | None, bias: Tensor | None, norm_weight: Tensor, bits: int) -> Tensor:
+    """The units [N / 256] of 128 results silu(gate) * up each."""
+    squares = norm_weight.float().square().unflatten(0, (scale.shape[1], -1)).sum(1)
+    largest = _lengths(scale, zero, squares, bits) * len(norm_weight) ** 0.5
     gate, up = (largest if bias is None else largest + bias.float().abs()).chunk(2)
     return (gate * up).view(-1, 128).amax(1).div(2**30).clamp(min=1e-30)
+
+
+def unit_factors(scale: Tensor, zero: Tensor | None, k: int, gain: Tensor, bits: int) -> Tensor:
+    """[N / 128, 2]: a unit of 128 results times their gains is the first times the largest residual and the second
+    times the length of x.
+    """
+    lengths = _lengths(scale, zero, k // scale.shape[1], bits).view(-1, 128).amax(1)
+    gains = gain.float().abs().view(-1, 128).amax(1) / 2**30
+    return torch.stack([gains, lengths * gains], 1)
 
 
 @launch.operator("quantized", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-2], silu_mul=rest[-3]))

@@ -284,17 +284,26 @@ def summed(k: int, n: int, bits: int, size: int) -> Callable[[], object]:
     return run
 
 
-def mlp(k: int, width: int) -> Callable[[], object]:
-    """Gates and ups in int4, which leave the digits of their results, and the product that reads these."""
+def left(k: int, width: int) -> Callable[[], object]:
+    """Products in int4 that leave the digits of their results, and those that read them: o, gate_up and down; gate_up
+    also where it has two digits of each activation.
+    """
 
-    def run() -> object:
-        make = functools.partial(torch.empty, dtype=torch.bfloat16)
-        x, gain, units = make(1, k), make(k), torch.empty(width // 128)
-        left = empty_digits(x, 2, width, norm=False)._replace(halves=True)
-        weights = [torch.empty(n // 16, m // 128, 1024, dtype=torch.uint8) for n, m in ((2 * width, k), (k, width))]
-        wide, narrow = make(2 * width, k // 128), make(k, width // 128)
-        h = quantized.run(x, weights[0], wide, None, None, gain, 1e-5, None, True, None, 4, leave=(*left[:2], units))
-        return quantized.run(h, weights[1], narrow, None, None, None, 0.0, x, False, None, 4, digits=left)
+    def run() -> None:
+        make, single = functools.partial(torch.empty, dtype=torch.bfloat16), functools.partial(torch.empty)
+        x, gain = make(1, k), make(k)
+        o, gate_up, down = (
+            (torch.empty(n // 16, m // 128, 1024, dtype=torch.uint8), make(n, m // 128), None, None)
+            for n, m in ((k, k), (2 * width, k), (k, width))
+        )
+        normed, h = (empty_digits(x, 2, n, norm=False)._replace(halves=True) for n in (k, width))
+        normed = normed._replace(squares=single(k // 16))
+        behind = *normed[:2], single(k // 128, 2), gain, normed.squares
+        quantized.run(x, *o, None, 0.0, x, False, None, 4, leave=behind)
+        gates = *h[:2], single(width // 128)
+        for digits in (normed, None):
+            quantized.run(x, *gate_up, gain, 1e-5, None, True, None, 4, digits=digits, leave=gates)
+        quantized.run(make(1, width), *down, None, 0.0, x, False, None, 4, digits=h)
 
     return run
 
@@ -348,7 +357,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "llama-2-70b gather over 8 ranks": exchange(4000, 8, False),
         "llama-2-7b o bf16 1, summed over 2 ranks": summed(2048, 4096, 16, 2),
         "llama-3.1-8b o int4-g128 1, summed over 2 ranks": summed(2048, 4096, 4, 2),
-        "llama-2-7b gate_up and down int4-g128 1, with digits": mlp(4096, 11008),
+        "llama-2-7b o, gate_up and down int4-g128 1, with digits": left(4096, 11008),
     }
 
 
@@ -375,7 +384,7 @@ QUICK = (  # of every kernel, and of every way in which it is compiled otherwise
     "llama-3.1-8b round of a draft, greedy",
     "llama-2-7b sum over 2 ranks",
     "llama-2-7b o bf16 1, summed over 2 ranks",
-    "llama-2-7b gate_up and down int4-g128 1, with digits",
+    "llama-2-7b o, gate_up and down int4-g128 1, with digits",
 )
 
 

@@ -1,5 +1,7 @@
 """The digits that gates and ups leave for the product behind them, whose largest is not known."""
 
+import dataclasses
+
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, HAS_TRITON, needs_kernels, relative_error
@@ -10,6 +12,7 @@ import decode_kernels
 from checkpoint import random_model
 from decode_kernels import INTERPRETED
 from linear import from_linear
+from tp import TensorParallel
 
 if HAS_TRITON:
     from decode_kernels import gpu, reduce, sums
@@ -17,13 +20,16 @@ if HAS_TRITON:
 DTYPE, NEAR = DTYPES[0], 2e-3 if INTERPRETED else 1e-2
 
 
-def build(bits, width, group=None, hidden=128, seed=0):
-    """(an MLP, the norm before it, x), without kernels."""
+def config_of(width, hidden):
     sizes = {"hidden_size": hidden, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
     sizes |= {"num_hidden_layers": 1, "intermediate_size": width, "max_position_embeddings": 2048}
+    return architectures.config_from_hf({"model_type": "llama"} | sizes)
+
+
+def build(bits, width, group=None, hidden=128, seed=0):
+    """(an MLP, the norm before it, x), without kernels."""
     torch.manual_seed(seed)
-    config = architectures.config_from_hf({"model_type": "llama"} | sizes)
-    layer = random_model(config, device=DEVICE, dtype=DTYPE).layers[0]
+    layer = random_model(config_of(width, hidden), device=DEVICE, dtype=DTYPE).layers[0]
     layer.post_attention_layernorm.weight.uniform_(0.5, 1.5)
     for name in ("gate_up_proj", "down_proj"):
         linear = getattr(layer.mlp, name)
@@ -135,3 +141,54 @@ def test_four_digits_of_a_product_that_sends_equals_twin():
     tries = 1 if INTERPRETED else reduce.TRIES
     got = [total.receive_(half, tries=tries) for total, half in zip(totals, halves)]
     assert torch.equal(got[0], got[1]) and relative_error(got[0], wanted[0]) < NEAR
+
+
+def linked(bits, group, residual):
+    """(o_proj, gate_up_proj, the norm between them, attention's results, the residual) of a layer with kernels."""
+    torch.manual_seed(bits)
+    layer = random_model(config_of(128, 256), bits=bits, group_size=group, device=DEVICE, dtype=DTYPE).layers[0]
+    norm = layer.post_attention_layernorm
+    norm.weight.uniform_(0.5, 1.5)
+    norm.weight[7] *= 30
+    decode_kernels.use_(layer)
+    y, x = (torch.randn(1, 1, 256, device=DEVICE).to(DTYPE) for _ in range(2))
+    return layer.self_attn.o_proj, layer.mlp.gate_up_proj, norm, y, x * residual
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits, group, residual", [(4, 128, 0), (4, 32, 1), (8, -1, 300)])
+def test_digits_of_a_residual_stream_equals_twin(bits, group, residual):
+    """As near as two digits, whichever of product and residual is larger."""
+    o, gate_up, norm, y, x = linked(bits, group, residual)
+    out = o(y, residual=x)
+    o.fast, known = gpu.Quantized(bits), o.fast
+    assert torch.equal(o(y, residual=x), out)
+    digits, wanted = known.leave.kept[1], (out.double() * norm.weight.double()).view(-1, 128)
+    error = (value(digits, 256).view(-1, 128) - wanted).abs().amax(1)
+    assert (error < wanted.abs().amax(1) / 65024).all()
+    assert digits.squares.sum().item() == pytest.approx(out.double().square().sum().item(), rel=1e-5)
+    h = gate_up(out, norm=norm, silu_mul=True)
+    assert known.leave.kept is None  # taken
+    gate_up.fast = gpu.Quantized(bits)
+    assert relative_error(h, gate_up(out, norm=norm, silu_mul=True)) < NEAR / 4
+
+
+@needs_kernels
+def test_a_residual_stream_that_is_not_finite_equals_twin():
+    o, gate_up, norm, y, x = linked(4, 128, 1)
+    bad = x.clone()
+    bad[0, 0, 200] = float("inf")
+    for args in ((y * float("nan"), x), (y, bad)):
+        h = gate_up(o(args[0], residual=args[1]), norm=norm, silu_mul=True)
+        assert h.isnan().any()
+    assert gate_up(o(y, residual=x), norm=norm, silu_mul=True).isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("hidden, ranks, norms", [(192, 1, False), (256, 2, False), (256, 1, True)])
+def test_what_is_no_residual_stream_is_not_linked(hidden, ranks, norms):
+    """Parts of a chunk, a share that is summed over ranks, and a norm behind the block."""
+    config = dataclasses.replace(config_of(128, hidden), num_key_value_heads=2, post_norms=norms)
+    layer = random_model(config, bits=8, tp=TensorParallel(0, ranks), device=DEVICE, dtype=DTYPE).layers[0]
+    decode_kernels.use_(layer)
+    assert layer.self_attn.o_proj.fast.leave is None and layer.mlp.gate_up_proj.fast.left is None

@@ -110,6 +110,8 @@ def test_what_the_gates_and_ups_of_the_example_can_be():
     scale, ones = torch.full((256, 1), 0.1), torch.ones(4)
     (unit,) = quantized.known_units(scale, None, None, ones, 4).tolist()
     assert said(quantized, f"silu(gate) * up is at most {unit * 2**30:.2f}.")
+    ((factor, per_length),) = quantized.unit_factors(scale[:128], None, 4, torch.ones(128), 4).mul(2**30).tolist()
+    assert said(quantized, f"5 + 2 * {per_length:.1f} = {5 * factor + 2 * per_length:.1f}.")
 
 
 @needs_kernels
