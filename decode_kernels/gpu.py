@@ -153,15 +153,13 @@ class Quantized(Dense):
         """
         if self.leave is None or given is None or len(x) > 1:
             return None, None
-        (_, scale, zero), after, known = linear.operands(None), self.leave.gain, linear.fast_constants
+        operands, after, known = linear.operands(None), self.leave.gain, linear.fast_constants
         n = linear.out_features // 2 if after is None else linear.out_features
         own = empty_digits(x, 2, n, norm=False)._replace(halves=True)
         if after is None:
-            known = quantized.known_units(scale, zero, bias, given, self.bits) if known is None else known
+            known = quantized.known_units(operands, bias, given, self.bits) if known is None else known
         else:
-            known = (
-                quantized.unit_factors(scale, zero, linear.in_features, after, self.bits) if known is None else known
-            )
+            known = quantized.unit_factors(operands, linear.in_features, after, self.bits) if known is None else known
             own = own._replace(squares=x.new_empty(n // 16, dtype=torch.float32))
         linear.fast_constants = known
         return own, (*own[:2], known, *[t for t in (after, own.squares) if t is not None])

@@ -19,12 +19,12 @@ take all, and more rows two or four times as many products, but no more bytes. T
 before; its factor 1 / rms is one number a row and is multiplied into y.
 
 **What silu(gate) * up can be.** The norm of K activations leaves a vector whose length is at most sqrt(K). So a gate or
-an up is at most sqrt(K) times the length of its row of the matrix, times the gain, and with 2^(bits - 1) in the place
-of every |q| the scales alone tell that length. |silu(gate) * up| is at most the product of both bounds. So one row's
-results, which the next product reads, get their digits where they are computed. That saves a kernel a layer.
+an up is at most sqrt(K) times the length of its row of the matrix, times the gain, and |silu(gate) * up| at most the
+product of both bounds. So one row's results, which the next product reads, get their digits where they are computed.
+That saves a kernel a layer.
 
-Worked example, K = 4 in one group with a scale of 0.1, int4, a gain of 1: |w| <= 0.8, so a row is at most 1.6 long, a
-gate at most 2 * 1.6 = 3.2, and so is an up. silu(gate) * up is at most 10.24.
+Worked example: K = 4, all weights 0.8, a gain of 1. A row is 1.6 long, so a gate is at most 2 * 1.6 = 3.2, and so is an
+up. silu(gate) * up is at most 10.24.
 
 **What a residual and a product can be.** A result of o_proj is a residual, of which a program loads the 128 that share
 a unit, and a product that is at most the length of x times that of a row. The length of x is at most that of all its
@@ -473,25 +473,37 @@ def run(
     return out
 
 
-def _lengths(scale: Tensor, zero: Tensor | None, squares: Tensor | float, bits: int) -> Tensor:
-    """What no row of the matrix is longer than, float32 [N]; squares: of the gains of each group, added up."""
-    q = 2.0 ** (bits - 1) + (0 if zero is None else zero.float().abs())
-    return ((scale.float() * q).square() * squares).sum(1).sqrt()
+Operands = tuple[Tensor, Tensor, Tensor | None]  # weight, scale, zero
 
 
-def known_units(scale: Tensor, zero: Tensor | None, bias: Tensor | None, norm_weight: Tensor, bits: int) -> Tensor:
-    """The units [N / 256] of 128 results silu(gate) * up each."""
-    squares = norm_weight.float().square().unflatten(0, (scale.shape[1], -1)).sum(1)
-    largest = _lengths(scale, zero, squares, bits) * len(norm_weight) ** 0.5
+def _lengths(operands: Operands, gain: Tensor, bits: int) -> Tensor:
+    """Of every row of the matrix times the gain, float32 [N]; made of 1,024 rows at a time, whose floats fit."""
+    packed, scale, zero = operands
+    found = []
+    for i in range(0, len(scale), 1024):
+        rows = scale[i : i + 1024, :, None].float()
+        w = (
+            unpack(packed[i // 16 : i // 16 + 64], bits)[: len(rows), : len(gain)]
+            .float()
+            .unflatten(1, (len(scale[0]), -1))
+        )
+        w = w if zero is None else w - zero[i : i + 1024, :, None].float()
+        found.append((w * rows).flatten(1).mul(gain.float()).norm(dim=1))
+    return torch.cat(found)
+
+
+def known_units(operands: Operands, bias: Tensor | None, gain: Tensor, bits: int) -> Tensor:
+    """The units [N / 256] of 128 results silu(gate) * up each, behind a norm with that gain."""
+    largest = _lengths(operands, gain, bits) * len(gain) ** 0.5
     gate, up = (largest if bias is None else largest + bias.float().abs()).chunk(2)
     return (gate * up).view(-1, 128).amax(1).div(2**30).clamp(min=1e-30)
 
 
-def unit_factors(scale: Tensor, zero: Tensor | None, k: int, gain: Tensor, bits: int) -> Tensor:
+def unit_factors(operands: Operands, k: int, gain: Tensor, bits: int) -> Tensor:
     """[N / 128, 2]: a unit of 128 results times their gains is the first times the largest residual and the second
     times the length of x.
     """
-    lengths = _lengths(scale, zero, k // scale.shape[1], bits).view(-1, 128).amax(1)
+    lengths = _lengths(operands, gain.new_ones(k), bits).view(-1, 128).amax(1)
     gains = gain.float().abs().view(-1, 128).amax(1) / 2**30
     return torch.stack([gains, lengths * gains], 1)
 

@@ -74,15 +74,15 @@ def test_the_bound_holds_and_equals_twin(bits):
     gate_up.set_(q, scale, torch.randint(-8, 8, scale.shape, device=DEVICE).to(DTYPE))
     gate_up.bias = torch.nn.Parameter(torch.full((256,), 0.5, device=DEVICE, dtype=DTYPE), requires_grad=False)
     gate_up.bias.normal_()
-    units = gpu.quantized.known_units(*gate_up.operands(None)[1:], gate_up.bias, norm.weight, bits)
     w = gate_up.dequantize(torch.float64) * norm.weight.double()
     worst = w / w.square().mean(1, keepdim=True).sqrt()
     results = worst @ w.T + gate_up.bias.double()
     gate, up = results.abs().chunk(2, 1)
     largest = (gate * up).amax()
-    assert units.shape == (1,) and largest / 2**30 <= units.item() < largest / 2**30 * 300
     wanted = mlp(x, norm)
     decode_kernels.use_(mlp)
+    units = gpu.quantized.known_units(gate_up.operands(None), gate_up.bias, norm.weight, bits)
+    assert units.shape == (1,) and largest / 2**30 <= units.item() < largest / 2**30 * 20
     assert relative_error(mlp(x, norm), wanted) < NEAR
 
 
@@ -162,7 +162,7 @@ def test_digits_of_a_residual_stream_equals_twin(bits, group, residual):
     o, gate_up, norm, y, x = linked(bits, group, residual)
     out = o(y, residual=x)
     o.fast, known = gpu.Quantized(bits), o.fast
-    assert torch.equal(o(y, residual=x), out)
+    assert relative_error(o(y, residual=x), out) < NEAR / 4
     digits, wanted = known.leave.kept[1], (out.double() * norm.weight.double()).view(-1, 128)
     error = (value(digits, 256).view(-1, 128) - wanted).abs().amax(1)
     assert (error < wanted.abs().amax(1) / 65024).all()

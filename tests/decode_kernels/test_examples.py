@@ -107,10 +107,12 @@ def test_four_digits():
 
 @needs_triton
 def test_what_the_gates_and_ups_of_the_example_can_be():
-    scale, ones = torch.full((256, 1), 0.1), torch.ones(4)
-    (unit,) = quantized.known_units(scale, None, None, ones, 4).tolist()
+    packed = quantized.pack(torch.full((256, 4), 4, dtype=torch.int8), 4)
+    operands = packed, torch.full((256, 1), 0.2), None
+    (unit,) = quantized.known_units(operands, None, torch.ones(4), 4).tolist()
     assert said(quantized, f"silu(gate) * up is at most {unit * 2**30:.2f}.")
-    ((factor, per_length),) = quantized.unit_factors(scale[:128], None, 4, torch.ones(128), 4).mul(2**30).tolist()
+    found = quantized.unit_factors(operands, 4, torch.ones(256), 4).mul(2**30)
+    (factor, per_length), _ = found.tolist()
     assert said(quantized, f"5 + 2 * {per_length:.1f} = {5 * factor + 2 * per_length:.1f}.")
 
 
