@@ -19,7 +19,7 @@ it and the product: attention does so, and a sum over ranks. A kernel of its own
 of Llama-3.1-8B in int4 on an H200 (`benchmarks/NOTES.md`).
 
 **Four digits, where the largest is not known.** The product with gates and ups computes 16 of the 128 in a program. But
-there is a bound that none of them exceeds (`quantized.known_units`), and that is 2^30 units. It is some thousand times
+there is a bound that none of them exceeds (`bounds.known_units`), and that is 2^30 units. It is some thousand times
 the largest, so of 31 bits 18 or more are left for that. An activation is written as 65536 * H + L, and H and L as two
 digits each, where the digits of two rows of activations would be. The product is as quick with two rows as with one,
 and adds up 65536 times the first result and the second. A step of Llama-3.1-8B in int4 at position 2,048 takes 1.489 ms

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decode_kernels import INTERPRETED, ROWS, Letters, blocks, dense, prefill, quantized, step
+from decode_kernels import INTERPRETED, ROWS, Letters, blocks, bounds, dense, prefill, quantized, step
 from decode_kernels import attention as attending
 from decode_kernels.digits import Digits, Left, empty_digits
 from linear import Experts, Linear, QuantizedLinear, RMSNorm
@@ -157,9 +157,9 @@ class Quantized(Dense):
         n = linear.out_features // 2 if after is None else linear.out_features
         own = empty_digits(x, 2, n, norm=False)._replace(halves=True)
         if after is None:
-            known = quantized.known_units(operands, bias, given, self.bits) if known is None else known
+            known = bounds.known_units(operands, bias, given, self.bits) if known is None else known
         else:
-            known = quantized.unit_factors(operands, linear.in_features, after, self.bits) if known is None else known
+            known = bounds.unit_factors(operands, linear.in_features, after, self.bits) if known is None else known
             own = own._replace(squares=x.new_empty(n // 16, dtype=torch.float32))
         linear.fast_constants = known
         return own, (*own[:2], known, *[t for t in (after, own.squares) if t is not None])

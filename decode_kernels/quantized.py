@@ -476,38 +476,6 @@ def run(
 Operands = tuple[Tensor, Tensor, Tensor | None]  # weight, scale, zero
 
 
-def _lengths(operands: Operands, gain: Tensor, bits: int) -> Tensor:
-    """Of every row of the matrix times the gain, float32 [N]; made of 1,024 rows at a time, whose floats fit."""
-    packed, scale, zero = operands
-    found = []
-    for i in range(0, len(scale), 1024):
-        rows = scale[i : i + 1024, :, None].float()
-        w = (
-            unpack(packed[i // 16 : i // 16 + 64], bits)[: len(rows), : len(gain)]
-            .float()
-            .unflatten(1, (len(scale[0]), -1))
-        )
-        w = w if zero is None else w - zero[i : i + 1024, :, None].float()
-        found.append((w * rows).flatten(1).mul(gain.float()).norm(dim=1))
-    return torch.cat(found)
-
-
-def known_units(operands: Operands, bias: Tensor | None, gain: Tensor, bits: int) -> Tensor:
-    """The units [N / 256] of 128 results silu(gate) * up each, behind a norm with that gain."""
-    largest = _lengths(operands, gain, bits) * len(gain) ** 0.5
-    gate, up = (largest if bias is None else largest + bias.float().abs()).chunk(2)
-    return (gate * up).view(-1, 128).amax(1).div(2**30).clamp(min=1e-30)
-
-
-def unit_factors(operands: Operands, k: int, gain: Tensor, bits: int) -> Tensor:
-    """[N / 128, 2]: a unit of 128 results times their gains is the first times the largest residual and the second
-    times the length of x.
-    """
-    lengths = _lengths(operands, gain.new_ones(k), bits).view(-1, 128).amax(1)
-    gains = gain.float().abs().view(-1, 128).amax(1) / 2**30
-    return torch.stack([gains, lengths * gains], 1)
-
-
 @launch.operator("quantized", lambda x, weight, scale, *rest: empty_result(x, scale.shape[-2], silu_mul=rest[-3]))
 def linear(
     x: Tensor,
@@ -547,19 +515,40 @@ def _dequantize_kernel(
     """16 rows of CHUNKS chunks of 128 columns: read in the order of memory, put into that of rows in registers. PART
     values in a row share a scale.
     """
+    first = tl.program_id(1) * CHUNKS
+    w = floats_of_rows(w_ptr, scale_ptr, zero_ptr, tl.program_id(0), first, N, K, GROUP, BITS, CHUNKS, PART)
+    n = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
+    k = first * 128 + tl.arange(0, CHUNKS * 128)
+    tl.store(out_ptr + n.to(tl.int64) * K + k, w.to(out_ptr.dtype.element_ty), (n < N) & (k < K))
+
+
+@triton.jit
+def floats_of_rows(
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    tile,
+    first,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """The 16 rows of one tile in CHUNKS chunks of 128 columns, from chunk `first` on, in float32."""
     ALL: tl.constexpr = (K + 127) // 128
     BYTES: tl.constexpr = BITS * 256
     PARTS: tl.constexpr = CHUNKS * 128 // PART
-    first = tl.program_id(1) * CHUNKS
     i = tl.arange(0, CHUNKS * BYTES)
-    w_ptr += (tl.program_id(0).to(tl.int64) * ALL + first) * BYTES
+    w_ptr += (tile.to(tl.int64) * ALL + first) * BYTES
     q = tl.load(w_ptr + i, first * BYTES + i < ALL * BYTES, 0)
     if BITS == 4:  # [chunks, u, g, t, b, h, i, e]
         q = q.to(tl.int8, bitcast=True)
         q = tl.join(q >> 4, q << 4 >> 4).reshape(CHUNKS, 2, 8, 4, 2, 2, 4, 2).permute(5, 2, 0, 1, 7, 3, 4, 6)
     else:  # [chunks, e, u, g, t, b, h, i]
         q = q.reshape(CHUNKS, 2, 2, 8, 4, 2, 2, 4).permute(6, 3, 0, 2, 1, 4, 5, 7)
-    n = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
+    n = tile * 16 + tl.arange(0, 16)[:, None]
     w = q.reshape(16, PARTS, PART).to(tl.float32)
     if scale_ptr is not None:
         k = first * 128 + tl.arange(0, PARTS) * PART
@@ -568,9 +557,7 @@ def _dequantize_kernel(
         if zero_ptr is not None:
             w -= tl.load(zero_ptr + at, valid, 0).to(tl.float32)[:, :, None]
         w *= tl.load(scale_ptr + at, valid, 0).to(tl.float32)[:, :, None]
-    k = first * 128 + tl.arange(0, CHUNKS * 128)
-    w = w.to(out_ptr.dtype.element_ty).reshape(16, CHUNKS * 128)
-    tl.store(out_ptr + n.to(tl.int64) * K + k, w, (n < N) & (k < K))
+    return w.reshape(16, CHUNKS * 128)
 
 
 @launch.operator("dequantize", lambda weight, scale, zero, n, k, dtype, bits: weight.new_empty(n, k, dtype=dtype))

@@ -58,7 +58,7 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas_version
 
 from decode_kernels import attention as attending
-from decode_kernels import blocks, dense, draw, prefill, quantized, reduce, rounds, sums
+from decode_kernels import blocks, bounds, dense, draw, prefill, quantized, reduce, rounds, sums
 from decode_kernels import step as ends
 from decode_kernels.ahead import StandIn
 from decode_kernels.digits import empty_digits
@@ -300,7 +300,8 @@ def left(k: int, width: int) -> Callable[[], object]:
         normed = normed._replace(squares=single(k // 16))
         behind = *normed[:2], single(k // 128, 2), gain, normed.squares
         quantized.run(x, *o, None, 0.0, x, False, None, 4, leave=behind)
-        gates = *h[:2], single(width // 128)
+        bounds.unit_factors(o[:3], k, gain, 4)
+        gates = *h[:2], bounds.known_units(gate_up[:3], None, gain, 4)
         for digits in (normed, None):
             quantized.run(x, *gate_up, gain, 1e-5, None, True, None, 4, digits=digits, leave=gates)
         quantized.run(make(1, width), *down, None, 0.0, x, False, None, 4, digits=h)

@@ -37,6 +37,7 @@ LIMITS = {
     "output_folder.py": 130,
     "decode_kernels/__init__.py": 100,
     "decode_kernels/gpu.py": 165,
+    "decode_kernels/bounds.py": 110,
     "decode_kernels/ahead.py": 195,
     "decode_kernels/launch.py": 130,
     "decode_kernels/tiles.py": 160,

@@ -81,7 +81,7 @@ def test_the_bound_holds_and_equals_twin(bits):
     largest = (gate * up).amax()
     wanted = mlp(x, norm)
     decode_kernels.use_(mlp)
-    units = gpu.quantized.known_units(gate_up.operands(None), gate_up.bias, norm.weight, bits)
+    units = gpu.bounds.known_units(gate_up.operands(None), gate_up.bias, norm.weight, bits)
     assert units.shape == (1,) and largest / 2**30 <= units.item() < largest / 2**30 * 20
     assert relative_error(mlp(x, norm), wanted) < NEAR
 

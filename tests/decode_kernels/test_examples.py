@@ -17,7 +17,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from decode_kernels import attention, dense, digits, draw, launch, quantized, rounds, step
+    from decode_kernels import attention, bounds, dense, digits, draw, launch, quantized, rounds, step
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install -e '.[interpreter]'")
 FOLDER = Path(__file__).resolve().parents[2] / "decode_kernels"
@@ -105,13 +105,13 @@ def test_four_digits():
     )
 
 
-@needs_triton
-def test_what_the_gates_and_ups_of_the_example_can_be():
-    packed = quantized.pack(torch.full((256, 4), 4, dtype=torch.int8), 4)
-    operands = packed, torch.full((256, 1), 0.2), None
-    (unit,) = quantized.known_units(operands, None, torch.ones(4), 4).tolist()
+@needs_kernels
+def test_what_the_gates_and_ups_of_the_example_can_be_equals_twin():
+    packed = quantized.pack(torch.full((256, 4), 4, dtype=torch.int8, device=DEVICE), 4)
+    operands = packed, torch.full((256, 1), 0.2, device=DEVICE), None
+    (unit,) = bounds.known_units(operands, None, torch.ones(4, device=DEVICE), 4).tolist()
     assert said(quantized, f"silu(gate) * up is at most {unit * 2**30:.2f}.")
-    found = quantized.unit_factors(operands, 4, torch.ones(256), 4).mul(2**30)
+    found = bounds.unit_factors(operands, 4, torch.ones(256, device=DEVICE), 4).mul(2**30)
     (factor, per_length), _ = found.tolist()
     assert said(quantized, f"5 + 2 * {per_length:.1f} = {5 * factor + 2 * per_length:.1f}.")
 
