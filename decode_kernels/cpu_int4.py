@@ -44,16 +44,20 @@ def sums(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, half: in
 
     The rows lie side by side in the processor's vectors, and a column is one step for all of them. A byte is 16 times
     its high digit and its low one, so two sums give both digits' products without a shift: of all bytes, and of the low
-    digits. The 8 that was added to q leaves with 8 times the sum of x.
+    digits. Of a column's bytes each half has sums of its own, for a sum waits for its own last addition. The 8 that was
+    added to q leaves with 8 times the sum of x.
     """
     groups, k = scale.shape[-1], x.shape[-1]
     x = x.as_strided(x.shape, x.stride()).view(groups, -1, 1)  # stored, as in `cpu.sums`
-    both = packed.view(-1, groups, k // groups, half).to(torch.int32)
-    low = ((both & 15).float() * x).sum(2)[:, :, None]
-    high = 0.0625 * ((both.float() * x).sum(2)[:, :, None] - low)
-    digits = torch.where(torch.arange(2)[:, None] == 0, low, high)  # [blocks, G, 2, half]
-    scales, zeros = (t if t is None else t.view(-1, 2, half, groups).permute(0, 3, 1, 2).float() for t in (scale, zero))
-    offset = x.sum(1)[:, :, None] * (8 if zeros is None else 8 + zeros)
+    halves = packed.view(-1, groups, k // groups, 2, half // 2).to(torch.int32).unbind(3)
+    low = [((b & 15).float() * x).sum(2)[:, :, None, None] for b in halves]
+    high = [0.0625 * ((b.float() * x).sum(2)[:, :, None, None] - digit) for b, digit in zip(halves, low)]
+    first = torch.arange(2)[:, None] == 0
+    digits = torch.where(first[:, None], torch.where(first, *low), torch.where(first, *high))
+    scales, zeros = (  # [blocks, G, 2 digits, 2, half / 2], as the digits
+        t if t is None else t.view(-1, 2, 2, half // 2, groups).permute(0, 4, 1, 2, 3).float() for t in (scale, zero)
+    )
+    offset = x.sum(1)[:, :, None, None] * (8 if zeros is None else 8 + zeros)
     return ((digits - offset) * scales).sum(1).view(1, -1)
 
 
