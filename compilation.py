@@ -53,7 +53,7 @@ class Inductor:
     # Shapes of buffers are not checked either: 12 of a layer's 160 us (SmolLM2-135M in int4, two cores). Fused
     # multiply-adds make the loops of `cpu_int4.sums` 1.25 times as fast in the cache.
     options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
-    given: tuple[Any, ...] = ()  # none where nothing is compiled, as with TORCH_COMPILE_DISABLE=1
+    given: tuple[Any, ...] = ()  # none where nothing is compiled, as with TORCHDYNAMO_DISABLE=1
 
     def __call__(self, graph: fx.GraphModule, examples: list[Any]) -> Function:
         self.made = self.build(graph, examples)
