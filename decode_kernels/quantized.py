@@ -110,7 +110,7 @@ def _quantized_kernel(
     residual_ptr,
     experts_ptr,
     letters,
-    leave,  # not None: one row leaves (digits, units) of its results; behind these `known_units`, or `unit_factors`
+    leave,  # not None: one row leaves (digits, units) of its results, and what `bounds.py` knows of these
     # and, of the norm that comes next, the gain and the sums of squares
     out_ptr,
     rows,
