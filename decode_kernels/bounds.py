@@ -6,7 +6,7 @@ No product w x is larger than the length of w times that of x, and behind a norm
 most, times the norm's gain. The formulas and an example are in `quantized.py`.
 
 One kernel does all of it, once for each matrix. With some ten of PyTorch's operators, each of which a GPU loads when it
-is first used, and a `gate_up` that takes a second longer to compile, a first token of Llama-2-7B came 4.5 s later.
+is first used, a first token of Llama-2-7B came 4 s later.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202
