@@ -138,7 +138,6 @@ def _quantized_kernel(
     STEPS: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
     ROW: tl.constexpr = BITS == 8 and GROUP == K and zero_ptr is None  # a scale multiplies the result of its row
     SCALES: tl.constexpr = 0 if ROW else 128 // GROUP if GROUP < 128 and GROUP < K else 1  # in a row of a chunk
-    PARTS: tl.constexpr = 2 if SCALES > 1 else 1  # 2: each u has a scale of its own
     BYTES: tl.constexpr = 256 * BITS  # bytes of 16 rows of a chunk
     OUT: tl.constexpr = N // 2 if SILU else N
     M: tl.constexpr = 1 if HALVES else COLUMNS // 2
@@ -209,7 +208,7 @@ def _quantized_kernel(
             0 if i < W_AHEAD else i - W_AHEAD + X_AHEAD, 0 if i < W_AHEAD - 1 else i - W_AHEAD + X_AHEAD + 1
         ):
             if j < STEPS:
-                digits = digits + (_load_digits(x_lanes, unit_lanes, 2 if HALVES else rows, j, CHUNKS, PARTS),)
+                digits = digits + (_load_digits(x_lanes, unit_lanes, 2 if HALVES else rows, j, CHUNKS, SCALES),)
         if i >= W_AHEAD:
             launch.keep_loads_here(PDL)
             if launch.always_true(eps, i):
@@ -285,7 +284,7 @@ def _load_weights(
     scale_ptr, row, k = scale_lanes
     WARPS: tl.constexpr = chunk.shape[0]
     CHUNKS: tl.constexpr = (K + 127) // 128
-    PARTS: tl.constexpr = 2 if SCALES > 1 else 1
+    PARTS: tl.constexpr = 2 if SCALES > 1 else 1  # as in `_add_products`
     ALL: tl.constexpr = ALL_ROWS and (STEP + 1) * WARPS <= CHUNKS
     ptr = launch.deal_to_lanes(w_ptr + STEP * WARPS * (256 * BITS), offset)
     w = _load(ptr, exists & (chunk + STEP * WARPS < CHUNKS), ALL, "evict_first")
@@ -303,12 +302,13 @@ def _load_weights(
 
 
 @triton.jit
-def _load_digits(x_lanes, unit_lanes, rows, STEP: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr):
+def _load_digits(x_lanes, unit_lanes, rows, STEP: tl.constexpr, CHUNKS: tl.constexpr, SCALES: tl.constexpr):
     """(digits [PARTS * WARPS, rows, columns] of e = 0, of e = 1, their units) for the STEP-th chunk of every warp."""
     digits_ptr, offset, column, chunk = x_lanes
     unit_ptr, unit_offset, warp = unit_lanes
     WARPS: tl.constexpr = chunk.shape[0]
     BLOCKS: tl.constexpr = offset.shape[4]
+    PARTS: tl.constexpr = 2 if SCALES > 1 else 1  # as in `_add_products`
     ALL: tl.constexpr = (STEP + 1) * WARPS <= CHUNKS  # warps have a chunk
     ptr = launch.deal_to_lanes(digits_ptr + STEP * WARPS * 1024, offset)
     real = column < 2 * rows
