@@ -6,10 +6,12 @@ Knows the habits of Dynamo and of captures. Refuses to know what is compiled, an
 
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
+
+from inductor import Inductor
 
 Function = Callable[..., Any]
 
@@ -44,42 +46,6 @@ def kind(layer: nn.Module) -> tuple[object, ...]:
     return tuple(found)
 
 
-class Inductor:
-    """A backend of torch.compile for functions of a module that need no guards. It remembers what the function was
-    called with last. The module's own tensors are among that, so that it can be called for this module again without
-    Dynamo.
-    """
-
-    # Shapes of buffers are not checked either: 12 of a layer's 160 us (SmolLM2-135M in int4, two cores). Fused
-    # multiply-adds make the loops of `cpu_int4.sums` 1.25 times as fast in the cache.
-    options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
-    given: tuple[Any, ...] = ()  # none where nothing is compiled, as with TORCHDYNAMO_DISABLE=1
-
-    def __call__(self, graph: fx.GraphModule, examples: list[Any]) -> Function:
-        self.made = self.build(graph, examples)
-        return self.run
-
-    def build(self, graph: fx.GraphModule, examples: list[Any]) -> Function:
-        """What Inductor makes of a graph: a function of a flat list of tensors."""
-        return cast(Function, torch._inductor.compile(graph, examples, self.options))
-
-    def run(self, *given: Any) -> Any:  # noqa: ANN401
-        self.given = given
-        return self.made(*given)
-
-    def again(self, args: Sequence[object]) -> Function:
-        """The last call, whose changing arguments were args, as a function of a module and such arguments."""
-        made, given = self.made, list(self.given)
-        places = [(i, j) for i, tensor in enumerate(given) for j, arg in enumerate(args) if tensor is arg]
-
-        def call(module: nn.Module, *args: object, **options: object) -> Any:  # noqa: ANN401
-            for i, j in places:
-                given[i] = args[j]
-            return made(*given)[0]
-
-        return call
-
-
 class CompiledModules:
     """Calls these modules through their compiled forwards, of which each kind of module has one, and any other module
     as it is.
@@ -101,8 +67,7 @@ class CompiledModules:
 
     def settle(self, step: Callable[[], None]) -> None:
         """Run step, in which all of these are called, and call what Inductor has made of them directly from then on,
-        for the tensors that they have now: Dynamo takes 20 to 30 us a call. SmolLM2-135M on two cores, with the head
-        quantized: int8 132 -> 152 tok/s, int4 145 -> 170.
+        for the tensors that they have now: Dynamo takes 20 to 30 us a call.
         """
         forward, direct = self.forward, dict[nn.Module, Function]()
 

@@ -21,8 +21,8 @@ from scripted import SPECIAL, VOCAB, add_tokenizer, byte_ids, recital, write_jso
 import checkpoint
 import generate
 import machine
-from compilation import Inductor
 from engine import Engine
+from inductor import Inductor
 from sampling import SamplingParams
 from tokenizer import Tokenizer
 

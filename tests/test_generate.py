@@ -18,8 +18,9 @@ import golden
 import architectures
 import checkpoint
 import shapes
-from compilation import CompiledModules, Inductor, kind
+from compilation import CompiledModules, kind
 from engine import DEFAULT_CHECKPOINT, Engine, EngineOptions, Increment
+from inductor import Inductor
 from model import Transformer
 from sampling import SamplingParams
 from speculative import KINDS
@@ -111,10 +112,12 @@ def test_golden_eager(stories):
     assert text == [GOLDEN] and len(ids[0]) == 199
 
 
-def test_golden_compiled_then_again_without_compiling(compiled):
-    recorded = checkpoint.read_json(golden.RECORD)["compiled"]
+def test_golden_compiled_then_again_without_compiling(compiled, monkeypatch):
+    recorded, calls, real = checkpoint.read_json(golden.RECORD)["compiled"], [], Inductor.on_shared_buffers
+    monkeypatch.setattr(Inductor, "on_shared_buffers", lambda *args: calls.append(real(*args)) or calls[-1])
     assert golden.answers(compiled) == recorded
     assert compiled.stats.compile_s > 0
+    assert calls and all(calls)  # nothing but kernels is called in a layer
     assert golden.answers(compiled) == recorded
     assert compiled.stats.compile_s == 0
 
