@@ -212,7 +212,11 @@ class QuantizedLinear(Linear):
 
     def operands(self, experts: Experts) -> tuple[Tensor, Tensor, Tensor | None]:
         """(weight_packed, weight_scale, weight_zero_point), of the experts chosen."""
-        packed, scale, zero = self.weight_packed, self.weight_scale, self.weight_zero_point
+        names = ("weight_packed", "weight_scale", "weight_zero_point")
+        packed, scale, zero = map(self._buffers.__getitem__, names)  # `nn.Module.__getattr__` takes a microsecond
+        assert packed is not None and scale is not None
+        if experts is None:
+            return packed, scale, zero
         return _of(experts, packed), _of(experts, scale), None if zero is None else _of(experts, zero)
 
     def values(self, packed: Tensor) -> Tensor:
@@ -223,7 +227,8 @@ class QuantizedLinear(Linear):
     @property
     def by_row(self) -> bool:
         """Whether a row has one scale and no zero point."""
-        return self.weight_scale.shape[-1] == 1 and self.weight_zero_point is None
+        _, scale, zero = self.operands(None)
+        return zero is None and scale.shape[-1] == 1
 
     @property
     def expands(self) -> bool:
