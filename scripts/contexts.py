@@ -103,7 +103,8 @@ def measure(args: argparse.Namespace) -> None:
     shapes.shape_json(args.shape)  # an unknown shape is refused before the work
     device = pick_device(args.device)
     torch.manual_seed(0)
-    wanted = vars(args) | {"checkpoint": None, "dtype": "auto", "kernels": "auto", "compile": None, "group_size": 128}
+    wanted = vars(args) | {"checkpoint": None, "dtype": "auto", "kernels": "auto", "compile": None}
+    wanted["group_size"] = 128 if args.mode == "int4" else None  # of int8 a row has a scale
     engine = benchmark.build(argparse.Namespace(**wanted, compile_prefill=False), device)
     engine.reserve(1, max(args.positions) + STEPS)
     assert engine.cache is not None
