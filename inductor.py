@@ -102,7 +102,7 @@ class Inductor:
         """The calls of kernels that made y of what was given, with a buffer of its own for y, and for the rest those of
         the first module; none if more than kernels was called, or with a part of a tensor that was given.
         """
-        own, theirs = set(map(id, given)), set(map(storage, given))
+        own, theirs = set(map(id, given)), {storage(t) for t in given if isinstance(t, Tensor)}
         buffers = [t for _, passed in launches.calls for t in passed if isinstance(t, Tensor) and id(t) not in own]
         found = set(map(storage, buffers))
         if launches.others or storage(y) not in found or not found.isdisjoint(theirs):
