@@ -472,7 +472,7 @@ def load(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Transformer:
-    """Load a folder or Hub id as a Transformer. With dtype None it is the checkpoint's own on a GPU, float32 on a CPU.
+    """Load a folder or Hub id as a Transformer. dtype None: `default_dtype`.
 
     ValueError or FileNotFoundError, one line, for everything that is missing, left over, mis-shaped, unreadable or
     unsupported.
@@ -481,9 +481,7 @@ def load(
     tp.check_same(fingerprint(folder) if tp.size > 1 else 0, "checkpoint")
     hf = read_config(folder)
     config = config_from_hf(hf)
-    told = hf.get("quantization_config") or hf.get("compression_config") or hf.get("quantization")
-    older = read_json(folder / "quantize_config.json") or read_json(folder / "quant_config.json")  # GPTQ's, AWQ's
-    quant = QuantConfig.from_hf(told, older or None)
+    quant = quantization(folder, hf)
     dtype = dtype or default_dtype(folder, device)
     for note in quant.notes if quant else ():
         tell(note)
@@ -517,13 +515,26 @@ def fingerprint(folder: Path) -> int:
     return value
 
 
+def quantization(folder: Path, hf: dict[str, Any]) -> QuantConfig | None:
+    """What a folder, whose config.json is hf, says of its quantized weights. ValueError names what is refused."""
+    told = hf.get("quantization_config") or hf.get("compression_config") or hf.get("quantization")
+    older = read_json(folder / "quantize_config.json") or read_json(folder / "quant_config.json")  # GPTQ's, AWQ's
+    return QuantConfig.from_hf(told, older or None)
+
+
 def default_dtype(source: Path | ModelConfig | None, device: torch.device) -> torch.dtype:
-    """What a folder declares, bfloat16 where there is none, for random weights; float32 instead on a CPU without bf16
-    instructions, where products in 16 bits may be far slower. The processor's features decide, never a stopwatch, so
-    that ids repeat.
+    """What a folder declares, bfloat16 where there is none, for random weights. On a CPU float32 instead without AVX2,
+    as PyTorch has no fast products of 16 bits then, and else bfloat16 for quantized weights: of int4 3072 x 576 its
+    operator takes 0.13 ms in bfloat16, 1.8 in float16. The processor's features decide, never a stopwatch, so that ids
+    repeat.
     """
-    declared = checkpoint_dtype(read_config(source)) if isinstance(source, Path) else torch.bfloat16
-    return torch.float32 if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() else declared
+    hf = read_config(source) if isinstance(source, Path) else {}
+    declared = checkpoint_dtype(hf) if hf else torch.bfloat16
+    if device.type != "cpu":
+        return declared
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return torch.float32
+    return torch.bfloat16 if isinstance(source, Path) and quantization(source, hf) else declared
 
 
 def quantized_copy(model: Transformer, bits: int) -> Transformer:

@@ -45,7 +45,7 @@ class EngineOptions:
     """How a model is run."""
 
     device: str | None = None  # cpu, cuda or mps; None takes CUDA if there is one, else the CPU
-    dtype: str = "auto"  # float32, bfloat16, float16; auto: the checkpoint's own, float32 on a CPU that is slow with it
+    dtype: str = "auto"  # float32, bfloat16, float16; auto: the checkpoint's own, or what a CPU is fast with
     kernels: str = "auto"  # triton, inductor (plain PyTorch), or auto: triton where it runs, a CPU's fastest operators
     compile: bool | None = None  # the decode step; None compiles on a GPU
     compile_prefill: bool = False  # and the prefill, for any length

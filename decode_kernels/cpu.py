@@ -12,8 +12,9 @@ the modules stay plain.
     int4     `_weight_int4pack_mm_for_cpu`, 36 G weights/s    see `cpu_int4.py`
 
 (Two cores of an AMD EPYC with AVX-512, torch 2.13; oneDNN reads one row of bf16 at 8.1, MKL one of float32 at 4.2.) In
-a compiled layer Inductor makes one loop of w * x and its sum, which reads bf16 at 15.0, float32 at 6.5, int8 at 31.4
-and int4 at 48 G weights/s.
+a compiled layer Inductor makes one loop of w * x and its sum (`cpu_loops.py`), which reads bf16 at 15.0, float32 at
+6.5, int8 at 31.4 and int4 at 48 G weights/s. With AVX2 alone, on another EPYC: bf16 8.8 and compiled 14, fp16 10.4,
+int8 10.2 and 22, int4 13.6 both ways, float32 3.3; many rows of bf16 are multiplied in float32, five times as fast.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decode_kernels import cpu_int4
+from decode_kernels import cpu_int4, cpu_loops
+from decode_kernels.cpu_int4 import wide
 from linear import Experts, Int4Linear, Int8Linear, Linear, QuantizedLinear, RMSNorm
 from model import DECODE_TOKENS, Attention, LayerCache, rotate
 
@@ -69,28 +71,15 @@ class Dense:
         if torch.compiler.is_compiling():
             return len(x) == 1 and not isinstance(experts, Tensor)
         few = len(x) <= 2 or isinstance(experts, Tensor)
-        return x.dtype in HALVES and x.dtype == linear.weight.dtype and (few or x.dtype == torch.float16)
+        return x.dtype in HALVES and x.dtype == linear.weight.dtype and (few or wide(x.dtype) != x.dtype)
 
     def product(self, linear: Linear, x: Tensor, one: int | None) -> Tensor:
         w = linear.weight if one is None else linear.weight[one]
-        if len(x) > DECODE_TOKENS:  # of fp16, which oneDNN multiplies four times slower where there is no AMX
-            return F.linear(x.float(), w.float()).to(x.dtype)
-        return gemv(x, w)
+        return gemv(x, w) if len(x) <= 4 else multiply(x, w)
 
     def sums(self, linear: Linear, x: Tensor, one: int | None) -> Tensor:
         """The product for a compiler: float32 x [1, K] -> float32 [1, N]; of int4 [M, K] -> [M, N]."""
-        return sums(x, linear.weight if one is None else linear.weight[one])
-
-
-def sums(x: Tensor, w: Tensor) -> Tensor:
-    """x [1, K] by w [N, K] as a loop for Inductor, which reads four rows of w at a time: a sum of one row waits for its
-    own last addition, and 2048 x 8192 of bf16 took 4.0 ms instead of 2.6. The view, which changes nothing, makes it
-    store x first: else it norms x anew for every four rows, and 49152 x 576 of int8 take 1.44 ms instead of 0.85. Of
-    more than 4,096 numbers it makes a cascade of sums, which takes 0.85 ms for 2048 x 8192 of int8 instead of 0.63.
-    """
-    x, k = x.as_strided(x.shape, x.stride()), x.shape[-1]
-    pieces = next(n for n in range(1, k + 1) if k % n == 0 and k // n <= 4096)
-    return torch.cat([(part.float() * x).unflatten(-1, (pieces, -1)).sum(-1).sum(-1) for part in w.chunk(4)])[None]
+        return cpu_loops.sums(x, linear.weight if one is None else linear.weight[one])
 
 
 def normalized(x: Tensor, norm: RMSNorm) -> Tensor:
@@ -116,6 +105,12 @@ def gemv(x: Tensor, w: Tensor) -> Tensor:
         torch._C._set_mkldnn_enabled(was)
 
 
+def multiply(x: Tensor, w: Tensor) -> Tensor:
+    """Many rows x [M, K] by w [N, K], whose numbers are exact in x's dtype: [M, N]."""
+    dtype = wide(x.dtype)
+    return F.linear(x.to(dtype), w.to(dtype)).to(x.dtype)
+
+
 class Int8(Dense):
     """`Linear.fast` for int8 weights in their plain layout: see `linear.FastQuantized`."""
 
@@ -132,11 +127,12 @@ class Int8(Dense):
             if x.shape[-1] < 2048 and q.numel() <= CACHED and q.storage_offset() % 8 == 0:
                 q.view(torch.int64).max()  # at 30 GB/s; the operator reads short rows at 13, from the cache at 31
             return torch._weight_int8pack_mm(x.contiguous(), q, scale.view(-1))
-        return (F.linear(x, q.to(x.dtype)).float() * scale.squeeze(-1).float()).to(x.dtype)
+        return (multiply(x, q).float() * scale.squeeze(-1).float()).to(x.dtype)
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        q, scale, _ = linear.operands(one)
-        return sums(x, q) * scale.squeeze(-1).float()
+        (q, scale, _), words = linear.operands(one), linear.fast_constants
+        y = cpu_loops.sums(x, q) if words is None else cpu_loops.word_sums(x, words[... if one is None else one])
+        return y * scale.squeeze(-1).float()
 
     def pack(self, q: Tensor) -> Tensor:
         return q.contiguous()
@@ -145,7 +141,9 @@ class Int8(Dense):
         return packed
 
     def constants(self, linear: QuantizedLinear) -> Tensor | None:
-        return None
+        """The same integers, four a word: see `cpu_loops.word_sums`."""
+        fits = linear.in_features % 32 == 0 and linear.in_features <= 16384 and cpu_loops.short()
+        return linear.weight_packed.view(torch.float32) if fits else None
 
     def matrix(self, linear: QuantizedLinear, experts: Experts, dtype: torch.dtype) -> Tensor | None:
         return None
@@ -176,7 +174,7 @@ class Int4(Int8):
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         if len(x) == 1 and self.half and linear.out_features % (2 * self.half) == 0:
-            return cpu_int4.sums(x, linear.weight_packed, linear.weight_scale, linear.weight_zero_point, self.half)
+            return cpu_loops.sums_int4(x, *linear.operands(None), self.half)
         return self.product(linear, x.to(linear.weight_scale.dtype), one)
 
     def pack(self, q: Tensor) -> Tensor:

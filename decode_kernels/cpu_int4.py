@@ -1,5 +1,4 @@
-"""int4 weights on a CPU: the layout of PyTorch's operator for them, its inverse, products with many rows, and loops
-over the same layout for a compiler.
+"""int4 weights on a CPU: the layout of PyTorch's operator for them, its inverse, and products with many rows.
 
 Knows `_convert_weight_to_int4pack_for_cpu` and `_weight_int4pack_mm_for_cpu`. Refuses to know modules.
 
@@ -9,14 +8,15 @@ and 3 the column 5 6 7 8 becomes 0x75 and 0x86. The operator takes q + 8 and mul
 
 The operator makes floats of the weights anew for every four rows of activations. For many rows they are written out
 once, and oneDNN multiplies: 3072 x 576 with 128 rows takes 3.8 ms instead of 5.3, with 512 rows 10.3 instead of 21.0
-(one thread of an AMD EPYC). For one row in a compiled layer Inductor makes loops of `sums`: 48 G weights/s where the
-operator computes 38 (both threads), and nothing is called.
+(one thread of an AMD EPYC). For one row in a compiled layer see `cpu_loops.sums_int4`.
 """
 
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from decode_kernels.cpu_loops import short
 
 FEW = 64  # rows of activations up to which the operator is faster
 aten = torch.ops.aten
@@ -38,34 +38,10 @@ def few(x: Tensor, packed: Tensor, constants: Tensor) -> Tensor:
     return aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, x.shape[-1] // len(constants), constants)
 
 
-def sums(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, half: int) -> Tensor:
-    """float32 x [1, K] by ((q - zero) * scale) [N, K] as loops for Inductor, in whole blocks whose bytes hold rows
-    that are `half` a block apart: float32 [1, N]; scale, zero [N, G].
-
-    The rows lie side by side in the processor's vectors, and a column is one step for all of them. A byte is 16 times
-    its high digit and its low one, so two sums give both digits' products without a shift: of all bytes, and of the low
-    digits. Of a column's bytes each half has sums of its own, for a sum waits for its own last addition. The 8 that was
-    added to q leaves with 8 times the sum of x.
-    """
-    groups, k = scale.shape[-1], x.shape[-1]
-    x = x.as_strided(x.shape, x.stride()).view(groups, -1, 1)  # stored, as in `cpu.sums`
-    halves = packed.view(-1, groups, k // groups, 2, half // 2).to(torch.int32).unbind(3)
-    low = [((b & 15).float() * x).sum(2)[:, :, None, None] for b in halves]
-    high = [0.0625 * ((b.float() * x).sum(2)[:, :, None, None] - digit) for b, digit in zip(halves, low)]
-    first = torch.arange(2)[:, None] == 0
-    digits = torch.where(first[:, None], torch.where(first, *low), torch.where(first, *high))
-    scales, zeros = (  # [blocks, G, 2 digits, 2, half / 2], as the digits
-        t if t is None else t.view(-1, 2, 2, half // 2, groups).permute(0, 4, 1, 2, 3).float() for t in (scale, zero)
-    )
-    offset = x.sum(1)[:, :, None, None] * (8 if zeros is None else 8 + zeros)
-    return ((digits - offset) * scales).sum(1).view(1, -1)
-
-
 def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """x [M, K] by ((q - zero) * scale) [N, K]: [M, N]; scale, zero [N, G]."""
     (n, groups), k = scale.shape, x.shape[-1]
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # of fp16 oneDNN is slow where there is no AMX
-    y, first = [], 0
+    dtype, y, first = wide(x.dtype), [], 0
     for part in _parts(packed, n, k, block_rows()):
         rows = slice(first, first := first + part.shape[0] * part.shape[2])
         scales, zeros = (
@@ -76,6 +52,12 @@ def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tenso
         w = (w if zeros is None else w.sub_(zeros)).mul_(scales).flatten(1, 2)
         y.append((x.to(dtype) @ w.transpose(0, 1).reshape(k, -1)).to(x.dtype))
     return torch.cat(y, -1)
+
+
+@cache
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In which oneDNN multiplies many rows fastest: 16 bits need instructions for them, and fp16's come with AMX."""
+    return dtype if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def _parts(packed: Tensor, n: int, k: int, block: int) -> list[Tensor]:
@@ -89,8 +71,8 @@ def _parts(packed: Tensor, n: int, k: int, block: int) -> list[Tensor]:
 
 
 def half_rows() -> int:
-    """Rows in half a block of the layout; 0 where a byte holds neighbours."""
-    return block_rows() // 2 if block_rows() and _halves(block_rows()) else 0
+    """Rows in half a block of the layout; 0 where a byte holds neighbours, or where loops over bytes are slow."""
+    return block_rows() // 2 if block_rows() and _halves(block_rows()) and not short() else 0
 
 
 @cache

@@ -869,6 +869,18 @@ def test_dtypes(tiny):
         assert torch.equal(model.norm.weight, disk.to(want))
 
 
+def test_quantized_weights_run_in_bfloat16_on_a_cpu(tiny, monkeypatch):
+    """GPTQ's folders declare float16, for which PyTorch's operators are slow there; a GPU takes what is declared."""
+    folder, _ = tiny(dtype=torch.float16)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert checkpoint.default_dtype(folder, torch.device("cpu")) == torch.float16
+    (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 32, "quant_method": "gptq"}')
+    assert checkpoint.default_dtype(folder, torch.device("cpu")) == torch.bfloat16
+    assert checkpoint.default_dtype(folder, torch.device("cuda")) == torch.float16
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert checkpoint.default_dtype(folder, torch.device("cpu")) == torch.float32
+
+
 @pytest.mark.parametrize(
     "config, want",
     [

@@ -368,12 +368,12 @@ def test_compile_prefill_refuses_a_mixture_of_experts(fails, tiny):
     assert "--compile-prefill" in fails("--checkpoint", folder, "--compile-prefill")
 
 
-@pytest.mark.parametrize("able", [False, True])
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
 @pytest.mark.parametrize("name", ["auto", "float32", "bfloat16", "float16"])
-def test_dtype_on_a_cpu(monkeypatch, records, tmp_path, name, able):
-    """auto takes the checkpoint's where the processor has instructions for it."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
-    dtype = ("bfloat16" if able else "float32") if name == "auto" else name
+def test_dtype_on_a_cpu(monkeypatch, records, tmp_path, name, capability):
+    """auto takes the checkpoint's where PyTorch has fast products for it."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    dtype = ("float32" if capability == "DEFAULT" else "bfloat16") if name == "auto" else name
     engines, real = [], Engine.load.__func__
     monkeypatch.setattr(
         Engine, "load", classmethod(lambda cls, *a, **k: engines.append(real(cls, *a, **k)) or engines[-1])
@@ -385,10 +385,10 @@ def test_dtype_on_a_cpu(monkeypatch, records, tmp_path, name, able):
     assert engines[0].dtype == getattr(torch, dtype) == engines[0].model.lm_head.weight.dtype
 
 
-@pytest.mark.parametrize("able, dtype", [(False, torch.float32), (True, torch.bfloat16)])
-def test_the_default_dtype_of_random_weights(monkeypatch, able, dtype):
+@pytest.mark.parametrize("capability, dtype", [("DEFAULT", torch.float32), ("AVX2", torch.bfloat16)])
+def test_the_default_dtype_of_random_weights(monkeypatch, capability, dtype):
     """A shape has no checkpoint that declares one; a GPU takes bfloat16 whatever the processor has."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert Engine.load(shape="tiny", device="cpu").dtype == dtype
     assert checkpoint.default_dtype(None, torch.device("cpu")) == dtype
     assert checkpoint.default_dtype(None, torch.device("cuda")) == torch.bfloat16

@@ -7,7 +7,7 @@ import torch
 
 import decode_kernels
 from checkpoint import quantized_copy, random_model
-from decode_kernels import INTERPRETED, cpu, cpu_int4
+from decode_kernels import INTERPRETED, cpu, cpu_int4, cpu_loops
 from engine import Engine
 from linear import Int4Linear, Linear, RMSNorm, from_linear, quantize_rtn
 from model import Attention, KVCache, angles
@@ -170,10 +170,53 @@ def test_the_loops_of_int4_know_both_layouts(group, zero, half):
     scale, shift = torch.rand(192, 512 // group, generator=g), torch.randint(-8, 8, (192, 512 // group), generator=g)
     low, high = (q + 8).unflatten(0, (-1, 2, half)).transpose(-1, -2).unbind(1)  # [blocks, K, half]
     x = torch.randn(1, 512, generator=g)
-    y = cpu_int4.sums(x, (low | high << 4).view(torch.uint8), scale, shift.float() if zero else None, half)
+    y = cpu_loops.sums_int4(x, (low | high << 4).view(torch.uint8), scale, shift.float() if zero else None, half)
     shifted = q.double().unflatten(1, (-1, group)) - (shift.double()[..., None] if zero else 0)
     want = x.double() @ (shifted * scale.double()[..., None]).flatten(1).T
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("n, k", [(7, 32), (192, 576)])
+def test_the_loops_of_int8_read_four_integers_from_a_word(n, k):
+    g = torch.Generator().manual_seed(k)
+    q = torch.randint(-128, 128, (n, k), generator=g, dtype=torch.int8)
+    q[0], q[1, 0::2], q[1, 1::2] = -128, 127, -128  # also words whose float32 is no number
+    q[2], q[3] = -1, 0
+    x = torch.randn(1, k, generator=g)
+    want = x.double() @ q.double().T
+    y = cpu_loops.word_sums(x, q.view(torch.float32))
+    assert (y - want).abs().max() < 2e-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_both_widths_of_vectors_are_served(kind, short, monkeypatch):
+    """A compiler gets loops over words, or the operator, where vectors are short, and else loops over bytes."""
+    monkeypatch.setattr(cpu_loops, "short", lambda: short)
+    monkeypatch.setattr(cpu_int4, "short", lambda: short)
+    linear = make(kind, 576, 192, torch.bfloat16)
+    decode_kernels.use_(linear)
+    if kind == "int8":
+        assert (linear.fast_constants is not None) == short
+    x = torch.randn(1, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
+    want = linear(x).float()
+    torch._dynamo.reset()
+    got = torch.compile(linear, backend="eager", fullgraph=True, dynamic=False)(x).float()
+    assert (got - want).abs().max() <= TOLERANCE[torch.bfloat16] * want.abs().max()
+
+
+@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
+def test_many_rows_with_and_without_instructions_for_16_bits(kind, able, monkeypatch):
+    cpu_int4.wide.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    try:
+        linear = make(kind, 96, 64, torch.bfloat16)
+        for rows in (1, 3, 5, 70):
+            agree(linear, torch.bfloat16, rows)
+        assert cpu_int4.wide(torch.bfloat16) == (torch.bfloat16 if able else torch.float32)
+    finally:
+        cpu_int4.wide.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4 zero"])
