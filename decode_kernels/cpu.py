@@ -14,7 +14,7 @@ the modules stay plain.
 (Two cores of an AMD EPYC with AVX-512, torch 2.13; oneDNN reads one row of bf16 at 8.1, MKL one of float32 at 4.2.) In
 a compiled layer Inductor makes one loop of w * x and its sum (`cpu_loops.py`), which reads bf16 at 15.0, float32 at
 6.5, int8 at 31.4 and int4 at 48 G weights/s. With AVX2 alone, on another EPYC: bf16 8.8 and compiled 14, fp16 10.4,
-int8 10.2 and 22, int4 13.6 both ways, float32 3.3; many rows of bf16 are multiplied in float32, five times as fast.
+int8 10.2 and 22, int4 13.6 and 20, float32 3.3; many rows of bf16 are multiplied in float32, five times as fast.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decode_kernels import cpu_int4, cpu_loops
-from decode_kernels.cpu_int4 import wide
+from decode_kernels.cpu_int4 import multiply, wide
 from linear import Experts, Int4Linear, Int8Linear, Linear, QuantizedLinear, RMSNorm
 from model import DECODE_TOKENS, Attention, LayerCache, rotate
 
@@ -105,12 +105,6 @@ def gemv(x: Tensor, w: Tensor) -> Tensor:
         torch._C._set_mkldnn_enabled(was)
 
 
-def multiply(x: Tensor, w: Tensor) -> Tensor:
-    """Many rows x [M, K] by w [N, K], whose numbers are exact in x's dtype: [M, N]."""
-    dtype = wide(x.dtype)
-    return F.linear(x.to(dtype), w.to(dtype)).to(x.dtype)
-
-
 class Int8(Dense):
     """`Linear.fast` for int8 weights in their plain layout: see `linear.FastQuantized`."""
 
@@ -167,27 +161,42 @@ class Int4(Int8):
         return x.dtype == linear.weight_scale.dtype
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        assert linear.fast_constants is not None
+        packed, constants = linear.weight_packed.view(torch.uint8), linear.fast_constants
+        assert constants is not None
         if len(x) <= cpu_int4.FEW or torch.compiler.is_compiling():
-            return cpu_int4.few(x, linear.weight_packed, linear.fast_constants)
-        return cpu_int4.many(x, linear.weight_packed, linear.weight_scale, linear.weight_zero_point)
+            return cpu_int4.few(x, packed, constants if constants.dim() == 3 else constants[0])
+        return cpu_int4.many(x, packed, linear.weight_scale, linear.weight_zero_point)
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        if len(x) == 1 and self.half and linear.out_features % (2 * self.half) == 0:
-            return cpu_loops.sums_int4(x, *linear.operands(None), self.half)
-        return self.product(linear, x.to(linear.weight_scale.dtype), one)
+        (packed, scale, zero), constants = linear.operands(None), linear.fast_constants
+        if len(x) > 1 or not self.in_blocks(linear, short=packed.dtype != torch.uint8):
+            return self.product(linear, x.to(scale.dtype), one)
+        if constants is None or constants.dim() == 3:
+            return cpu_loops.sums_int4(x, packed, scale, zero, self.half)
+        return cpu_loops.int4_word_sums(x, packed, constants[1].view(-1, scale.shape[-1], 2, 4, self.half // 2))
+
+    def in_blocks(self, linear: QuantizedLinear, short: bool) -> bool:
+        """Whether loops read the layout: a byte of its blocks holds two rows that are half a block apart."""
+        whole = self.half > 0 and linear.out_features % (2 * self.half) == 0
+        return whole and (linear.weight_zero_point is None or not short)
 
     def pack(self, q: Tensor) -> Tensor:
-        return cpu_int4.pack(q)
+        packed = cpu_int4.pack(q)
+        return packed.view(torch.float32) if cpu_loops.short() else packed
 
     def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
-        return cpu_int4.unpack(packed, n, k)
+        return cpu_int4.unpack(packed.view(torch.uint8), n, k)
 
     def constants(self, linear: QuantizedLinear) -> Tensor | None:
-        """[G, N, 2]: w = (q + 8 - 8) * scale + shift, with shift = -zero * scale."""
+        """[G, N, 2]: w = (q + 8 - 8) * scale + shift, with shift = -zero * scale; or two such, the second of which is
+        `cpu_loops.lanes` of the scales.
+        """
         scale, zero = linear.weight_scale, linear.weight_zero_point
         shift = torch.zeros_like(scale) if zero is None else -zero.float() * scale.float()
-        return torch.stack((scale, shift.to(scale.dtype)), -1).transpose(0, 1).contiguous()
+        both = torch.stack((scale, shift.to(scale.dtype)), -1).transpose(0, 1).contiguous()
+        if cpu_loops.short() and self.in_blocks(linear, short=True):
+            both = torch.stack((both, cpu_loops.lanes(scale, self.half).view_as(both)))
+        return both
 
 
 DENSE, INT8, INT4 = Dense(), Int8(), Int4()
@@ -210,7 +219,7 @@ def attend(
     turned = rotate(turned, cos[0], sin[0])
     if torch.compiler.is_compiling():
         cache.write_(positions, turned[None, :, h:], heads[None, :, h + hkv :])
-        y = _sums(turned[0, :h], cache.k[0, :, :end], cache.v[0, :, :end], positions[0], attention.window)
+        y = cpu_loops.attention(turned[0, :h], cache.k[0, :, :end], cache.v[0, :, :end], positions[0], attention.window)
         return y.to(qkv.dtype)
     start = int(positions[0, 0])
     end, first = start + t, max(0, start + 1 - attention.window) if attention.window else 0
@@ -223,17 +232,6 @@ def attend(
     mask = (slots <= at) & (slots > at - (attention.window or end))  # row m of q is token m % t
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(h // hkv, 1))
     return y.view(hkv, h // hkv, t, dh).permute(2, 0, 1, 3).reshape(1, t, h * dh)
-
-
-def _sums(q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int) -> Tensor:
-    """Attention of one token, q [H, Dh] over slots k, v [Hkv, S, Dh], as sums that Inductor fuses with what surrounds
-    them; two products would be two calls of a library, 60 us a layer.
-    """
-    q, k, v = (x.float() for x in (q.unflatten(0, (len(k), -1, 1)), k[:, None], v[:, None]))
-    scores, slots = (q * k).sum(-1) * q.shape[-1] ** -0.5, torch.arange(k.shape[2])  # [Hkv, H / Hkv, S]
-    keep = (slots <= position) & (slots > position - (window or len(slots)))
-    probs = torch.softmax(scores.masked_fill(~keep, float("-inf")), -1)
-    return (probs[..., None] * v).sum(2).flatten()[None, None]
 
 
 # -- does this PyTorch have the operators, and do they what is said here? ----------------

@@ -1,4 +1,4 @@
-"""Products of one row of activations, written for Inductor, which makes one loop of each in a compiled layer.
+"""Products and attention of one row of activations, written for Inductor, which makes loops of them in a layer.
 
 Knows how Inductor vectorizes a sum, and what its vectors of 256 and of 512 bits load well. Refuses to know modules.
 """
@@ -65,3 +65,45 @@ def sums_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, hal
     )
     offset = x.sum(1)[:, :, None, None] * (8 if zeros is None else 8 + zeros)
     return ((digits - offset) * scales).sum(1).view(1, -1)
+
+
+def int4_word_sums(x: Tensor, words: Tensor, scales: Tensor) -> Tensor:
+    """`sums_int4` without zero points where vectors are `short`, for packed integers as float32 and `lanes` of scales.
+
+    A word holds four bytes of a column, eight digits of eight rows, and two columns fill a vector. A digit stays where
+    it stands in the word, 16^d times too large, and the highest, as it is the word's sign, is turned, not 8 too large.
+    """
+    blocks, groups, _, _, lanes = scales.shape
+    pairs, digit = x.shape[-1] // groups // 2, [[4 * half + j for j in range(4)] for half in (0, 1)]
+    x = x.view(groups, pairs, 2, 1)
+    columns = x.expand(-1, -1, -1, lanes // 2).reshape(groups, 1, pairs, lanes)
+    masks = torch.tensor([[15 << 4 * d if d < 7 else -1 << 28 for d in row] for row in digit], dtype=torch.int32)
+    columns, masks = (t.as_strided(t.shape, t.stride()) for t in (columns, masks))  # stored, as in `sums`
+    powers = torch.tensor([[16.0**-d for d in row] for row in digit])
+    eights = torch.tensor([[4.0 * (d < 7) for d in row] for row in digit])  # half of 8 for each of two columns
+    total = x.sum((1, 2, 3))[:, None, None] * eights
+    q = words.view(torch.int32).view(blocks, groups, 1, pairs, lanes) ^ -0x80000000
+    y = []
+    for j in range(4):
+        sums = ((q & masks[:, j, None, None]).float() * columns).sum(3)  # of the digits j and 4 + j
+        exact = sums * powers[:, j, None] - total[:, :, j, None]
+        y.append((exact * scales[:, :, :, j].float()).sum(1))
+    y = torch.stack(y, 2).flatten(1, 2).unflatten(-1, (2, -1)).sum(2)  # [blocks, 8 digits, words]
+    return y.unflatten(1, (4, 2)).permute(0, 2, 3, 1).reshape(1, -1)
+
+
+def lanes(scale: Tensor, half: int) -> Tensor:
+    """scale [N, G] in the order of `int4_word_sums`: [blocks, G, 2, 4, words of two columns]."""
+    rows = scale.view(-1, 2, half // 4, 4, scale.shape[-1]).permute(0, 4, 3, 1, 2)  # [blocks, G, 4, 2, words]
+    return torch.cat((rows, rows), -1).reshape(*rows.shape[:2], 2, 4, -1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int) -> Tensor:
+    """Attention of one token, q [H, Dh] over slots k, v [Hkv, S, Dh], as sums that Inductor fuses with what surrounds
+    them; two products would be two calls of a library, 60 us a layer.
+    """
+    q, k, v = (x.float() for x in (q.unflatten(0, (len(k), -1, 1)), k[:, None], v[:, None]))
+    scores, slots = (q * k).sum(-1) * q.shape[-1] ** -0.5, torch.arange(k.shape[2])  # [Hkv, H / Hkv, S]
+    keep = (slots <= position) & (slots > position - (window or len(slots)))
+    probs = torch.softmax(scores.masked_fill(~keep, float("-inf")), -1)
+    return (probs[..., None] * v).sum(2).flatten()[None, None]

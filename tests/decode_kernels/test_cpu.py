@@ -176,6 +176,20 @@ def test_the_loops_of_int4_know_both_layouts(group, zero, half):
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("group", [32, 64, 256])
+@pytest.mark.parametrize("half", [16, 32])
+def test_the_loops_of_int4_read_eight_digits_from_a_word(group, half):
+    g = torch.Generator().manual_seed(group)
+    q = torch.randint(-8, 8, (192, 512), generator=g, dtype=torch.int8)
+    q[0], q[31], q[32] = -8, 7, 7
+    scale, x = torch.rand(192, 512 // group, generator=g), torch.randn(1, 512, generator=g)
+    low, high = (q + 8).unflatten(0, (-1, 2, half)).transpose(-1, -2).unbind(1)  # [blocks, K, half]
+    words = (low | high << 4).contiguous().view(torch.float32)
+    y = cpu_loops.int4_word_sums(x, words, cpu_loops.lanes(scale, half))
+    want = x.double() @ (q.double().unflatten(1, (-1, group)) * scale.double()[..., None]).flatten(1).T
+    assert (y - want).abs().max() < 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize("n, k", [(7, 32), (192, 576)])
 def test_the_loops_of_int8_read_four_integers_from_a_word(n, k):
     g = torch.Generator().manual_seed(k)
@@ -193,7 +207,6 @@ def test_the_loops_of_int8_read_four_integers_from_a_word(n, k):
 def test_both_widths_of_vectors_are_served(kind, short, monkeypatch):
     """A compiler gets loops over words, or the operator, where vectors are short, and else loops over bytes."""
     monkeypatch.setattr(cpu_loops, "short", lambda: short)
-    monkeypatch.setattr(cpu_int4, "short", lambda: short)
     linear = make(kind, 576, 192, torch.bfloat16)
     decode_kernels.use_(linear)
     if kind == "int8":
