@@ -122,11 +122,11 @@ class Engine:
         self.compile = self.cuda if options.compile is None else options.compile
         self.use_kernels = wants_kernels(options.kernels, self.device, self.dtype)
         self.cpu_operators = bool(decode_kernels) and (options.kernels, self.device.type) == ("auto", "cpu")
-        if decode_kernels is not None:
-            decode_kernels.use_(model, self.use_kernels or self.cpu_operators)
+        fast = self.use_kernels or self.cpu_operators
+        self._run: Function = decode_kernels.use_(model, fast, self.compile) if decode_kernels else nn.Module.__call__
         windows = [w for w in model.config.windows if w]  # bounds the mask of a long prompt
         self.prefill_chunk = options.prefill_chunk or (max(min(windows), 512) if windows else 0)
-        self._prefill: Function = nn.Module.__call__  # what calls a layer
+        self._prefill = self._run  # what calls a layer, where nothing is compiled
         self.compile_prefill = options.compile_prefill
         if self.compile_prefill and any(model.config.sparse):
             raise ValueError("--compile-prefill: a mixture-of-experts prefill needs the host; leave the flag out")
@@ -375,9 +375,6 @@ class Engine:
                 draw = decode_kernels.sample if fused else shortlist.sample
                 draw = partial(draw, first=model.first_id, gather=model.tp.all_gather)
 
-            def read() -> tuple[Tensor, Tensor]:
-                return state.token, state.position
-
             def write(logits: Tensor) -> None:
                 token = draw(logits[:, 0], structure, state.knobs, state.seeds, state.position[:, 0], state.seen)
                 token = token if listed and fused else self.broadcast(token)  # one kernel draws the same everywhere
@@ -385,6 +382,7 @@ class Engine:
                     state.seen.scatter_(1, token.clamp(min=0)[:, None], True)
                 end_step_(token, state.token, state.position, state.step, state.out)
 
+            read: Read = lambda: (state.token, state.position)  # noqa: E731
             programs[end] = self.program(read, write, end, self.park, fused, whole=not listed)
         return programs[end]
 
@@ -408,7 +406,7 @@ class Engine:
 
         park: makes the state such that a trial step writes to slots which belong to no kept prefix.
         """
-        model, cache, run = self.model, self.cache, nn.Module.__call__
+        model, cache, run = self.model, self.cache, self._run
         plain, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.qk_norm_whole
         if self.compile and not self.cuda:
             run = CompiledModules([*model.layers, model.lm_head], f"layer_{end}", guards=False)

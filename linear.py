@@ -67,7 +67,7 @@ class FastQuantized(FastLinear, Protocol):
 
 class Linear(nn.Module):
     """weight [N, K] in the activations' dtype, bias [N] or None; with num_experts the weight is [E, N, K] and there is
-    no bias.
+    no bias. A fast path may lay it out in blocks of n rows, [N / n, n, K]; a `state_dict` holds [N, K] all the same.
     """
 
     fast: FastLinear | None  # set by `decode_kernels.use_`; None: the plain expression
@@ -130,7 +130,7 @@ class Linear(nn.Module):
 
     def matrix(self, experts: Experts, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] or [E, N, K]; with experts that one [N, K], or [M, N, K]."""
-        return _of(experts, self.weight).to(dtype)
+        return _of(experts, self.weight.reshape(self.shape)).to(dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The logical weight [N, K] or [E, N, K] in `dtype` (default: its own)."""
@@ -345,7 +345,8 @@ def from_linear(linear: Linear | nn.Linear, bits: int, group_size: int | None = 
         raise ValueError(f"bits is {bits}; it must be 4 or 8")
     if isinstance(linear, QuantizedLinear):
         raise ValueError("the model is quantized already; rounding it once more makes it no faster")
-    w, experts = linear.weight.detach(), linear.num_experts if isinstance(linear, Linear) else 0
+    w = linear.dequantize() if isinstance(linear, Linear) else linear.weight.detach()
+    experts = len(w) if w.dim() == 3 else 0
     q, scale = quantize_rtn(w, bits, group_size or {4: 128, 8: -1}[bits], w.dtype)
     cls = Int4Linear if bits == 4 else Int8Linear
     out = cls(linear.in_features, linear.out_features, num_experts=experts, device=torch.device("meta"), dtype=w.dtype)

@@ -400,10 +400,10 @@ class Transformer(nn.Module):
     def look_up(self, tokens: Tensor) -> Tensor:
         """[B, T, D]: zeros for tokens of other ranks' slices."""
         if self.tp.size == 1:
-            return F.embedding(tokens, self.embed_tokens.weight)
+            return self.embed_tokens(tokens)
         at = tokens - self.first_id
         here = (at >= 0) & (at < self.vocab_local)
-        return F.embedding(at.where(here, 0), self.embed_tokens.weight) * here[..., None]
+        return self.embed_tokens(at.where(here, 0)) * here[..., None]
 
     def rope(self, positions: Tensor, which: int = 0) -> tuple[Tensor, Tensor]:
         """cos, sin float32 [B, T, 1, Dh / 2] of one of the rotations."""

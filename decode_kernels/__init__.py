@@ -54,15 +54,17 @@ def supported(device: torch.device) -> bool:
     return able and importlib.util.find_spec("triton") is not None
 
 
-def use_(model: nn.Module, on: bool = True) -> None:
+def use_(model: nn.Module, on: bool = True, compiled: bool = False) -> Callable[..., Tensor]:
     """Set the fast path of every module under `model` that has one, or clear it. The weights must lie where they will
-    be used; quantized ones are laid out anew, one matrix at a time.
+    be used; quantized ones are laid out anew, one matrix at a time. compiled: whether torch.compile makes the steps.
+    Returns what calls a layer, or the head, where it does not.
     """
     if not INTERPRETED and all(t.is_cpu for t in (*model.parameters(), *model.buffers())):
-        from decode_kernels import cpu
+        from decode_kernels import cpu, cpu_step
 
-        cpu.use_(model, on)
-    elif on or any(vars(module).get("fast") for module in model.modules()):
+        cpu.use_(model, on, compiled)
+        return cpu_step.Layers(model)
+    if on or any(vars(module).get("fast") for module in model.modules()):
         from decode_kernels import gpu, sums
 
         gpu.use_(model, on)
@@ -72,6 +74,7 @@ def use_(model: nn.Module, on: bool = True) -> None:
                     module.tp.fast = connect(module)
                 if module.tp.fast is not None:
                     sums.use_(module, on)
+    return nn.Module.__call__
 
 
 class Run(NamedTuple):

@@ -24,24 +24,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decode_kernels import cpu_int4, cpu_loops
+from decode_kernels import cpu_blocks, cpu_int4, cpu_loops
+from decode_kernels.cpu_attention import attend
 from decode_kernels.cpu_int4 import multiply, wide
 from linear import Experts, Int4Linear, Int8Linear, Linear, QuantizedLinear, RMSNorm
-from model import DECODE_TOKENS, Attention, LayerCache, rotate
+from model import DECODE_TOKENS, Attention
 
 aten = torch.ops.aten
 HALVES = (torch.bfloat16, torch.float16)
+ZERO = {dtype: torch.zeros(1, dtype=dtype) for dtype in HALVES}
 CACHED = 2 << 20  # bytes of a matrix that are still in the cache when all have been read
 
 
-def use_(model: nn.Module, on: bool) -> None:
+def use_(model: nn.Module, on: bool, compiled: bool) -> None:
     """As `decode_kernels.use_`, for a model that lies on a CPU."""
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, QuantizedLinear):
             path = INT8 if isinstance(module, Int8Linear) else INT4
             module.use_(path if on and path.covers(module) else None)
         elif isinstance(module, Linear):
-            module.fast = DENSE if on and DENSE.covers(module) else None
+            blocks = on and not compiled and BLOCKS.covers(module)
+            if blocks != (module.weight.shape != module.shape):
+                cpu_blocks.lay_(module, model, blocks)
+            module.fast = BLOCKS if blocks else DENSE if on and DENSE.covers(module) else None
         elif isinstance(module, Attention):
             module.fast = attend if on and not module.qk_norm_whole else None
 
@@ -60,7 +65,7 @@ class Dense:
         if torch.compiler.is_compiling():  # in float32 throughout, cast last
             row = x.float() if norm is None else F.rms_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.eps)
             return linear.finish(self.sums(linear, row, experts), residual, silu_mul).to(x.dtype)
-        x = x if norm is None else normalized(x, norm)
+        x = x if norm is None else normed(x, norm.weight, norm.eps)
         if isinstance(experts, Tensor):  # each row reads its own matrix, and no copy of it is made
             y = torch.cat([self.product(linear, row, one) for row, one in zip(x.split(1), experts.tolist())])
         else:
@@ -82,13 +87,25 @@ class Dense:
         return cpu_loops.sums(x, linear.weight if one is None else linear.weight[one])
 
 
-def normalized(x: Tensor, norm: RMSNorm) -> Tensor:
-    """norm(x); for one row in five operations, 6 us where PyTorch's nine take 13, 61 times a token of 30 layers."""
-    if len(x) > 1:
-        return norm(x)
-    row = x[0].float()
-    gain = (float(row.dot(row)) / len(row) + norm.eps) ** -0.5
-    return (row * norm.weight).mul_(gain).to(x.dtype)[None]
+class Blocks(Dense):
+    """`Linear.fast` for weights in blocks of rows: see `cpu_blocks.py`."""
+
+    def covers(self, linear: Linear) -> bool:
+        able = cpu_loops.short() and linear.weight.dtype in HALVES and not linear.num_experts
+        return able and cpu_blocks.size(linear.out_features) > 0 and _knows_bags()
+
+    def serves(self, linear: Linear, x: Tensor, experts: Experts) -> bool:
+        return x.dtype == linear.weight.dtype and not torch.compiler.is_compiling()
+
+    def product(self, linear: Linear, x: Tensor, one: int | None) -> Tensor:
+        return (cpu_blocks.few if len(x) <= cpu_blocks.FEW else cpu_blocks.many)(x, linear.weight)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [M, K]; of one row in two operations, 18 us where PyTorch's nine take 71."""
+    if len(x) > 1 or x.dtype != weight.dtype or x.dtype not in ZERO:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return torch.addcmul(ZERO[x.dtype], x, weight, value=cpu_blocks.gain(x, eps))
 
 
 def gemv(x: Tensor, w: Tensor) -> Tensor:
@@ -199,39 +216,7 @@ class Int4(Int8):
         return both
 
 
-DENSE, INT8, INT4 = Dense(), Int8(), Int4()
-
-
-def attend(
-    attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
-) -> Tensor | None:
-    """`Attention.fast`: up to 16 new tokens of one sequence, whose positions must be consecutive; it reads the slots
-    that are filled and no others: qkv [1, T, (H + 2 Hkv) Dh] -> [1, T, H Dh].
-    """
-    b, t, _ = qkv.shape
-    if b > 1 or t > (1 if torch.compiler.is_compiling() else DECODE_TOKENS):
-        return None
-    h, hkv, dh = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    heads = qkv.view(t, h + 2 * hkv, dh)
-    turned = heads[:, : h + hkv]
-    if attention.q_norm is not None and attention.k_norm is not None:
-        turned = torch.cat((attention.q_norm(turned[:, :h]), attention.k_norm(turned[:, h:])), 1)
-    turned = rotate(turned, cos[0], sin[0])
-    if torch.compiler.is_compiling():
-        cache.write_(positions, turned[None, :, h:], heads[None, :, h + hkv :])
-        y = cpu_loops.attention(turned[0, :h], cache.k[0, :, :end], cache.v[0, :, :end], positions[0], attention.window)
-        return y.to(qkv.dtype)
-    start = int(positions[0, 0])
-    end, first = start + t, max(0, start + 1 - attention.window) if attention.window else 0
-    k, v = cache.k[:, :, first:end], cache.v[:, :, first:end]
-    k[0, :, -t:], v[0, :, -t:] = turned[:, h:].transpose(0, 1), heads[:, h + hkv :].transpose(0, 1)
-    if t == 1:
-        return F.scaled_dot_product_attention(turned[:, :h].view(1, hkv, -1, dh), k, v).view(1, 1, -1)
-    q = turned[:, :h].reshape(t, hkv, h // hkv, dh).permute(1, 2, 0, 3).reshape(1, hkv, h // hkv * t, dh)
-    slots, at = torch.arange(first, end), positions[0, :, None]
-    mask = (slots <= at) & (slots > at - (attention.window or end))  # row m of q is token m % t
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(h // hkv, 1))
-    return y.view(hkv, h // hkv, t, dh).permute(2, 0, 1, 3).reshape(1, t, h * dh)
+DENSE, BLOCKS, INT8, INT4 = Dense(), Blocks(), Int8(), Int4()
 
 
 # -- does this PyTorch have the operators, and do they what is said here? ----------------
@@ -255,6 +240,13 @@ def _answers(check: Callable[[], bool]) -> bool:
 def _knows_gemv() -> bool:
     x, q, _ = _case(32)
     return _answers(lambda: torch.equal(gemv(x[:1], q.bfloat16()), F.linear(x[:1].float(), q.float()).bfloat16()))
+
+
+@cache
+def _knows_bags() -> bool:
+    x, q, _ = _case(32)
+    blocks, want = cpu_blocks.lay(q[:96].bfloat16()), F.linear(x.float(), q[:96].float())
+    return _answers(lambda: torch.equal(cpu_blocks.few(x, blocks), want.bfloat16()))
 
 
 @cache

@@ -101,19 +101,19 @@ def against_twins(engine: Engine, prompt: list[int]) -> Iterator[Check]:
             experts = torch.arange(rows, device=engine.device) % module.num_experts if module.num_experts else None
             y = []
             for on in (True, False):
-                decode_kernels.use_(engine.model, on)
+                decode_kernels.use_(engine.model, on, engine.compile)
                 y.append(module(x, experts=experts))
-            decode_kernels.use_(engine.model, True)
+            decode_kernels.use_(engine.model, True, engine.compile)
             what = type(module.fast).__name__.lower() if module.fast else "plain"
             yield f"kernel ({what}) of {name}, {rows} rows", relative(*y), limit
     for new in (1, 9):
         logits = []
         for on in (True, False):
-            decode_kernels.use_(engine.model, on)
+            decode_kernels.use_(engine.model, on, engine.compile)
             engine.prefill([prompt])
             logits.append(engine.prefill([prompt], len(prompt) - new))
         yield f"all kernels together, {new} rows", relative(*logits), limit
-    decode_kernels.use_(engine.model, True)
+    decode_kernels.use_(engine.model, True, engine.compile)
 
 
 def against_golden(twin: Engine, folder: Path) -> Iterator[Check]:

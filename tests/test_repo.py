@@ -55,8 +55,11 @@ LIMITS = {
     "decode_kernels/reduce.py": 160,
     "decode_kernels/sums.py": 80,
     "decode_kernels/cpu.py": 180,
+    "decode_kernels/cpu_attention.py": 65,
+    "decode_kernels/cpu_blocks.py": 70,
     "decode_kernels/cpu_int4.py": 60,
     "decode_kernels/cpu_loops.py": 75,
+    "decode_kernels/cpu_step.py": 65,
 }
 SCRIPT_LIMIT = 400
 STORY_LIMIT = 1100

@@ -7,7 +7,7 @@ import torch
 
 import decode_kernels
 from checkpoint import quantized_copy, random_model
-from decode_kernels import INTERPRETED, cpu, cpu_int4, cpu_loops
+from decode_kernels import INTERPRETED, cpu, cpu_blocks, cpu_int4, cpu_loops
 from engine import Engine
 from linear import Int4Linear, Linear, RMSNorm, from_linear, quantize_rtn
 from model import Attention, KVCache, angles
@@ -246,3 +246,57 @@ def test_a_compiled_layer_takes_the_fast_paths_whole(kind, dtype, n):
         x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).to(dtype)
         want = linear(x, norm=norm).float()
         assert (traced(x).float() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("k, n", [(64, 96), (33, 64), (96, 48), (576, 160)])
+def test_blocks_of_rows(dtype, k, n, monkeypatch):
+    monkeypatch.setattr(cpu_loops, "short", lambda: True)
+    for rows in (1, 2, 4, 5, 70):
+        linear = make("dense", k, n, dtype, bias=True)
+        agree(linear, dtype, rows)
+        decode_kernels.use_(linear)
+        assert linear.fast is cpu.BLOCKS and linear.weight.shape == (n // cpu_blocks.size(n), cpu_blocks.size(n), k)
+        assert torch.equal(
+            from_linear(linear, 8).weight_packed, from_linear(make("dense", k, n, dtype), 8).weight_packed
+        )
+    decode_kernels.use_(linear, compiled=True)
+    assert linear.fast is not cpu.BLOCKS and linear.weight.shape == (n, k)
+
+
+VARIANTS = {
+    "llama": {},
+    "tied, biased": {"tie_word_embeddings": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "windows, norms of heads": {"windows": (3, 0), "qk_norm": True},
+    "norms behind": {"post_norms": True},
+    "gelu": {"hidden_act": "gelu_pytorch_tanh"},
+}
+
+
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_token_through_the_layers_is_what_the_modules_make_of_it(bits, variant, short, monkeypatch):
+    monkeypatch.setattr(cpu_loops, "short", lambda: short)
+    config = replace(shape_config("tiny"), **VARIANTS[variant])
+    torch.manual_seed(0)
+    model = random_model(config, dtype=torch.bfloat16)
+    model = model if bits == 16 else quantized_copy(model, bits)
+    tied = model.embed_tokens.weight is model.lm_head.weight if bits == 16 else None
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    logits = []
+    for on in (False, True):
+        run = decode_kernels.use_(model, on)
+        if on and bits == 16 and cpu._knows_bags():
+            assert (model.lm_head.fast is cpu.BLOCKS) == short
+            assert (model.embed_tokens.weight is model.lm_head.weight) == tied
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+        cache = KVCache(config, 1, 64, torch.device("cpu"), torch.bfloat16)
+        with torch.inference_mode():
+            for i in range(6):
+                at = torch.tensor([[i]])
+                y = model(at + 7, at, cache, run, end=64)
+        logits.append(y.float())
+    steps = run.steps.values()
+    assert all((step is None) == (variant == "norms behind") for step in steps) or not cpu._knows_gemv()
+    assert (logits[1] - logits[0]).abs().max() <= 0.03 * logits[0].abs().max()
