@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 64  # rows of activations up to which the operator is faster
 aten = torch.ops.aten
 
 
@@ -29,7 +28,7 @@ def pack(q: Tensor) -> Tensor:
 def unpack(packed: Tensor, n: int, k: int, block: int = 0) -> Tensor:
     """The inverse of `pack`, int8 [N, K], for blocks of `block` rows (0: as found out)."""
     parts = _parts(packed, n, k, block or block_rows())
-    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts]).view(torch.int8) - 8
+    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts]) - 8
 
 
 def few(x: Tensor, packed: Tensor, constants: Tensor) -> Tensor:
@@ -39,18 +38,12 @@ def few(x: Tensor, packed: Tensor, constants: Tensor) -> Tensor:
 
 def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """x [M, K] by ((q - zero) * scale) [N, K]: [M, N]; scale, zero [N, G]."""
-    (n, groups), k = scale.shape, x.shape[-1]
-    dtype, y, first = wide(x.dtype), [], 0
-    for part in _parts(packed, n, k, block_rows()):
-        rows = slice(first, first := first + part.shape[0] * part.shape[2])
-        scales, zeros = (
-            t if t is None else t[rows].view(len(part), -1, groups).transpose(1, 2).contiguous()[:, :, None]
-            for t in (scale, zero)
-        )
-        w = part.to(dtype).sub_(8).unflatten(1, (groups, -1))  # exact in 16 bits, and so is q - zero
-        w = (w if zeros is None else w.sub_(zeros)).mul_(scales).flatten(1, 2)
-        y.append((x.to(dtype) @ w.transpose(0, 1).reshape(k, -1)).to(x.dtype))
-    return torch.cat(y, -1)
+    (n, groups), k, dtype = scale.shape, x.shape[-1], wide(x.dtype)
+    q = torch.cat([part.transpose(0, 1).reshape(k, -1) for part in _parts(packed, n, k, block_rows())], -1)  # [K, N]
+    w = q.to(dtype).sub_(8).view(groups, -1, n)  # exact in 16 bits, and so is q - zero
+    scales, zeros = (t if t is None else t.T.to(dtype).contiguous()[:, None] for t in (scale, zero))
+    w = (w if zeros is None else w.sub_(zeros)).mul_(scales)
+    return (x.to(dtype) @ w.view(k, n)).to(x.dtype)
 
 
 @cache
@@ -59,19 +52,30 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def is_few(x: Tensor) -> bool:
+    """Whether the operator is faster for so many rows of activations."""
+    return len(x) <= (32 if wide(x.dtype) == torch.float32 else 64)
+
+
 def multiply(x: Tensor, w: Tensor) -> Tensor:
-    """Many rows x [M, K] by w [N, K], whose numbers are exact in x's dtype: [M, N]."""
-    dtype = wide(x.dtype)
-    return F.linear(x.to(dtype), w.to(dtype)).to(x.dtype)
+    """Many rows x [M, K] by w [N, K], whose numbers are exact in x's dtype: [M, N].
+
+    MKL multiplies W x^T faster than x W^T: 16, 64, 128 rows by 3072 x 576 take 1.1, 2.2, 3.8 ms for 2.3, 3.8, 5.2 (two
+    cores with AVX2), and 512 the same.
+    """
+    if (dtype := wide(x.dtype)) == x.dtype:
+        return F.linear(x, w.to(dtype))
+    return (w.to(dtype) @ x.to(dtype).T).to(x.dtype).T.contiguous()
 
 
 def _parts(packed: Tensor, n: int, k: int, block: int) -> list[Tensor]:
-    """q + 8, uint8 [blocks, K, rows], of the whole blocks, and of a smaller one with the rows that are left."""
+    """q + 8, int8 [blocks, K, rows], of the whole blocks, and of a smaller one with the rows that are left."""
     flat, parts = packed.flatten(), []
     for rows, count in [(block, n // block)] + [(n % block, 1)] * (n % block > 0):
         part, flat = flat.tensor_split([count * rows * k // 2])
         both = [digit.view(count, k, rows // 2) for digit in (part & 15, part >> 4)]
-        parts.append(torch.cat(both, -1) if _halves(rows) else torch.stack(both, -1).flatten(-2))
+        digits = torch.cat(both, -1) if _halves(rows) else torch.stack(both, -1).flatten(-2)
+        parts.append(digits.view(torch.int8))  # which become floats six times as fast as uint8
     return parts
 
 
