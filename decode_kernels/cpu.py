@@ -180,7 +180,7 @@ class Int4(Int8):
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         packed, constants = linear.weight_packed.view(torch.uint8), linear.fast_constants
         assert constants is not None
-        if cpu_int4.is_few(x) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or cpu_int4.is_few(x):
             return cpu_int4.few(x, packed, constants if constants.dim() == 3 else constants[0])
         return cpu_int4.many(x, packed, linear.weight_scale, linear.weight_zero_point)
 

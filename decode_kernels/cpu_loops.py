@@ -105,5 +105,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int) ->
     q, k, v = (x.float() for x in (q.unflatten(0, (len(k), -1, 1)), k[:, None], v[:, None]))
     scores, slots = (q * k).sum(-1) * q.shape[-1] ** -0.5, torch.arange(k.shape[2])  # [Hkv, H / Hkv, S]
     keep = (slots <= position) & (slots > position - (window or len(slots)))
-    probs = torch.softmax(scores.masked_fill(~keep, float("-inf")), -1)
-    return (probs[..., None] * v).sum(2).flatten()[None, None]
+    scores = scores.masked_fill(~keep, float("-inf"))
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))  # softmax, which is divided by its sum at the end
+    return ((weights[..., None] * v).sum(2) / weights.sum(-1, keepdim=True)).flatten()[None, None]
