@@ -13,8 +13,9 @@ the modules stay plain.
 
 (Two cores of an AMD EPYC with AVX-512, torch 2.13; oneDNN reads one row of bf16 at 8.1, MKL one of float32 at 4.2.) In
 a compiled layer Inductor makes one loop of w * x and its sum (`cpu_loops.py`), which reads bf16 at 15.0, float32 at
-6.5, int8 at 31.4 and int4 at 48 G weights/s. With AVX2 alone, on another EPYC: bf16 8.8 and compiled 14, fp16 10.4,
-int8 10.2 and 22, int4 13.6 and 20, float32 3.3; many rows of bf16 are multiplied in float32, five times as fast.
+6.5, int8 at 31.4 and int4 at 48 G weights/s. With AVX2 alone, on another EPYC, the operators read bf16 at 8, int8 at 12
+and int4 at 14; embedding bags (`cpu_blocks.py`) bf16 at 9 to 12 and int8 at 22 to 27; compiled loops bf16 at 14, int8
+at 22, int4 at 20, float32 at 3.3. Many rows of bf16 are multiplied in float32 there, five times as fast.
 """
 
 from collections.abc import Callable
@@ -40,8 +41,8 @@ def use_(model: nn.Module, on: bool, compiled: bool) -> None:
     """As `decode_kernels.use_`, for a model that lies on a CPU."""
     for module in list(model.modules()):
         if isinstance(module, QuantizedLinear):
-            path = INT8 if isinstance(module, Int8Linear) else INT4
-            module.use_(path if on and path.covers(module) else None)
+            paths = (INT4,) if not isinstance(module, Int8Linear) else (INT8,) if compiled else (BYTES, INT8)
+            module.use_(next((path for path in paths if on and path.covers(module)), None))
         elif isinstance(module, Linear):
             blocks = on and not compiled and BLOCKS.covers(module)
             if blocks != (module.weight.shape != module.shape):
@@ -160,6 +161,34 @@ class Int8(Dense):
         return None
 
 
+class Bytes(Int8):
+    """`Linear.fast` for int8 weights in blocks of rows: see `cpu_blocks.lay_bytes`."""
+
+    def covers(self, linear: QuantizedLinear) -> bool:
+        able = cpu_loops.short() and linear.by_row and not linear.num_experts
+        return able and cpu_blocks.size(linear.out_features) > 0 and _knows_byte_bags()
+
+    def serves(self, linear: QuantizedLinear, x: Tensor, experts: Experts) -> bool:
+        return not torch.compiler.is_compiling()
+
+    def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
+        (table, scale, _), row = linear.operands(None), x.float()
+        if len(x) <= cpu_blocks.FEW_BYTES:
+            y = cpu_blocks.few_bytes(row, table)
+        else:
+            y = cpu_blocks.many(row, cpu_blocks.integers(table, x.shape[-1]))
+        return (y * scale.view(-1)).to(x.dtype)
+
+    def pack(self, q: Tensor) -> Tensor:
+        return cpu_blocks.lay_bytes(q)
+
+    def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
+        return cpu_blocks.integers(packed, k).reshape(n, k)
+
+    def constants(self, linear: QuantizedLinear) -> Tensor | None:
+        return None
+
+
 class Int4(Int8):
     """`Linear.fast` for int4 weights: packed by `_convert_weight_to_int4pack_for_cpu`."""
 
@@ -216,7 +245,7 @@ class Int4(Int8):
         return both
 
 
-DENSE, BLOCKS, INT8, INT4 = Dense(), Blocks(), Int8(), Int4()
+DENSE, BLOCKS, INT8, BYTES, INT4 = Dense(), Blocks(), Int8(), Bytes(), Int4()
 
 
 # -- does this PyTorch have the operators, and do they what is said here? ----------------
@@ -254,6 +283,13 @@ def _knows_int8() -> bool:
     x, q, scale = _case(32)
     want = F.linear(x.float(), q.float()) * scale.float()
     return _answers(lambda: torch.allclose(aten._weight_int8pack_mm(x, q, scale).float(), want, rtol=2**-7))
+
+
+@cache
+def _knows_byte_bags() -> bool:
+    x, q, _ = _case(32)
+    want = F.linear(x.float(), q[:96].float())
+    return _answers(lambda: torch.equal(cpu_blocks.few_bytes(x.float(), cpu_blocks.lay_bytes(q[:96])), want))
 
 
 @cache

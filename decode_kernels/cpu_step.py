@@ -75,6 +75,8 @@ def row(linear: Linear, norm: RMSNorm | None = None) -> Row | None:
     product: Row
     if fast is cpu.BLOCKS:
         product = cpu_blocks.Bags(linear.weight, weight, eps)
+    elif fast is cpu.BYTES and isinstance(linear, QuantizedLinear):
+        product = cpu_blocks.ByteBags(linear.weight_packed, linear.weight_scale, weight, eps, linear.in_features)
     else:
         product = partial(fast.product, linear, one=None)
         if weight is not None:

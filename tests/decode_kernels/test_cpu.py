@@ -208,7 +208,7 @@ def test_both_widths_of_vectors_are_served(kind, short, monkeypatch):
     """A compiler gets loops over words, or the operator, where vectors are short, and else loops over bytes."""
     monkeypatch.setattr(cpu_loops, "short", lambda: short)
     linear = make(kind, 576, 192, torch.bfloat16)
-    decode_kernels.use_(linear)
+    decode_kernels.use_(linear, compiled=True)
     if kind == "int8":
         assert (linear.fast_constants is not None) == short
     x = torch.randn(1, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -260,6 +260,12 @@ def test_blocks_of_rows(dtype, k, n, monkeypatch):
         assert torch.equal(
             from_linear(linear, 8).weight_packed, from_linear(make("dense", k, n, dtype), 8).weight_packed
         )
+        linear = make("int8", k, n, dtype, bias=True)
+        agree(linear, dtype, rows)
+        decode_kernels.use_(linear)
+        assert linear.fast is cpu.BYTES
+        linear = make("dense", k, n, dtype)
+    decode_kernels.use_(linear)
     decode_kernels.use_(linear, compiled=True)
     assert linear.fast is not cpu.BLOCKS and linear.weight.shape == (n, k)
 
