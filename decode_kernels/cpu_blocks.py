@@ -68,7 +68,7 @@ def in_rows(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object)
 def few(x: Tensor, blocks: Tensor) -> Tensor:
     """x [M, K] by w [N, K], summed in float32: [M, N]."""
     (count, n, k), m = blocks.shape, len(x)
-    indices, offsets = _bags(count, m, k)
+    indices, offsets = _bags(count, k, m)
     table, weights = blocks.as_strided((count * k, n), (n, 1)), x.expand(count, m, k).reshape(-1)
     y = torch.embedding_bag(table, indices, offsets, False, 0, False, weights)[0]
     return y.view(1, -1) if m == 1 else y.view(count, m, n).transpose(0, 1).reshape(m, -1)
@@ -100,7 +100,7 @@ def few_bytes(x: Tensor, table: Tensor) -> Tensor:
     """float32 x [M, K] by q [N, K]: [M, N]; 3072 x 576 in 66 us, where `_weight_int8pack_mm` takes 150."""
     m, k = x.shape
     count = len(table) // k
-    indices, offsets = _bags(count, m, k)
+    indices, offsets = _bags(count, k, m)
     weights = x.expand(count, m, k).reshape(-1)
     y: Tensor = byte_bag(table, indices, offsets, False, 0, False, weights, None, False)
     return y.view(1, -1) if m == 1 else y.view(count, m, -1).transpose(0, 1).reshape(m, -1)
@@ -111,7 +111,7 @@ class Bags:
 
     def __init__(self, blocks: Tensor, norm: Tensor | None, eps: float) -> None:
         count, n, k = blocks.shape
-        self.indices, self.offsets = _bags(count, 1, k)
+        self.indices, self.offsets = _bags(count, k)
         self.table, self.x = blocks.mT.view(-1, n), torch.empty(count, k, dtype=blocks.dtype)
         self.weights, self.norm, self.eps = self.x.view(-1), norm, eps
         self.zero = torch.zeros(count, 1, dtype=blocks.dtype)
@@ -127,12 +127,14 @@ class Bags:
 class ByteBags:
     """The same for int8 in a table, with scales [N, 1]."""
 
-    def __init__(self, table: Tensor, scale: Tensor, norm: Tensor | None, eps: float, k: int) -> None:
-        count, self.dtype = len(table) // k, scale.dtype
-        self.indices, self.offsets = _bags(count, 1, k)
+    def __init__(
+        self, table: Tensor, scale: Tensor, norm: Tensor | None, eps: float, k: int, dtype: torch.dtype
+    ) -> None:
+        count, self.dtype = len(table) // k, dtype
+        self.indices, self.offsets = _bags(count, k)
         self.table, self.x, self.scale = table, torch.empty(count, k), scale.float().view(count, -1)
         self.weights, self.norm, self.eps = self.x.view(-1), norm, eps
-        self.zero = torch.zeros(1, dtype=scale.dtype)
+        self.zero = torch.zeros(1, dtype=dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.norm is not None:
@@ -148,8 +150,14 @@ def gain(x: Tensor, eps: float) -> float:
     return float((length * length / x.shape[-1] + eps) ** -0.5)
 
 
-@cache
-def _bags(count: int, m: int, k: int) -> tuple[Tensor, Tensor]:
+def _bags(count: int, k: int, m: int = 1) -> tuple[Tensor, Tensor]:
     """Where the columns of m bags for each of so many blocks lie in the table, and where bags begin."""
-    columns = torch.arange(count * k, dtype=torch.int32).view(count, 1, k)
-    return columns.expand(count, m, k).reshape(-1), torch.arange(0, count * m * k, k, dtype=torch.int32)
+    columns = _columns(count * k)  # one row's alone are kept: those of many rows of a large head take a gigabyte
+    if m > 1:
+        columns = columns.view(count, 1, k).expand(count, m, k).reshape(-1)
+    return columns, torch.arange(0, count * m * k, k, dtype=torch.int32)
+
+
+@cache
+def _columns(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int32)

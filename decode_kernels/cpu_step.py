@@ -40,8 +40,9 @@ class Step:
         self.qkv, self.attend, self.o = qkv, Token(layer.self_attn), o
         self.mlp, self.norm = layer.mlp, layer.post_attention_layernorm
         self.gate_up = self.down = None
-        if isinstance(self.mlp, MLP) and self.mlp.silu and self.mlp.post_norm is None:
-            self.gate_up, self.down = row(self.mlp.gate_up_proj, self.norm), row(self.mlp.down_proj)
+        if isinstance(self.mlp, MLP) and self.mlp.silu and self.mlp.post_norm is None and self.norm is not None:
+            self.gate_up = row(self.mlp.gate_up_proj, self.norm.weight.dtype, self.norm)
+            self.down = row(self.mlp.down_proj, self.norm.weight.dtype)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int) -> Tensor:
         x = x.view(1, -1)
@@ -58,25 +59,22 @@ def step_of(layer: DecoderLayer) -> Step | None:
     attention, norm = layer.self_attn, layer.input_layernorm
     if attention.fast is None or attention.post_norm is not None or attention.tp.size > 1 or norm is None:
         return None
-    qkv, o = row(attention.qkv_proj, norm), row(attention.o_proj)
+    qkv, o = row(attention.qkv_proj, norm.weight.dtype, norm), row(attention.o_proj, norm.weight.dtype)
     return None if qkv is None or o is None else Step(layer, qkv, o)
 
 
-def row(linear: Linear, norm: RMSNorm | None = None) -> Row | None:
+def row(linear: Linear, dtype: torch.dtype, norm: RMSNorm | None = None) -> Row | None:
     """The product of one row x [1, K], or of norm(x), with the bias; None where the fast path does not serve it."""
-    fast, bias = linear.fast, linear.bias
-    dtype = linear.weight_scale.dtype if isinstance(linear, QuantizedLinear) else linear.weight.dtype
+    fast, bias, x = linear.fast, linear.bias, torch.empty(1, linear.in_features, dtype=dtype)
     ordered = isinstance(linear, QuantizedLinear) and linear.permutation is not None
-    if not isinstance(fast, cpu.Dense) or dtype not in cpu.HALVES or ordered:
-        return None
-    if not fast.serves(linear, torch.empty(1, linear.in_features, dtype=dtype), None):
+    if not isinstance(fast, cpu.Dense) or dtype not in cpu.HALVES or ordered or not fast.serves(linear, x, None):
         return None
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     product: Row
     if fast is cpu.BLOCKS:
         product = cpu_blocks.Bags(linear.weight, weight, eps)
     elif fast is cpu.BYTES and isinstance(linear, QuantizedLinear):
-        product = cpu_blocks.ByteBags(linear.weight_packed, linear.weight_scale, weight, eps, linear.in_features)
+        product = cpu_blocks.ByteBags(linear.weight_packed, linear.weight_scale, weight, eps, len(x[0]), dtype)
     else:
         product = partial(fast.product, linear, one=None)
         if weight is not None:
