@@ -1,6 +1,6 @@
 """16-bit weights where a CPU has AVX2 alone: in blocks of rows, which PyTorch's embedding bag multiplies.
 
-Knows that layout and its products. Refuses to know modules.
+Knows that layout, its products, and how a linear and its model get it. Refuses to know what a layer is.
 
     y = W x = x[0] * (column 0 of W) + x[1] * (column 1 of W) + ...
 
