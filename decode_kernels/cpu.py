@@ -1,13 +1,13 @@
 """PyTorch's own CPU operators as fast paths: a decode step at the memory's speed without a compiler, and with one.
 
-Knows which operator reads which weight format fastest, the layout that it wants, and how few calls make an attention
-step. Refuses to know Triton, files and how a model is run. Most operators here begin with an underscore, and so promise
+Knows which operator reads which weight format fastest, and the layout that it wants. Refuses to know Triton, files and
+how a model is run. Most operators here begin with an underscore, and so promise
 nothing: each is tried once on a small case against the plain expression, and where it is missing or answers otherwise
 the modules stay plain.
 
     format   one row                                        more rows
     bf16     ATen's matrix-vector product, 13.8 G weights/s   oneDNN's matrix product from three rows on
-    fp16     the same, 22.0 G weights/s                       from seventeen rows on a float32 product
+    fp16     the same, 22.0 G weights/s                       from five rows on a float32 product
     int8     `_weight_int8pack_mm`, 13 to 22 G weights/s      from seventeen rows on the plain expression
     int4     `_weight_int4pack_mm_for_cpu`, 36 G weights/s    see `cpu_int4.py`
 
@@ -33,7 +33,6 @@ from model import DECODE_TOKENS, Attention
 
 aten = torch.ops.aten
 HALVES = (torch.bfloat16, torch.float16)
-ZERO = {dtype: torch.zeros(1, dtype=dtype) for dtype in HALVES}
 CACHED = 2 << 20  # bytes of a matrix that are still in the cache when all have been read
 
 
@@ -66,7 +65,7 @@ class Dense:
         if torch.compiler.is_compiling():  # in float32 throughout, cast last
             row = x.float() if norm is None else F.rms_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.eps)
             return linear.finish(self.sums(linear, row, experts), residual, silu_mul).to(x.dtype)
-        x = x if norm is None else normed(x, norm.weight, norm.eps)
+        x = x if norm is None else cpu_blocks.normed(x, norm.weight, norm.eps)
         if isinstance(experts, Tensor):  # each row reads its own matrix, and no copy of it is made
             y = torch.cat([self.product(linear, row, one) for row, one in zip(x.split(1), experts.tolist())])
         else:
@@ -100,13 +99,6 @@ class Blocks(Dense):
 
     def product(self, linear: Linear, x: Tensor, one: int | None) -> Tensor:
         return (cpu_blocks.few if len(x) <= cpu_blocks.FEW else cpu_blocks.many)(x, linear.weight)
-
-
-def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x [M, K]; of one row in two operations, 18 us where PyTorch's nine take 71."""
-    if len(x) > 1 or x.dtype != weight.dtype or x.dtype not in ZERO:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return torch.addcmul(ZERO[x.dtype], x, weight, value=cpu_blocks.gain(x, eps))
 
 
 def gemv(x: Tensor, w: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear import Linear
@@ -22,6 +23,7 @@ from model import Transformer
 byte_bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
 Row = Callable[[Tensor], Tensor]
 SIZES = (96, 64, 48, 32)  # rows in a block, the fastest first: twelve registers of eight sums, eight, ...
+ZERO = {dtype: torch.zeros(1, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)}
 FEW, FEW_BYTES = 4, 8  # rows of activations up to which bags are faster than a product in float32
 
 
@@ -134,14 +136,20 @@ class ByteBags:
         self.indices, self.offsets = _bags(count, k)
         self.table, self.x, self.scale = table, torch.empty(count, k), scale.float().view(count, -1)
         self.weights, self.norm, self.eps = self.x.view(-1), norm, eps
-        self.zero = torch.zeros(1, dtype=dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.norm is not None:
-            x = torch.addcmul(self.zero, x, self.norm, value=gain(x, self.eps))
+            x = normed(x, self.norm, self.eps)
         self.x.copy_(x)
         y: Tensor = byte_bag(self.table, self.indices, self.offsets, False, 0, False, self.weights, None, False)
         return y.mul_(self.scale).to(self.dtype).view(1, -1)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [M, K]; of one row in two operations, 18 us where PyTorch's nine take 71."""
+    if len(x) > 1 or x.dtype != weight.dtype or x.dtype not in ZERO:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return torch.addcmul(ZERO[x.dtype], x, weight, value=gain(x, eps))
 
 
 def gain(x: Tensor, eps: float) -> float:

@@ -79,5 +79,5 @@ def row(linear: Linear, dtype: torch.dtype, norm: RMSNorm | None = None) -> Row 
         product = partial(fast.product, linear, one=None)
         if weight is not None:
             plain = product
-            product = lambda x: plain(cpu.normed(x, weight, eps))  # noqa: E731
+            product = lambda x: plain(cpu_blocks.normed(x, weight, eps))  # noqa: E731
     return product if bias is None else lambda x: product(x).add_(bias)
