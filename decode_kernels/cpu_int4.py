@@ -11,6 +11,7 @@ once, and oneDNN multiplies: 3072 x 576 with 128 rows takes 3.8 ms instead of 5.
 (one thread of an AMD EPYC). For one row in a compiled layer see `cpu_loops.sums_int4`.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -34,6 +35,12 @@ def unpack(packed: Tensor, n: int, k: int, block: int = 0) -> Tensor:
 def few(x: Tensor, packed: Tensor, constants: Tensor) -> Tensor:
     """x [M, K] by (q * scale + shift) [N, K]: [M, N] by the operator; constants [G, N, 2]: scales and shifts."""
     return aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, x.shape[-1] // len(constants), constants)
+
+
+def row(packed: Tensor, constants: Tensor) -> Callable[[Tensor], Tensor]:
+    """`few` for a row [1, K] that is contiguous, with all that the weight decides looked up once."""
+    group = 2 * packed.shape[-1] // len(constants)
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group, constants)
 
 
 def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ caches, so that a call or the lookup of a module's field takes several times as 
 SmolLM2-135M took 33 ms on two cores with AVX2 where modules called each other, and takes 24, half of it the weights.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decode_kernels import cpu, cpu_blocks
+from decode_kernels import cpu, cpu_blocks, cpu_int4
 from decode_kernels.cpu_attention import Token
 from decode_kernels.cpu_blocks import Row
 from linear import Linear, QuantizedLinear, RMSNorm
-from model import MLP, DecoderLayer, LayerCache
+from model import MLP, DecoderLayer, LayerCache, Transformer
 
 
 class Layers:
@@ -25,11 +26,13 @@ class Layers:
 
     def __init__(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-        self.steps: dict[nn.Module, Step | None] = {layer: step_of(layer) for layer in layers}
+        self.steps: dict[nn.Module, Callable[..., Tensor] | None] = {layer: step_of(layer) for layer in layers}
+        if isinstance(model, Transformer) and (product := row(model.lm_head, model.norm.weight.dtype, model.norm)):
+            self.steps[model.lm_head] = lambda x, norm: product(x.view(1, -1))[None]
 
     def __call__(self, module: nn.Module, x: Tensor, *args: Any, **options: Any) -> Tensor:  # noqa: ANN401
         step = self.steps.get(module) if x.shape[0] == x.shape[1] == 1 else None
-        y: Tensor = module(x, *args, **options) if step is None else step(x, *args)
+        y: Tensor = (step or module)(x, *args, **options)
         return y
 
 
@@ -77,6 +80,8 @@ def row(linear: Linear, dtype: torch.dtype, norm: RMSNorm | None = None) -> Row 
         product = cpu_blocks.ByteBags(linear.weight_packed, linear.weight_scale, weight, eps, len(x[0]), dtype)
     else:
         product = partial(fast.product, linear, one=None)
+        if fast is cpu.INT4 and isinstance(linear, QuantizedLinear):
+            product = cpu_int4.row(*cpu.INT4.packed(linear))
         if weight is not None:
             plain = product
             product = lambda x: plain(cpu_blocks.normed(x, weight, eps))  # noqa: E731
