@@ -162,9 +162,12 @@ class QuantConfig:
         return QuantConfig(rules, (cache,) if config.get("kv_cache_scheme") else ())
 
     def to_hf(self) -> dict[str, Any]:
-        """`quantization_config` for config.json, for rules [(ignored, None), (("Linear",), symmetric scheme)]."""
-        (ignored, _), (_, scheme) = self.rules
+        """`quantization_config` for config.json, for rules [(ignored, None), (names, symmetric scheme), ...], the last
+        of which is for ("Linear",).
+        """
+        (ignored, _), *others, (_, scheme) = self.rules
         assert scheme is not None and scheme.symmetric
+        own = [(names, other) for names, other in others if other and other != scheme]
         if scheme.format == "gptq":
             config: dict[str, Any] = {
                 "quant_method": "gptq",
@@ -179,15 +182,24 @@ class QuantConfig:
                 "lm_head": "lm_head" not in ignored,
             }
             skip = [p[3:] if p[:3] == "re:" else re.escape(p) + "$" for p in ignored if p not in ("lm_head", ROUTERS)]
-            return config | ({"dynamic": {"-:" + p: {} for p in skip}} if skip else {})
-        size = None if scheme.group_size == -1 else scheme.group_size
-        weights = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None}
-        weights |= {"strategy": "group" if size else "channel", "group_size": size}
+            dynamic: dict[str, Any] = {"-:" + p: {} for p in skip}
+            for names, other in own:
+                dynamic |= {f"+:{re.escape(p)}$": {"bits": other.bits, "group_size": other.group_size} for p in names}
+            return config | ({"dynamic": dynamic} if dynamic else {})
         # vLLM reads the format at the top, transformers the one of the group.
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        groups = [_group(names, each) for names, each in (*own, (("Linear",), scheme))]
         config = {"quant_method": "compressed-tensors", "format": scheme.format, "quantization_status": "compressed"}
         config |= {"global_compression_ratio": None, "kv_cache_scheme": None, "ignore": list(ignored)}
-        return config | {"config_groups": {"group_0": group | {"format": scheme.format}}}
+        return config | {"config_groups": {f"group_{i}": group for i, group in enumerate(groups)}}
+
+
+def _group(names: Sequence[str], scheme: Scheme) -> dict[str, Any]:
+    """One of the `config_groups` of compressed-tensors."""
+    size = None if scheme.group_size == -1 else scheme.group_size
+    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None}
+    weights |= {"strategy": "group" if size else "channel", "group_size": size}
+    group = {"targets": list(names), "weights": weights, "input_activations": None, "output_activations": None}
+    return group | {"format": scheme.format}
 
 
 Rules = list[tuple[tuple[str, ...], Scheme | None]]

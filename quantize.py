@@ -51,9 +51,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--heldout-tokens", type=at_least(0), help="default: 8192, with rounding 0: measure nothing")
     p.add_argument("--act-order", action=flag, default=True, help="GPTQ: inputs with large activations first")
     p.add_argument("--clip-search", action=flag, default=True, help="search the scale of every group")
-    p.add_argument(
-        "--quantize-head", action=flag, default=False, help="lm_head too (a tied one becomes a tensor of its own)"
-    )
+    head = "lm_head too (a tied one becomes a tensor of its own), with as many bits as the rest, or with 8"
+    p.add_argument("--quantize-head", nargs="?", type=int, const=True, default=False, choices=[8], help=head)
     p.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="Linears to leave, such as '*.layers.0.*'")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: CUDA if there is one")
     p.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="of activations; auto: as in generate.py")
@@ -99,14 +98,14 @@ class Settings:
     format: str = "compressed-tensors"
     act_order: bool = True
     clip_search: bool = True
-    quantize_head: bool = False
+    quantize_head: bool | int = False  # 8: with so many bits
     skip: tuple[str, ...] = ()
     damp: float = 0.01
 
-    @property
-    def scheme(self) -> Scheme:
-        """How the result is stored."""
-        return Scheme("gptq" if self.format == "gptq" else "pack-quantized", self.bits, self.group_size, True)
+    def scheme(self, path: str) -> Scheme:
+        """How the Linear of that name is stored."""
+        size = (8, -1) if path == "lm_head" and self.quantize_head > self.bits else (self.bits, self.group_size)
+        return Scheme("gptq" if self.format == "gptq" else "pack-quantized", *size, True)
 
     @property
     def bits(self) -> int:
@@ -242,7 +241,7 @@ def quantize_linear_(
     seen is what `hessians` returns, or None, with which only the error of the weights is measured. Returns the row of
     the report, and the tensors to write by name.
     """
-    scheme, size, bits = settings.scheme, settings.group_size, settings.bits
+    size, bits = (scheme := settings.scheme(target.path)).group_size, scheme.bits
     search = settings.clip_search and (bits == 4 or size > 0)  # in a row of 8 bits it would find nothing
     notes, tensors, errors = [], dict[str, Tensor](), []
     for e, weight in enumerate(linear.weight if linear.num_experts else linear.weight[None]):
@@ -436,11 +435,11 @@ def copies(folder: Path) -> list[Path]:
 
 def check_room(parent: Path, weights: Weights, replaced: set[str], settings: Settings, dtype: torch.dtype) -> None:
     """ValueError when the disk has no room for what will be written."""
-    scheme, total = settings.scheme, 0.0
+    total = 0.0
     for name in weights:
-        shape = weights.slice(name).get_shape()
-        width = 8.0 * dtype.itemsize
-        if name.removesuffix(".weight") in replaced:
+        shape, path = weights.slice(name).get_shape(), name.removesuffix(".weight")
+        width, scheme = 8.0 * dtype.itemsize, settings.scheme(path)
+        if path in replaced:
             width = scheme.bits + width / (scheme.group_size if scheme.group_size > 0 else shape[-1])
         total += math.prod(shape) * width / 8
     if total > (free := shutil.disk_usage(parent).free):
@@ -486,7 +485,8 @@ def quantize(
         report = stream(loader, tuple(rows.to(device) for rows in texts), settings, targets, writer)
         report["bytes_after"] = writer.finish()
         report["bytes_before"] = sum((folder / file).stat().st_size for file in set(weights.where.values()))
-        hf["quantization_config"] = QuantConfig(((tuple(plain), None), (("Linear",), settings.scheme))).to_hf()
+        rules = [((path,), settings.scheme(path)) for path in ("lm_head", "Linear") if path not in plain]
+        hf["quantization_config"] = QuantConfig(((tuple(plain), None), *rules)).to_hf()
         hf["tie_word_embeddings"] = config.tie_word_embeddings and not settings.quantize_head
         write_json(work / "config.json", hf)
         run = {"torch": torch.__version__, "device": device.type, "dtype": str(dtype), **asdict(settings)}

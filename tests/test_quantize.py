@@ -23,7 +23,7 @@ import output_folder
 import quantize
 from engine import Engine
 from formats import QuantConfig, suffixes, unpack
-from linear import Linear
+from linear import Int4Linear, Int8Linear, Linear
 from model import KVCache
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -137,6 +137,7 @@ def test_transformers_loads_what_is_written(mode, more, tiny, text, tmp_path):
 KINDS = [
     ("Llama", {}, ["--quantize-head"]),
     ("Llama", {"tie_word_embeddings": True}, ["--quantize-head"]),
+    ("Llama", {"tie_word_embeddings": True}, ["--quantize-head", "8"]),
     ("Llama", {}, ["--skip", "*.1.*", "*.k_proj"]),
     ("Qwen2", {}, []),
     ("Qwen3", {}, []),
@@ -368,6 +369,16 @@ def test_shards_and_index(tiny, text, tmp_path, monkeypatch):
     assert set(index["weight_map"]) == set(load_file(tmp_path / "one" / "model.safetensors"))
     tokens = torch.randint(0, 256, (1, 20))
     assert torch.equal(logits(tmp_path / "one", tokens), logits(tmp_path / "many", tokens))
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_a_head_of_eight_bits_in_a_model_of_four(form, tiny, text, tmp_path):
+    report = run(tiny, tmp_path / "out", text, "int4", "--quantize-head", "8", "--format", form)
+    errors = {row["name"]: row["weight_error"] for row in report["layers"]}
+    assert errors["lm_head"] < 0.02 < 0.05 < min(error for name, error in errors.items() if name != "lm_head")
+    assert report["quantize_head"] == 8
+    model = checkpoint.load(str(tmp_path / "out"))
+    assert isinstance(model.lm_head, Int8Linear) and isinstance(model.layers[0].mlp.down_proj, Int4Linear)
 
 
 @pytest.mark.parametrize("tied", [True, False])
