@@ -46,8 +46,7 @@ def row(packed: Tensor, constants: Tensor) -> Callable[[Tensor], Tensor]:
 def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """x [M, K] by ((q - zero) * scale) [N, K]: [M, N]; scale, zero [N, G]."""
     (n, groups), k, dtype = scale.shape, x.shape[-1], wide(x.dtype)
-    q = torch.cat([part.transpose(0, 1).reshape(k, -1) for part in _parts(packed, n, k, block_rows())], -1)  # [K, N]
-    w = q.to(dtype).sub_(8).view(groups, -1, n)  # exact in 16 bits, and so is q - zero
+    w = _columns(packed, n, k).sub_(8).to(dtype).view(groups, -1, n)  # exact in 16 bits, and so is q - zero
     scales, zeros = (t if t is None else t.T.to(dtype).contiguous()[:, None] for t in (scale, zero))
     w = (w if zeros is None else w.sub_(zeros)).mul_(scales)
     return (x.to(dtype) @ w.view(k, n)).to(x.dtype)
@@ -84,6 +83,18 @@ def _parts(packed: Tensor, n: int, k: int, block: int) -> list[Tensor]:
         digits = torch.cat(both, -1) if _halves(rows) else torch.stack(both, -1).flatten(-2)
         parts.append(digits.view(torch.int8))  # which become floats six times as fast as uint8
     return parts
+
+
+def _columns(packed: Tensor, n: int, k: int) -> Tensor:
+    """q + 8, int8 [K, N]; where a byte holds rows of two halves, eight bytes at a time, in half the time."""
+    block = block_rows()
+    if n % block or not _halves(block):
+        return torch.cat([part.transpose(0, 1).reshape(k, -1) for part in _parts(packed, n, k, block)], -1)
+    words, low = packed.view(torch.int64).view(n // block, k, block // 16).transpose(0, 1), 0x0F0F0F0F0F0F0F0F
+    columns = words.new_empty(k, n // block, 2, block // 16)
+    torch.bitwise_and(words, low, out=columns[:, :, 0])
+    torch.bitwise_and(words >> 4, low, out=columns[:, :, 1])
+    return columns.view(torch.int8).view(k, n)
 
 
 def half_rows() -> int:
