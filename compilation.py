@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from inductor import Inductor
+from model import DecoderLayer
 
 Function = Callable[..., Any]
 
@@ -31,6 +32,26 @@ def unguarded(guards: Sequence[object]) -> list[bool]:
     (SmolLM2-135M in bf16, two cores: 54 tok/s with them, 72 without).
     """
     return [False] * len(guards)
+
+
+def by_size(fn: Function) -> Function:
+    """How `of_size` is called as a layer, once it is compiled, until Inductor's kernels are called directly: for all
+    slots of the cache, so that their buffers suffice for any number. The first time, when it is traced, there is one
+    slot less, because torch.compile would take all of a cache for a special case.
+    """
+    fewer = [1]
+
+    def call(layer: nn.Module, *args: Any) -> Any:  # noqa: ANN401
+        slots = torch.empty(args[-2].k.shape[2] - (fewer.pop() if fewer else 0), device="meta")
+        torch._dynamo.mark_dynamic(slots, 0)
+        return fn(layer, *args[:-1], slots)
+
+    return call
+
+
+def of_size(layer: nn.Module, *args: Any) -> Any:  # noqa: ANN401
+    """A layer's forward, which is told the number of slots by the size of a tensor: one program serves all of them."""
+    return layer.forward(*args[:-1], len(args[-1]))
 
 
 def kind(layer: nn.Module) -> tuple[object, ...]:
@@ -57,9 +78,11 @@ class CompiledModules:
         made: dict[object, tuple[Function, Inductor]] = {}
         for module in modules:
             if (alike := kind(module)) not in made:
-                backend, fn = Inductor(), type(module).forward
+                backend, sized = Inductor(), isinstance(module, DecoderLayer) and not guards
                 options = {} if guards else {"backend": backend, "options": {"guard_filter_fn": unguarded}}
-                made[alike] = compiled(fn, f"{name}_{len(made)}", dynamic=dynamic, **options), backend
+                fn = of_size if sized else type(module).forward
+                fn = compiled(fn, f"{name}_{len(made)}", dynamic=dynamic, **options)
+                made[alike] = by_size(fn) if sized else fn, backend
             self.forward[module], self.backends[module] = made[alike]
 
     def __call__(self, module: nn.Module, *args: object, **options: object) -> Any:  # noqa: ANN401

@@ -351,10 +351,11 @@ class Engine:
 
     def attended(self, position: int) -> int:
         """How many cache slots a program for rows at `position` at most looks at: all where a kernel reads the length
-        on the device, else a power of two, so that a cache of S slots needs at most log2(S) programs.
+        on the device, or a CPU asks the positions (`program`), else a power of two, so that a cache of S slots needs at
+        most log2(S) programs (a smaller one is one more to compile).
         """
-        slots, least = self.state.out.shape[1], 512 if self.cuda else 256  # a smaller one is one more to compile
-        return slots if self.use_kernels else min(slots, max(least, 1 << position.bit_length()))
+        slots, one = self.state.out.shape[1], self.use_kernels or self.device.type == "cpu"
+        return slots if one else min(slots, max(512, 1 << position.bit_length()))
 
     def fused(self, structure: Structure) -> FastRounds | None:
         """Kernels for what surrounds the models in a round, where drawing and the end of a step are kernels too."""
@@ -391,8 +392,9 @@ class Engine:
     ) -> Program:
         """One step as a function without arguments, on static tensors.
 
-        read() gives tokens and positions [B, T], the model looks at `end` cache slots, write(logits [B, T, V]) samples
-        and moves on. fused: write is kernels alone, or `shared`, and not to be compiled. whole: as of `Transformer`.
+        read() gives tokens and positions [B, T], the model looks at `end` cache slots (on a CPU at those that are
+        filled), write(logits [B, T, V]) samples and moves on. fused: write is kernels alone, or `shared`, and not to be
+        compiled. whole: as of `Transformer`.
         What is compiled, and what is captured:
 
         |              | layers                            | write                  | the step                         |
@@ -406,7 +408,7 @@ class Engine:
 
         park: makes the state such that a trial step writes to slots which belong to no kept prefix.
         """
-        model, cache, run = self.model, self.cache, self._run
+        model, cache, run, on_cpu = self.model, self.cache, self._run, self.device.type == "cpu"
         plain, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.qk_norm_whole
         if self.compile and not self.cuda:
             run = CompiledModules([*model.layers, model.lm_head], f"layer_{end}", guards=False)
@@ -416,10 +418,11 @@ class Engine:
 
         def step() -> None:
             tokens, positions = read()
-            write(model(tokens, positions, cache, run, end=end, whole=whole))
+            last = int(positions.max()) + 1 if on_cpu else end
+            write(model(tokens, positions, cache, run, end=last, whole=whole))
 
-        if not self.cuda:
-            step = torch.inference_mode()(step)  # a CPU's many small operators take 15% less without autograd's books
+        # a CPU's many small operators take 15% less without autograd's books
+        step = step if self.cuda else torch.inference_mode()(step)
         if self.compile and plain:
             return self._tried(compiled(step, f"step_{end}", mode="reduce-overhead"), park, capture=False)
         step = self._tried(step, park, capture=self.cuda)

@@ -77,15 +77,17 @@ class Inductor:
         return self.made(*given)
 
     def again(self, args: Sequence[object]) -> Function:
-        """The last call, whose changing arguments were args, as a function of a module and such arguments. Its result
-        is overwritten by the next call of this function.
+        """The last call, whose changing arguments were args, as a function of a module and such arguments: tensors, and
+        at most one integer, which was as large then as it will be. Its result is overwritten by the next call of this
+        function.
         """
         made, given = self.made, list(self.given)
         with Launches() as launches:
             y = made(*given)[0]
         calls = self.on_shared_buffers(launches, given, y) or [(made, given)]
-        number = {id(arg): j for j, arg in enumerate(args)}
-        places = [(passed, i, number[id(t)]) for _, passed in calls for i, t in enumerate(passed) if id(t) in number]
+        number = {int if type(arg) is int else id(arg): j for j, arg in enumerate(args)}
+        every = [(passed, i, int if type(t) is int else id(t)) for _, passed in calls for i, t in enumerate(passed)]
+        places = [(passed, i, number[key]) for passed, i, key in every if key in number]
 
         def call(module: nn.Module, *args: object, **options: object) -> Any:  # noqa: ANN401
             for passed, i, j in places:

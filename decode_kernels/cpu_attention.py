@@ -33,7 +33,8 @@ def attend(
     turned = rotate(turned, cos[0], sin[0])
     if compiling:
         cache.write_(positions, turned[None, :, h:], heads[None, :, h + hkv :])
-        y = cpu_loops.attention(turned[0, :h], cache.k[0, :, :end], cache.v[0, :, :end], positions[0], attention.window)
+        k, v = cache.k[0].narrow(1, 0, end), cache.v[0].narrow(1, 0, end)
+        y = cpu_loops.attention(turned[0, :h], k, v, positions[0], attention.window)
         return y.to(qkv.dtype)
     start = int(positions[0, 0])
     end, first = start + t, max(0, start + 1 - attention.window) if attention.window else 0

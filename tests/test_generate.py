@@ -1,7 +1,6 @@
 """The engine: one cache and two programs must give what one plain forward pass gives, however they are used."""
 
 import itertools
-import math
 import sys
 import threading
 from pathlib import Path
@@ -156,15 +155,17 @@ def test_golden_of_the_embedded_model():
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_one_layer_is_compiled_and_used_for_all(tiny, kind):
-    """Two graphs with the head's, however many layers there are; what follows the model stays as it is on a CPU."""
+    """Two graphs with the head's, however many layers and filled slots there are; what follows the model stays as it
+    is on a CPU.
+    """
     folder, _ = tiny(kind, num_hidden_layers=3, **({"num_local_experts": 4} if kind == "mixtral" else {}))
     model, outs = checkpoint.load(str(folder)), []
     for compile in (False, True):
         torch._dynamo.reset()
         counters.clear()
         engine = Engine(model, Ids(model.config.vocab_size), compile=compile)
-        outs.append(ids_of(engine, [5, 6, 7], SamplingParams(0.0), max_new_tokens=20))
-    assert outs[0] == outs[1]
+        outs.append(ids_of(engine, [5, 6, 7], SamplingParams(0.0), max_new_tokens=250))
+    assert outs[0] == outs[1] and len(outs[0]) == 250
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -350,7 +351,7 @@ def test_a_second_pass_over_mixed_lengths_compiles_nothing(eager_backend):
     first = graphs()
     assert 2 * sum(map(len, engine._programs.values())) == first  # a layer and the head
     for structure in (GREEDY.structure, HOT.structure):
-        assert len(engine._programs[structure]) <= math.log2(2048)
+        assert len(engine._programs[structure]) == 1  # for any number of slots
     serve()
     assert graphs() == first
     for temperature in (0.3, 1.7):  # numbers, not programs

@@ -61,6 +61,27 @@ def test_kernels_alone_are_called_with_what_changes_and_what_the_module_has(back
     assert backend.written.cpp_fused_0 is kernel
 
 
+def test_an_integer_is_one_that_changes(backend):
+    """As the number of slots: a size, which Inductor hands to kernels as a number."""
+    first, weight = torch.ones(4), torch.full((4,), 2.0)
+
+    def several(x, weight, y, n):
+        for i in range(n):
+            floats(y)[i] = floats(x)[i] * floats(weight)[i]
+
+    def made(n, x, weight):
+        y = guards._empty_strided_cpu((4,), (1,), torch.float32)
+        backend.written.cpp_fused_0(x, weight, y, n)
+        return (y,)
+
+    several.__name__ = "kernel"
+    backend.written.cpp_fused_0, backend.made = several, made
+    backend.run(4, first, weight)
+    again = backend.again((first, 4))
+    assert again(nn.Identity(), first * 3, 2).tolist() == [6, 6, 2, 2]  # the buffer is the recorded call's
+    assert again(nn.Identity(), first * 5, 4).tolist() == [10] * 4
+
+
 @pytest.mark.parametrize(
     "part",
     [lambda x: x + 0, lambda x: x.as_strided((4,), (1,)), lambda x: guards._reinterpret_tensor(x, (4,), (1,), 0)],

@@ -19,7 +19,7 @@ LIMITS = {
     "sampling.py": 110,
     "shortlist.py": 40,
     "engine.py": 440,
-    "compilation.py": 60,
+    "compilation.py": 70,
     "inductor.py": 75,
     "generate.py": 300,
     "command_line.py": 110,

@@ -323,7 +323,7 @@ def test_programs_are_built_before_the_prefill_and_never_again(monkeypatch):
     monkeypatch.setattr(Chooser, "choose", lambda self: next(ks))
     pieces = engine.generate([[1, 2]], GREEDY, max_new_tokens=300)
     next(pieces)
-    wanted = 2 * (1 + 2 + len(CHOICES))  # a plain step too; two lengths of the prefix: 256 and 384 slots
+    wanted = 1 + 2 + len(CHOICES)  # a plain step too
     assert len(built) == wanted
     list(pieces)
     assert run(engine, [[1, 2]], n=300)
