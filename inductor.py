@@ -61,6 +61,9 @@ class Inductor:
 
     # Fused multiply-adds make the loops of `cpu_loops.sums_int4` 1.25 times as fast in the cache.
     options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+    # Whether the compiler knows the processor's vectors is not tried, which takes 3 to 4 s: every one that compiles
+    # PyTorch's headers knows these. It need not know those of 512 bits.
+    options |= {"cpp.vec_isa_ok": True} if torch.backends.cpu.get_cpu_capability() == "AVX2" else {}
     given: tuple[Any, ...] = ()  # none where nothing is compiled, as with TORCHDYNAMO_DISABLE=1
     buffers: Sequence[Tensor] = ()  # of the kernels, for all modules
 
