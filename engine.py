@@ -418,8 +418,8 @@ class Engine:
 
         def step() -> None:
             tokens, positions = read()
-            last = int(positions.max()) + 1 if on_cpu else end
-            write(model(tokens, positions, cache, run, end=last, whole=whole))
+            filled = int(positions.max()) + 1 if on_cpu else end
+            write(model(tokens, positions, cache, run, end=filled, whole=whole))
 
         # a CPU's many small operators take 15% less without autograd's books
         step = step if self.cuda else torch.inference_mode()(step)

@@ -199,15 +199,15 @@ class Int4(Int8):
         return x.dtype == linear.weight_scale.dtype
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        packed, constants = self.packed(linear)
         if torch.compiler.is_compiling() or cpu_int4.is_few(x):
-            return cpu_int4.few(x, packed, constants)
-        return cpu_int4.many(x, packed, linear.weight_scale, linear.weight_zero_point)
+            return cpu_int4.few(x, *self.packed(linear))
+        return cpu_int4.many(x, self.packed(linear)[0], linear.weight_scale, linear.weight_zero_point)
 
     def packed(self, linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
         """What the operator takes for a weight."""
-        assert (constants := linear.fast_constants) is not None
-        return linear.weight_packed.view(torch.uint8), constants if constants.dim() == 3 else constants[0]
+        packed, constants = linear.weight_packed.view(torch.uint8), linear.fast_constants
+        assert constants is not None
+        return packed, constants if constants.dim() == 3 else constants[0]
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         (packed, scale, zero), constants = linear.operands(None), linear.fast_constants

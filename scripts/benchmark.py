@@ -282,7 +282,8 @@ def measure_speculation(engine: Engine, args: argparse.Namespace, plain: dict[st
         runs = [decode(draft, args, seed)[1] for seed in range(2, 2 + args.repeats)]
         draft_ms = 1e3 * statistics.median(runs) / draft.stats.decode_steps
     engine.speculate(draft, args.num_draft_tokens)
-    assert (speculation := engine.speculation) is not None
+    speculation = engine.speculation
+    assert speculation is not None
     if args.simulated_acceptance:
         speculation.simulated = torch.zeros((), device=engine.device)
     for rate in args.simulated_acceptance or [None]:
