@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from decode_kernels import cpu_blocks, cpu_int4, cpu_loops
 from decode_kernels.cpu_attention import attend
 from decode_kernels.cpu_int4 import multiply, wide
-from linear import Experts, Int4Linear, Int8Linear, Linear, QuantizedLinear, RMSNorm
+from linear import Experts, Int4Linear, Linear, QuantizedLinear, RMSNorm
 from model import DECODE_TOKENS, Attention
 
 aten = torch.ops.aten
@@ -40,8 +40,8 @@ def use_(model: nn.Module, on: bool, compiled: bool) -> None:
     """As `decode_kernels.use_`, for a model that lies on a CPU."""
     for module in list(model.modules()):
         if isinstance(module, QuantizedLinear):
-            paths = (INT4,) if not isinstance(module, Int8Linear) else (INT8,) if compiled else (BYTES, INT8)
-            module.use_(next((path for path in paths if on and path.covers(module)), None))
+            fits = (path for path in PATHS[module.bits, compiled] if on and path.covers(module))
+            module.use_(next(fits, None))
         elif isinstance(module, Linear):
             blocks = on and not compiled and BLOCKS.covers(module)
             if blocks != (module.weight.shape != module.shape):
@@ -184,14 +184,15 @@ class Bytes(Int8):
 class Int4(Int8):
     """`Linear.fast` for int4 weights: packed by `_convert_weight_to_int4pack_for_cpu`."""
 
-    half = 0  # rows in half a block, once that is known: a compiler cannot find out
+    half = 0  # rows in half a block, if loops read the layout, once that is known: a compiler cannot find out
 
     def covers(self, linear: Linear) -> bool:
         assert isinstance(linear, Int4Linear)
         n, groups = linear.out_features, max(linear.weight_scale.shape[-1], 1)
         fits = linear.num_experts == 0 and n % 16 == 0 and linear.in_features / groups in (32, 64, 128, 256)
         fits = fits and linear.weight_scale.dtype in HALVES and _knows_int4()
-        self.half = cpu_int4.half_rows() if fits else self.half
+        if fits and not cpu_loops.short():
+            self.half = cpu_int4.half_rows()
         return fits
 
     def serves(self, linear: Linear, x: Tensor, experts: Experts) -> bool:
@@ -199,49 +200,86 @@ class Int4(Int8):
         return x.dtype == linear.weight_scale.dtype
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
+        packed, constants = self.packed(linear)
         if torch.compiler.is_compiling() or cpu_int4.is_few(x):
-            return cpu_int4.few(x, *self.packed(linear))
-        return cpu_int4.many(x, self.packed(linear)[0], linear.weight_scale, linear.weight_zero_point)
+            return cpu_int4.few(x, packed, constants)
+        return cpu_int4.many(x, packed, linear.weight_scale, linear.weight_zero_point)
 
     def packed(self, linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
         """What the operator takes for a weight."""
-        packed, constants = linear.weight_packed.view(torch.uint8), linear.fast_constants
-        assert constants is not None
-        return packed, constants if constants.dim() == 3 else constants[0]
+        assert linear.fast_constants is not None
+        return linear.weight_packed, linear.fast_constants
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        (packed, scale, zero), constants = linear.operands(None), linear.fast_constants
-        if len(x) > 1 or not self.in_blocks(linear, short=packed.dtype != torch.uint8):
+        packed, scale, zero = linear.operands(None)
+        if len(x) > 1 or not self.in_blocks(linear):
             return self.product(linear, x.to(scale.dtype), one)
-        if constants is None or constants.dim() == 3:
-            return cpu_loops.sums_int4(x, packed, scale, zero, self.half)
-        return cpu_loops.int4_word_sums(x, packed, constants[1].view(-1, scale.shape[-1], 2, 4, self.half // 2))
+        return cpu_loops.sums_int4(x, packed, scale, zero, self.half)
 
-    def in_blocks(self, linear: QuantizedLinear, short: bool) -> bool:
-        """Whether loops read the layout: a byte of its blocks holds two rows that are half a block apart."""
-        whole = self.half > 0 and linear.out_features % (2 * self.half) == 0
-        return whole and (linear.weight_zero_point is None or not short)
+    def in_blocks(self, linear: Linear) -> bool:
+        """Whether all of the layout is blocks whose bytes hold two rows that are half a block apart."""
+        return self.half > 0 and linear.out_features % (2 * self.half) == 0
 
     def pack(self, q: Tensor) -> Tensor:
-        packed = cpu_int4.pack(q)
-        return packed.view(torch.float32) if cpu_loops.short() else packed
+        return cpu_int4.pack(q)
 
     def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
-        return cpu_int4.unpack(packed.view(torch.uint8), n, k)
+        return cpu_int4.unpack(packed, n, k)
 
-    def constants(self, linear: QuantizedLinear) -> Tensor | None:
-        """[G, N, 2]: w = (q + 8 - 8) * scale + shift, with shift = -zero * scale; or two such, the second of which is
-        `cpu_loops.lanes` of the scales.
-        """
+    def constants(self, linear: QuantizedLinear) -> Tensor:
+        """[G, N, 2]: w = (q + 8 - 8) * scale + shift, with shift = -zero * scale."""
         scale, zero = linear.weight_scale, linear.weight_zero_point
         shift = torch.zeros_like(scale) if zero is None else -zero.float() * scale.float()
-        both = torch.stack((scale, shift.to(scale.dtype)), -1).transpose(0, 1).contiguous()
-        if cpu_loops.short() and self.in_blocks(linear, short=True):
-            both = torch.stack((both, cpu_loops.lanes(scale, self.half).view_as(both)))
-        return both
+        return torch.stack((scale, shift.to(scale.dtype)), -1).transpose(0, 1).contiguous()
 
 
-DENSE, BLOCKS, INT8, BYTES, INT4 = Dense(), Blocks(), Int8(), Bytes(), Int4()
+class Words(Int4):
+    """The same for a compiled layer where vectors are `short`: see `cpu_loops.int4_word_sums`."""
+
+    def covers(self, linear: Linear) -> bool:
+        assert isinstance(linear, Int4Linear)
+        if able := cpu_loops.short() and linear.weight_zero_point is None and super().covers(linear):
+            self.half = cpu_int4.half_rows()
+        return able and self.in_blocks(linear)
+
+    def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
+        packed, constants = self.packed(linear)
+        if torch.compiler.is_compiling() or cpu_int4.is_few(x):
+            y = cpu_int4.few(x, packed, constants)
+        else:
+            y = cpu_int4.many(x, packed, cpu_int4.interleave(linear.weight_scale, self.half), None)
+        return cpu_int4.in_order(y, self.half)
+
+    def packed(self, linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
+        assert linear.fast_constants is not None
+        return linear.weight_packed.view(torch.uint8), linear.fast_constants[0]
+
+    def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
+        (words, scale, _), constants = linear.operands(None), linear.fast_constants
+        assert constants is not None
+        if len(x) > 1:
+            return self.product(linear, x.to(scale.dtype), one)
+        return cpu_loops.int4_word_sums(x, words, constants[1].view(-1, scale.shape[-1], 2, 4, self.half // 2))
+
+    def pack(self, q: Tensor) -> Tensor:
+        return cpu_int4.pack(cpu_int4.interleave(q, self.half)).view(torch.float32)
+
+    def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
+        q = cpu_int4.unpack(packed.view(torch.uint8), n, k)
+        return cpu_int4.in_order(q.T, self.half).T.contiguous()
+
+    def constants(self, linear: QuantizedLinear) -> Tensor:
+        """Those of the operator, and `cpu_loops.lanes` of the scales."""
+        scale = linear.weight_scale
+        both = cpu_int4.interleave(scale, self.half)
+        both = torch.stack((both, torch.zeros_like(both)), -1).transpose(0, 1)
+        return torch.stack((both, cpu_loops.lanes(scale, self.half).view_as(both)))
+
+
+DENSE, BLOCKS, INT8, BYTES, INT4, WORDS = Dense(), Blocks(), Int8(), Bytes(), Int4(), Words()
+# for how many bits, and whether compiled; the fastest first
+PATHS: dict[tuple[int, bool], tuple[Int8, ...]]
+PATHS = {(8, False): (BYTES, INT8), (8, True): (INT8,), (4, False): (INT4,), (4, True): (WORDS, INT4)}
 
 
 # -- does this PyTorch have the operators, and do they what is said here? ----------------

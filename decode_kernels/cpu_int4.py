@@ -52,6 +52,19 @@ def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tenso
     return (x.to(dtype) @ w.view(k, n)).to(x.dtype)
 
 
+def interleave(rows: Tensor, half: int) -> Tensor:
+    """Rows [N, ...] in such an order that four bytes of a column, taken as digits of an integer, hold those that were
+    half / 4 apart: the first digits of all words of a column the first rows, the second digits the next.
+    """
+    words = half // 4  # in a column of a block
+    return rows.unflatten(0, (-1, 4, 2, words)).movedim((2, 3), (1, 2)).flatten(0, 3)
+
+
+def in_order(y: Tensor, half: int) -> Tensor:
+    """The inverse for products: y [M, N] of interleaved rows."""
+    return y.unflatten(1, (-1, 2, half // 4, 4)).movedim(4, 2).flatten(1)
+
+
 @cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """In which oneDNN multiplies many rows fastest: 16 bits need instructions for them, and fp16's come with AMX."""

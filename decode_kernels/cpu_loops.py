@@ -68,34 +68,32 @@ def sums_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, hal
 
 
 def int4_word_sums(x: Tensor, words: Tensor, scales: Tensor) -> Tensor:
-    """`sums_int4` without zero points where vectors are `short`, for packed integers as float32 and `lanes` of scales.
+    """`sums_int4` without zero points where vectors are `short`, for packed integers as float32 and `lanes` of scales,
+    of rows that `cpu_int4.interleave` has put where their sums come out in order.
 
     A word holds four bytes of a column, eight digits of eight rows, and two columns fill a vector. A digit stays where
     it stands in the word, 16^d times too large, and the highest, as it is the word's sign, is turned, not 8 too large.
     """
     blocks, groups, _, _, lanes = scales.shape
     pairs, digit = x.shape[-1] // groups // 2, [[4 * half + j for j in range(4)] for half in (0, 1)]
-    x = x.view(groups, pairs, 2, 1)
+    x = x.as_strided(x.shape, x.stride()).view(groups, pairs, 2, 1)  # stored, as in `sums`
     columns = x.expand(-1, -1, -1, lanes // 2).reshape(groups, 1, pairs, lanes)
     masks = torch.tensor([[15 << 4 * d if d < 7 else -1 << 28 for d in row] for row in digit], dtype=torch.int32)
-    columns, masks = (t.as_strided(t.shape, t.stride()) for t in (columns, masks))  # stored, as in `sums`
-    powers = torch.tensor([[16.0**-d for d in row] for row in digit])
-    eights = torch.tensor([[4.0 * (d < 7) for d in row] for row in digit])  # half of 8 for each of two columns
-    total = x.sum((1, 2, 3))[:, None, None] * eights
+    columns, masks = (t.as_strided(t.shape, t.stride()) for t in (columns, masks))
+    powers = torch.tensor([[16.0**-d for d in row] for row in digit])[..., None]
+    eights = torch.tensor([[4.0 * (d < 7) for d in row] for row in digit])[..., None]  # half of 8 for either column
     q = words.view(torch.int32).view(blocks, groups, 1, pairs, lanes) ^ -0x80000000
-    y = []
-    for j in range(4):
-        sums = ((q & masks[:, j, None, None]).float() * columns).sum(3)  # of the digits j and 4 + j
-        exact = sums * powers[:, j, None] - total[:, :, j, None]
-        y.append((exact * scales[:, :, :, j].float()).sum(1))
-    y = torch.stack(y, 2).flatten(1, 2).unflatten(-1, (2, -1)).sum(2)  # [blocks, 8 digits, words]
-    return y.unflatten(1, (4, 2)).permute(0, 2, 3, 1).reshape(1, -1)
+    sums = [((q & masks[:, j, None, None]).float() * columns).sum(3) for j in range(4)]  # of the digits j and 4 + j
+    exact = torch.stack(sums, 3) * powers - x.sum((1, 2, 3))[:, None, None, None] * eights
+    y = (exact * scales.float()).sum(1)  # [blocks, 2, 4, lanes]
+    y = y.unflatten(-1, (2, -1)).sum(3)
+    return y.as_strided(y.shape, y.stride()).view(1, -1)
 
 
 def lanes(scale: Tensor, half: int) -> Tensor:
     """scale [N, G] in the order of `int4_word_sums`: [blocks, G, 2, 4, words of two columns]."""
-    rows = scale.view(-1, 2, half // 4, 4, scale.shape[-1]).permute(0, 4, 3, 1, 2)  # [blocks, G, 4, 2, words]
-    return torch.cat((rows, rows), -1).reshape(*rows.shape[:2], 2, 4, -1)
+    words = scale.view(-1, 2, 4, 1, half // 4, scale.shape[-1]).expand(-1, -1, -1, 2, -1, -1)
+    return words.flatten(3, 4).movedim(-1, 1).contiguous()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int) -> Tensor:

@@ -183,7 +183,9 @@ def test_the_loops_of_int4_read_eight_digits_from_a_word(group, half):
     q = torch.randint(-8, 8, (192, 512), generator=g, dtype=torch.int8)
     q[0], q[31], q[32] = -8, 7, 7
     scale, x = torch.rand(192, 512 // group, generator=g), torch.randn(1, 512, generator=g)
-    low, high = (q + 8).unflatten(0, (-1, 2, half)).transpose(-1, -2).unbind(1)  # [blocks, K, half]
+    rows = cpu_int4.interleave(q, half)
+    assert torch.equal(cpu_int4.in_order(rows.T, half), q.T)
+    low, high = (rows + 8).unflatten(0, (-1, 2, half)).transpose(-1, -2).unbind(1)  # [blocks, K, half]
     words = (low | high << 4).contiguous().view(torch.float32)
     y = cpu_loops.int4_word_sums(x, words, cpu_loops.lanes(scale, half))
     want = x.double() @ (q.double().unflatten(1, (-1, group)) * scale.double()[..., None]).flatten(1).T
