@@ -6,12 +6,13 @@ Knows the habits of Dynamo and of captures. Refuses to know what is compiled, an
 
 import types
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from inductor import Inductor
+from inductor import Inductor, prepare
 from model import DecoderLayer
 
 Function = Callable[..., Any]
@@ -76,6 +77,8 @@ class CompiledModules:
         self.forward: dict[nn.Module, Function] = {}
         self.backends: dict[nn.Module, Inductor] = {}
         made: dict[object, tuple[Function, Inductor]] = {}
+        if not guards:
+            prepare()
         for module in modules:
             if (alike := kind(module)) not in made:
                 backend, sized = Inductor(), isinstance(module, DecoderLayer) and not guards
@@ -85,12 +88,19 @@ class CompiledModules:
                 made[alike] = by_size(fn) if sized else fn, backend
             self.forward[module], self.backends[module] = made[alike]
 
+    def including(self, fn: Function, name: str) -> Function:
+        """A function of one tensor, and of tensors that never move, through torch.compile as these modules are."""
+        key, backend = nn.Module(), Inductor()
+        own = compiled(fn, name, backend=backend, options={"guard_filter_fn": unguarded})
+        self.forward[key], self.backends[key] = lambda _, x: own(x), backend
+        return partial(self, key)
+
     def __call__(self, module: nn.Module, *args: object, **options: object) -> Any:  # noqa: ANN401
         return self.forward.get(module, nn.Module.__call__)(module, *args, **options)
 
-    def settle(self, step: Callable[[], None]) -> None:
+    def settle(self, park: Callable[[], None], step: Callable[[], None]) -> None:
         """Run step, in which all of these are called, and call what Inductor has made of them directly from then on,
-        for the tensors that they have now: Dynamo takes 20 to 30 us a call.
+        for the tensors that they have now: Dynamo takes 20 to 30 us a call. park: as of `captured`.
         """
         forward, direct = self.forward, dict[nn.Module, Function]()
 
@@ -101,6 +111,7 @@ class CompiledModules:
             return y
 
         self.forward = dict.fromkeys(forward, record)
+        park()
         step()
         self.forward = direct
 

@@ -401,10 +401,11 @@ class Engine:
         |--------------|-----------------------------------|------------------------|----------------------------------|
         | GPU, plain   | inside                            | inside                 | torch.compile, "reduce-overhead" |
         | GPU, kernels | kernels; some layers compiled (*) | kernels, else compiled | one CUDA graph                   |
-        | CPU          | one layer and the head compiled   | eager                  | a plain loop                     |
+        | CPU          | one layer and the head compiled   | compiled (**)          | a plain loop                     |
         | compile off  | eager, a CPU's fastest operators  | eager                  | a plain loop                     |
 
         (*) Those of which some pieces are plain PyTorch: experts, norms over all heads.
+        (**) By one rank.
 
         park: makes the state such that a trial step writes to slots which belong to no kept prefix.
         """
@@ -412,6 +413,7 @@ class Engine:
         plain, mixed = self.cuda and not self.use_kernels, any(model.config.sparse) or model.config.qk_norm_whole
         if self.compile and not self.cuda:
             run = CompiledModules([*model.layers, model.lm_head], f"layer_{end}", guards=False)
+            write = write if fused or model.tp.size > 1 else run.including(write, f"write_{end}")
         elif self.compile and self.use_kernels:
             run = CompiledModules(model.layers, f"layer_{end}", guards=True) if mixed else run
             write = write if fused else compiled(write, f"write_{end}")
@@ -427,8 +429,7 @@ class Engine:
             return self._tried(compiled(step, f"step_{end}", mode="reduce-overhead"), park, capture=False)
         step = self._tried(step, park, capture=self.cuda)
         if isinstance(run, CompiledModules) and not self.cuda:
-            park()
-            run.settle(step)
+            run.settle(park, step)
         return step
 
     def shared(self, ending: Function, structure: Structure) -> Function:

@@ -1,4 +1,5 @@
-"""What Inductor makes of a module for a CPU, and how it is called again with nothing between its kernels.
+"""What Inductor makes of a function for a CPU, how it is called again with nothing between its kernels, and what is
+done about its cache before.
 
 Knows how Inductor's Python calls its kernels. Refuses to know which modules are compiled, and when.
 
@@ -8,13 +9,23 @@ once, as a CUDA graph records it: which kernels are called, and with what. From 
 for this module, with the tensors and buffers that it had: 230 tok/s instead of 187.
 """
 
+import importlib
+import os
+import struct
+import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+if os.name == "posix":
+    import fcntl
 
 Function = Callable[..., Any]
 
@@ -86,7 +97,7 @@ class Inductor:
         """
         made, given = self.made, list(self.given)
         with Launches() as launches:
-            y = made(*given)[0]
+            y = next(iter(made(*given)), None)
         calls = self.on_shared_buffers(launches, given, y) or [(made, given)]
         number = {int if type(arg) is int else id(arg): j for j, arg in enumerate(args)}
         every = [(passed, i, int if type(t) is int else id(t)) for _, passed in calls for i, t in enumerate(passed)]
@@ -97,24 +108,62 @@ class Inductor:
                 passed[i] = args[j]
             for fn, passed in calls:
                 answer = fn(*passed)
-            return y if answer is None else answer[0]  # a kernel returns None
+            return next(iter(answer), None) if answer is not None else y  # a kernel returns None
 
         return call
 
     def on_shared_buffers(
-        self, launches: Launches, given: Sequence[Any], y: Tensor
+        self, launches: Launches, given: Sequence[Any], y: Tensor | None
     ) -> Sequence[tuple[Function, list[Any]]]:
         """The calls of kernels that made y of what was given, with a buffer of its own for y, and for the rest those of
         the first module; none if more than kernels was called, or with a part of a tensor that was given.
         """
         own, theirs = set(map(id, given)), {storage(t) for t in given if isinstance(t, Tensor)}
         buffers = [t for _, passed in launches.calls for t in passed if isinstance(t, Tensor) and id(t) not in own]
-        found = set(map(storage, buffers))
-        if launches.others or storage(y) not in found or not found.isdisjoint(theirs):
+        found, result = set(map(storage, buffers)), None if y is None else storage(y)
+        if launches.others or not {result} <= found | {None} or not found.isdisjoint(theirs):
             return ()
         self.buffers = self.buffers or buffers
-        shared = {id(t): first for t, first in zip(buffers, self.buffers) if storage(t) != storage(y)}
+        shared = {id(t): first for t, first in zip(buffers, self.buffers) if storage(t) != result}
         return [(kernel, [shared.get(id(t), t) for t in passed]) for kernel, passed in launches.calls]
+
+
+@cache
+def prepare() -> None:
+    """What a process does before it has Inductor compile for a CPU."""
+    compiler = importlib.import_module("torch._inductor.async_compile").AsyncCompile()
+    folder = Path(torch._inductor.runtime.cache_dir_utils.cache_dir())
+    for path in folder.glob("*/*.so") if sys.platform == "linux" else ():
+        drop_unfinished(path, folder / "locks" / f"{path.name.split('.')[0]}.lock")
+    Thread(target=read_headers, args=(compiler,), daemon=True).start()
+
+
+def drop_unfinished(path: Path, lock: Path) -> None:
+    """Delete a library that a compiler has not finished, because it was killed: Inductor would load it, and the process
+    ends then with an error or without one. Its section headers, which are written last, are missing. lock: what
+    Inductor locks while it compiles it.
+    """
+
+    def finished() -> bool:
+        with path.open("rb") as file:
+            head = file.read(64).ljust(64)
+        (start,), (size, count) = struct.unpack_from("=Q", head, 40), struct.unpack_from("=HH", head, 58)
+        return head[:4] == b"\x7fELF" and 0 < start <= path.stat().st_size - size * count
+
+    with suppress(OSError):  # another process may have deleted it, or own it
+        if not finished():
+            with lock.open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not finished():
+                    path.unlink()
+
+
+def read_headers(compiler: Any) -> None:  # noqa: ANN401
+    """Have PyTorch's headers compiled, which Inductor keeps for all later C++, and waits for when it has written its
+    first: on another processor meanwhile, for it takes 7 s.
+    """
+    with suppress(Exception), torch._inductor.config.patch(Inductor.options):  # where it fails, so does what is wanted
+        compiler.cpp_pybinding([], '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel() {}')
 
 
 def storage(tensor: Tensor) -> int:

@@ -117,7 +117,8 @@ def _mix(x: Tensor) -> Tensor:
     """splitmix64's finaliser (Steele et al. 2014) on int64, whose products wrap and whose right shifts need a mask."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX1
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX2
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return x.as_strided(x.shape, x.stride())  # a no-op that makes Inductor store x: see `uniform`
 
 
 def uniform(seeds: Tensor, positions: Tensor, lanes: int | Tensor, stream: int = 0) -> Tensor:
@@ -128,9 +129,8 @@ def uniform(seeds: Tensor, positions: Tensor, lanes: int | Tensor, stream: int =
     tokens.
     """
     key = _mix(_mix(seeds * _GOLDEN + stream) ^ positions)
-    # a no-op that makes Inductor store the key: every xor-shift above doubles the expression it would inline below,
-    # and compiling the decode step's sampling took 23 s instead of 5 s (2 CPU cores)
-    key = key.as_strided(key.shape, key.stride())
+    # `_mix` stores its result, because every xor-shift doubles the expression that Inductor would inline below, and
+    # compiling the decode step's sampling took 23 s instead of 3.5 s (2 CPU cores)
     # splitmix64 multiplies the lane by a constant; compilers hold an index in 32 bits, so mix twice instead
     lanes = torch.arange(lanes, device=seeds.device) if isinstance(lanes, int) else lanes
     bits = _mix(_mix(key.unsqueeze(-1) + lanes))

@@ -1,13 +1,15 @@
 """Calls of what Inductor has made, again, with kernels that are Python: what is replayed, and what is not."""
 
 import ctypes
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from inductor import Inductor
+from inductor import Inductor, drop_unfinished
 
 guards = torch._C._dynamo.guards  # what Inductor's Python calls: no operators
 
@@ -104,3 +106,21 @@ def test_without_what_inductor_has_written_all_is_called(backend, monkeypatch):
     backend.run(x, weight)
     again, count = backend.again((x,)), backend.whole
     assert torch.equal(again(nn.Identity(), x + 1), x + 2) and backend.whole == count + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries of another format")
+def test_a_library_that_a_killed_compiler_has_left_is_deleted(tmp_path):
+    """One whose end is missing is loaded without an error, and the process dies when it is called."""
+    whole = Path(torch.__file__).parent / "lib" / "libtorch_python.so"
+    with whole.open("rb") as file:
+        start = file.read(1 << 16)
+    short, empty, zeros, lock = (tmp_path / name for name in ("short.so", "empty.so", "zeros.so", "lock"))
+    for path, held in ((short, start), (empty, b""), (zeros, bytes(4096))):
+        path.write_bytes(held)
+        drop_unfinished(path, lock)
+        assert not path.exists()
+    kept = tmp_path / "whole.so"
+    kept.symlink_to(whole)
+    drop_unfinished(kept, lock)
+    assert kept.exists()
+    drop_unfinished(tmp_path / "gone.so", lock)
