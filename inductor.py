@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -135,7 +136,8 @@ def prepare() -> None:
     folder = Path(torch._inductor.runtime.cache_dir_utils.cache_dir())
     for path in folder.glob("*/*.so") if sys.platform == "linux" else ():
         drop_unfinished(path, folder / "locks" / f"{path.name.split('.')[0]}.lock")
-    Thread(target=read_headers, args=(compiler,), daemon=True).start()
+    if not one_configuration():
+        Thread(target=read_headers, args=(compiler,), daemon=True).start()
 
 
 def drop_unfinished(path: Path, lock: Path) -> None:
@@ -156,6 +158,15 @@ def drop_unfinished(path: Path, lock: Path) -> None:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 if not finished():
                     path.unlink()
+
+
+def one_configuration() -> bool:
+    """Whether what a thread sets of Inductor's configuration counts for all, as in PyTorch 2.11: there `read_headers`
+    would take the options away from what is compiled meanwhile, as it ends.
+    """
+    config = torch._inductor.config
+    with config.patch(Inductor.options), ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: config.cpp.enable_floating_point_contract_flag).result() == "fast"
 
 
 def read_headers(compiler: Any) -> None:  # noqa: ANN401

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import inductor
 from inductor import Inductor, drop_unfinished
 
 guards = torch._C._dynamo.guards  # what Inductor's Python calls: no operators
@@ -124,3 +125,14 @@ def test_a_library_that_a_killed_compiler_has_left_is_deleted(tmp_path):
     drop_unfinished(kept, lock)
     assert kept.exists()
     drop_unfinished(tmp_path / "gone.so", lock)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_headers_are_read_by_a_thread_only_where_it_has_a_configuration_of_its_own(monkeypatch, shared):
+    """Otherwise the end of its options would be the end of those of the compilation beside it."""
+    begun = []
+    thread = lambda target, **_: types.SimpleNamespace(start=lambda: begun.append(target))  # noqa: E731
+    monkeypatch.setattr(inductor, "Thread", thread)
+    monkeypatch.setattr(inductor, "one_configuration", lambda: shared)
+    inductor.prepare.__wrapped__()
+    assert begun == [] if shared else [inductor.read_headers]
