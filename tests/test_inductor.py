@@ -135,4 +135,4 @@ def test_headers_are_read_by_a_thread_only_where_it_has_a_configuration_of_its_o
     monkeypatch.setattr(inductor, "Thread", thread)
     monkeypatch.setattr(inductor, "one_configuration", lambda: shared)
     inductor.prepare.__wrapped__()
-    assert begun == [] if shared else [inductor.read_headers]
+    assert begun == ([] if shared else [inductor.read_headers])
