@@ -357,9 +357,9 @@ def test_compile_flags(records, dice, eager_compile):
         assert records(*argv, "--device", "cpu")[0]["ids"] == eager
         assert eager_compile == []  # the default on a CPU
     assert records(*argv, "--compile", "--device", "cpu")[0]["ids"] == eager
-    assert eager_compile == ["layer_128_0", "layer_128_1"]  # a layer, the head
+    assert eager_compile == ["layer_128_0", "layer_128_1", "write_128"]  # a layer, the head, the draw
     assert records(*argv, "--no-compile", "--compile-prefill", "--device", "cpu")[0]["ids"] == eager
-    assert eager_compile[2:] == ["prefill_0"]
+    assert eager_compile[3:] == ["prefill_0"]
 
 
 def test_compile_prefill_refuses_a_mixture_of_experts(fails, tiny):
