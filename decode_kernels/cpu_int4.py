@@ -53,8 +53,8 @@ def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tenso
 
 
 def interleave(rows: Tensor, half: int) -> Tensor:
-    """Rows [N, ...] in such an order that four bytes of a column, taken as digits of an integer, hold those that were
-    half / 4 apart: the first digits of all words of a column the first rows, the second digits the next.
+    """Rows [N, ...] in the order for words: of a block's column, four bytes are a word of eight digits. Packed in this
+    order, the lowest digits of the column's half / 4 words are the block's first rows, the next digits the next rows.
     """
     words = half // 4  # in a column of a block
     return rows.unflatten(0, (-1, 4, 2, words)).movedim((2, 3), (1, 2)).flatten(0, 3)
