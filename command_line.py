@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -143,17 +144,25 @@ def first_to_fail() -> bool:
         return RANK == 0
 
 
+FAULTS = (ValueError, OSError, RuntimeError, MemoryError, subprocess.SubprocessError)  # what `refuse` may know
+COMPILER = r"working C\+\+ compiler|find C compiler|C\+\+ compile error"  # Inductor's words, and Triton's
 COLLECTIVE = "gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|TCPStore|DistBackendError"
 
 
 def refuse(program: str, error: Exception) -> int:
     """Tell the user of an error in one line, of the rank that met it first. Returns the exit status.
 
-    A RuntimeError is ours, and raised again, unless it is of memory or of another rank that has ended.
+    A RuntimeError is ours, and raised again, unless it is of memory, of a compiler, or of another rank that has ended.
     """
     line = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
     memory = re.search("DefaultCPUAllocator|out of memory|Cannot allocate memory", str(error))
-    if isinstance(error, RuntimeError) and not memory:
+    if isinstance(error, subprocess.SubprocessError) or re.search(COMPILER, line):
+        words = re.search("error: .*", str(error))
+        line = "no working compiler for C++, which --compile and a GPU's kernels need; install one and Python's headers"
+        line += (
+            f" (CC and CXX name it), or use --no-compile --kernels inductor{f'; it says: {words[0]}' if words else ''}"
+        )
+    elif isinstance(error, RuntimeError) and not memory:
         if "WORLD_SIZE" not in os.environ or not re.search(COLLECTIVE, line):
             raise error
         line = "another rank has ended or does not answer"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from command_line import (
     DEFAULT_CHECKPOINT,
     DTYPES,
+    FAULTS,
     MAX_ROWS,
     RANK,
     SAMPLING,
@@ -336,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         first_to_fail()  # nor need another rank tell that this one has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except FAULTS as error:
         return refuse("generate.py", error)
 
 

@@ -131,8 +131,9 @@ class Inductor:
 
 @cache
 def prepare() -> None:
-    """What a process does before it has Inductor compile for a CPU."""
+    """What a process does before it has Inductor compile for a CPU. RuntimeError where there is no compiler for C++."""
     compiler = importlib.import_module("torch._inductor.async_compile").AsyncCompile()
+    torch._inductor.cpp_builder.get_cpp_compiler()  # Inductor itself asks later, and tells first what it cannot compile
     folder = Path(torch._inductor.runtime.cache_dir_utils.cache_dir())
     for path in folder.glob("*/*.so") if sys.platform == "linux" else ():
         drop_unfinished(path, folder / "locks" / f"{path.name.split('.')[0]}.lock")

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from command_line import DEFAULT_CHECKPOINT, Parser, at_least, begin, ready, refuse
+from command_line import DEFAULT_CHECKPOINT, FAULTS, Parser, at_least, begin, ready, refuse
 from command_line import DTYPES as DTYPE_NAMES
 
 GROUP_SIZES = (128, 64, 32)
@@ -572,7 +572,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
+    except (*FAULTS, SafetensorError) as error:
         return refuse("quantize.py", error)
     print(f"{output}: {report['bytes_before'] / 1e6:.1f} MB -> {report['bytes_after'] / 1e6:.1f} MB")
     before, after, kl, kl_99, same = (report[key] for key in LOSSES)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
 from command_line import DTYPES as DTYPE_NAMES
-from command_line import MAX_ROWS, Parser, at_least, begin, draft_tokens, refuse
+from command_line import FAULTS, MAX_ROWS, Parser, at_least, begin, draft_tokens, refuse
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
@@ -524,7 +524,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+    except (*FAULTS, ImportError) as error:
         return refuse("benchmark.py", error)
     return 0
 

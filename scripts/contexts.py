@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-from command_line import Parser, at_least, begin, refuse
+from command_line import FAULTS, Parser, at_least, begin, refuse
 
 MODES = ("bf16", "int8", "int4")
 STEPS = 32  # that are timed at a position, one after the other
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+    except (*FAULTS, ImportError) as error:
         return refuse("contexts.py", error)
     return 0
 

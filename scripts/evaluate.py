@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
 from command_line import DTYPES as DTYPE_NAMES
-from command_line import Parser, at_least, begin, ready, refuse
+from command_line import FAULTS, Parser, at_least, begin, ready, refuse
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -380,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (table if args.table else evaluate)(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except FAULTS as error:
         return refuse("evaluate.py", error)
     return 0
 

@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules are used from the checkout, not installed
 
-from command_line import DEFAULT_CHECKPOINT, Parser, at_least, begin, draft_tokens, ready, refuse
+from command_line import DEFAULT_CHECKPOINT, FAULTS, Parser, at_least, begin, draft_tokens, ready, refuse
 from command_line import DTYPES as DTYPE_NAMES
 
 
@@ -255,7 +255,7 @@ def climb(args: argparse.Namespace) -> dict[str, Any]:
     for name, run in tqdm(steps, desc="climbing", unit="rung", disable=None):
         try:
             rows.append(dict.fromkeys(KEYS) | run())
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the others are not lost for this one
+        except FAULTS as error:  # the others are not lost for this one
             if ladder.group.size > 1 and not isinstance(error, ValueError):  # perhaps on one rank alone
                 raise
             skipped.append({"rung": name, "reason": " ".join(str(error).split())[:200] or type(error).__name__})
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"written to {args.output}")
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except FAULTS as error:
         return refuse("ladder.py", error)
     return 0
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules are used from the checkout, not installed
 
-from command_line import begin, ready, refuse
+from command_line import FAULTS, begin, ready, refuse
 from generate import parse
 
 if __name__ == "__main__":
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if selftest(args) else 1
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except FAULTS as error:
         return refuse("generate.py", error)
 
 

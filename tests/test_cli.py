@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from scripted import SPECIAL, VOCAB, add_tokenizer, byte_ids, recital, write_json
 
 import checkpoint
+import command_line
 import generate
+import inductor
 import machine
 from engine import Engine
 from inductor import Inductor
@@ -601,6 +603,28 @@ def test_memory_that_is_refused_is_one_line_and_other_errors_are_not(fails, abc,
     monkeypatch.setattr(checkpoint, "load", fault)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         generate.main(["--checkpoint", str(abc)])
+
+
+def test_no_working_compiler_is_one_line(fails, abc, monkeypatch, tmp_path):
+    asked = ("--checkpoint", abc, "--prompt", "a", "--max-new-tokens", 2, "--compile")
+    inductor.prepare.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "nothing")))
+    assert "--no-compile --kernels inductor" in fails(*asked)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "CC and CXX name it"),
+        (RuntimeError("CppCompileError: C++ compile error\n\nOutput:\nfatal error: a.h\nLater"), "error: a.h"),
+        (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), "Python's headers"),
+    ],
+)
+def test_what_a_compiler_says_is_one_line(capsys, error, words):
+    assert command_line.refuse("a.py", error) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("a.py: error: no working compiler") and words in line and "Later" not in line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
