@@ -238,42 +238,31 @@ class Words(Int4):
 
     def covers(self, linear: Linear) -> bool:
         assert isinstance(linear, Int4Linear)
-        if able := cpu_loops.short() and linear.weight_zero_point is None and super().covers(linear):
-            self.half = cpu_int4.half_rows()
-        return able and self.in_blocks(linear)
+        fits = linear.weight_zero_point is None and linear.out_features % cpu_int4.LAID == 0
+        return fits and cpu_loops.short() and super().covers(linear)
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        packed, constants = self.packed(linear)
-        if torch.compiler.is_compiling() or cpu_int4.is_few(x):
-            y = cpu_int4.few(x, packed, constants)
-        else:
-            y = cpu_int4.many(x, packed, cpu_int4.interleave(linear.weight_scale, self.half), None)
-        return cpu_int4.in_order(y, self.half)
-
-    def packed(self, linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
-        assert linear.fast_constants is not None
-        return linear.weight_packed.view(torch.uint8), linear.fast_constants[0]
+        packed, scale = linear.weight_packed.view(torch.uint8), linear.weight_scale
+        if len(x) <= 16 and cpu_int4.half_rows() == 16 and linear.in_features <= 128 * scale.shape[1]:
+            assert linear.fast_constants is not None
+            return cpu_int4.few_laid(x, packed, linear.fast_constants[1:].view(2, scale.shape[1], -1, 2))
+        return cpu_int4.gather(cpu_int4.many(x, packed, cpu_int4.deal(scale), None, cpu_int4.LAID))
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        (words, scale, _), constants = linear.operands(None), linear.fast_constants
-        assert constants is not None
-        if len(x) > 1:
-            return self.product(linear, x.to(scale.dtype), one)
-        return cpu_loops.int4_word_sums(x, words, constants[1].view(-1, scale.shape[-1], 2, 4, self.half // 2))
+        assert linear.fast_constants is not None
+        scales = linear.fast_constants[0].view(-1, linear.weight_scale.shape[1], 2, 4, 8)
+        return cpu_loops.int4_word_sums(x, linear.weight_packed, scales)
 
     def pack(self, q: Tensor) -> Tensor:
-        return cpu_int4.pack(cpu_int4.interleave(q, self.half)).view(torch.float32)
+        return cpu_int4.lay(q).view(torch.float32)
 
     def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
-        q = cpu_int4.unpack(packed.view(torch.uint8), n, k)
-        return cpu_int4.in_order(q.T, self.half).T.contiguous()
+        return cpu_int4.lifted(packed.view(torch.uint8), n, k)
 
     def constants(self, linear: QuantizedLinear) -> Tensor:
-        """Those of the operator, and `cpu_loops.lanes` of the scales."""
+        """What the loops take, and the operator: [3, N * G]."""
         scale = linear.weight_scale
-        both = cpu_int4.interleave(scale, self.half)
-        both = torch.stack((both, torch.zeros_like(both)), -1).transpose(0, 1)
-        return torch.stack((both, cpu_loops.lanes(scale, self.half).view_as(both)))
+        return torch.cat((cpu_loops.lanes(scale).view(1, -1), cpu_int4.halves(scale).view(2, -1)))
 
 
 DENSE, BLOCKS, INT8, BYTES, INT4, WORDS = Dense(), Blocks(), Int8(), Bytes(), Int4(), Words()

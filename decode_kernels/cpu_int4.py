@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
+LAID = 64  # rows in a block of `lay`
 
 
 def pack(q: Tensor) -> Tensor:
@@ -43,26 +44,55 @@ def row(packed: Tensor, constants: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group, constants)
 
 
-def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """x [M, K] by ((q - zero) * scale) [N, K]: [M, N]; scale, zero [N, G]."""
+def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, block: int = 0) -> Tensor:
+    """x [M, K] by ((q - zero) * scale) [N, K]: [M, N]; scale, zero [N, G]. block: as of `_columns`."""
     (n, groups), k, dtype = scale.shape, x.shape[-1], wide(x.dtype)
-    w = _columns(packed, n, k).sub_(8).to(dtype).view(groups, -1, n)  # exact in 16 bits, and so is q - zero
+    w = _columns(packed, n, k, block).sub_(8).to(dtype).view(groups, -1, n)  # exact in 16 bits, and so is q - zero
     scales, zeros = (t if t is None else t.T.to(dtype).contiguous()[:, None] for t in (scale, zero))
     w = (w if zeros is None else w.sub_(zeros)).mul_(scales)
     return (x.to(dtype) @ w.view(k, n)).to(x.dtype)
 
 
-def interleave(rows: Tensor, half: int) -> Tensor:
-    """Rows [N, ...] in the order for words: of a block's column, four bytes are a word of eight digits. Packed in this
-    order, the lowest digits of the column's half / 4 words are the block's first rows, the next digits the next rows.
+def lay(q: Tensor) -> Tensor:
+    """int8 [N, K] in blocks of 64 rows, a byte holding two that are 32 apart, uint8 [N, K / 2], whatever the processor:
+    where the operator's blocks have 32, whose column is half a vector of 256 bits, this fills one. The rows lie in the
+    order of `deal`.
     """
-    words = half // 4  # in a column of a block
-    return rows.unflatten(0, (-1, 4, 2, words)).movedim((2, 3), (1, 2)).flatten(0, 3)
+    low, high = (deal(q) + 8).view(torch.uint8).unflatten(0, (-1, 2, LAID // 2)).mT.unbind(1)  # [blocks, K, 32]
+    return (low | high << 4).reshape(len(q), -1)
 
 
-def in_order(y: Tensor, half: int) -> Tensor:
-    """The inverse for products: y [M, N] of interleaved rows."""
-    return y.unflatten(1, (-1, 2, half // 4, 4)).movedim(4, 2).flatten(1)
+def lifted(packed: Tensor, n: int, k: int) -> Tensor:
+    """The inverse of `lay`."""
+    return gather(_columns(packed, n, k, LAID) - 8).T.contiguous()
+
+
+def few_laid(x: Tensor, packed: Tensor, constants: Tensor) -> Tensor:
+    """`few` of what `lay` has packed, where blocks of the operator have 32 rows: it takes a column of 64 rows for two
+    columns, and each of two calls multiplies one of them by zero. constants: of `halves`.
+    """
+    none, k = torch.zeros_like(x), x.shape[-1]
+    pairs = (torch.stack(pair, -1).flatten(1) for pair in ((x, none), (none, x)))  # [M, 2 K]
+    y = [few(pair, packed.view(-1, k), part).unflatten(1, (-1, 2, LAID // 4)) for pair, part in zip(pairs, constants)]
+    return gather(torch.stack(y, 3).flatten(1))
+
+
+def halves(scale: Tensor) -> Tensor:
+    """Scales [N, G] for `few_laid`: [2, G, N / 2, 2]."""
+    parts = deal(scale).T.unflatten(1, (-1, 2, 2, LAID // 4)).movedim(3, 0).flatten(2)  # [2, G, N / 2]
+    return torch.stack((parts, torch.zeros_like(parts)), -1)
+
+
+def deal(rows: Tensor) -> Tensor:
+    """Rows [N, ...] in the order of `lay`. Of a block's column, four bytes are a word of eight digits: so packed, the
+    lowest digits of its eight words are the block's first eight rows, the next digits the next rows.
+    """
+    return rows.unflatten(0, (-1, 4, 2, LAID // 8)).movedim((2, 3), (1, 2)).flatten(0, 3)
+
+
+def gather(y: Tensor) -> Tensor:
+    """The inverse of `deal` for products: y [M, N] of dealt rows."""
+    return y.unflatten(1, (-1, 2, LAID // 8, 4)).movedim(4, 2).flatten(1)
 
 
 @cache
@@ -98,12 +128,15 @@ def _parts(packed: Tensor, n: int, k: int, block: int) -> list[Tensor]:
     return parts
 
 
-def _columns(packed: Tensor, n: int, k: int) -> Tensor:
-    """q + 8, int8 [K, N]; where a byte holds rows of two halves, eight bytes at a time, in half the time."""
-    block = block_rows()
-    if n % block or not _halves(block):
-        return torch.cat([part.transpose(0, 1).reshape(k, -1) for part in _parts(packed, n, k, block)], -1)
-    words, low = packed.view(torch.int64).view(n // block, k, block // 16).transpose(0, 1), 0x0F0F0F0F0F0F0F0F
+def _columns(packed: Tensor, n: int, k: int, block: int) -> Tensor:
+    """q + 8, int8 [K, N]; where a byte holds rows of two halves, eight bytes at a time, in half the time. block: the
+    rows in a block of that kind, or 0 for the operator's own layout.
+    """
+    own = block_rows()
+    if not block and (n % own or not _halves(own)):
+        return torch.cat([part.transpose(0, 1).reshape(k, -1) for part in _parts(packed, n, k, own)], -1)
+    block, low = block or own, 0x0F0F0F0F0F0F0F0F
+    words = packed.view(torch.int64).view(n // block, k, block // 16).transpose(0, 1)
     columns = words.new_empty(k, n // block, 2, block // 16)
     torch.bitwise_and(words, low, out=columns[:, :, 0])
     torch.bitwise_and(words >> 4, low, out=columns[:, :, 1])

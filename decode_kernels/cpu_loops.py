@@ -68,32 +68,30 @@ def sums_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, hal
 
 
 def int4_word_sums(x: Tensor, words: Tensor, scales: Tensor) -> Tensor:
-    """`sums_int4` without zero points where vectors are `short`, for packed integers as float32 and `lanes` of scales,
-    of rows that `cpu_int4.interleave` has put where their sums come out in order.
+    """`sums_int4` without zero points where vectors are `short`, for integers that `cpu_int4.lay` has packed, as
+    float32, and `lanes` of scales: float32 [M, K] -> [M, N].
 
-    A word holds four bytes of a column, eight digits of eight rows, and two columns fill a vector. A digit stays where
-    it stands in the word, 16^d times too large, and the highest, as it is the word's sign, is turned, not 8 too large.
+    A word holds eight digits of eight rows, and eight words of a column fill a vector. A digit stays where it stands in
+    the word, 16^d times too large, and the highest, as it is the word's sign, is turned, not 8 too large.
     """
     blocks, groups, _, _, lanes = scales.shape
-    pairs, digit = x.shape[-1] // groups // 2, [[4 * half + j for j in range(4)] for half in (0, 1)]
-    x = x.as_strided(x.shape, x.stride()).view(groups, pairs, 2, 1)  # stored, as in `sums`
-    columns = x.expand(-1, -1, -1, lanes // 2).reshape(groups, 1, pairs, lanes)
+    size, digit = x.shape[-1] // groups, [[4 * half + j for j in range(4)] for half in (0, 1)]
     masks = torch.tensor([[15 << 4 * d if d < 7 else -1 << 28 for d in row] for row in digit], dtype=torch.int32)
-    columns, masks = (t.as_strided(t.shape, t.stride()) for t in (columns, masks))
+    masks = masks.as_strided(masks.shape, masks.stride())  # stored, as in `sums`, and so is x
     powers = torch.tensor([[16.0**-d for d in row] for row in digit])[..., None]
-    eights = torch.tensor([[4.0 * (d < 7) for d in row] for row in digit])[..., None]  # half of 8 for either column
-    q = words.view(torch.int32).view(blocks, groups, 1, pairs, lanes) ^ -0x80000000
-    sums = [((q & masks[:, j, None, None]).float() * columns).sum(3) for j in range(4)]  # of the digits j and 4 + j
-    exact = torch.stack(sums, 3) * powers - x.sum((1, 2, 3))[:, None, None, None] * eights
-    y = (exact * scales.float()).sum(1)  # [blocks, 2, 4, lanes]
-    y = y.unflatten(-1, (2, -1)).sum(3)
-    return y.as_strided(y.shape, y.stride()).view(1, -1)
+    eights = torch.tensor([[8.0 * (d < 7) for d in row] for row in digit])[..., None]
+    q = words.view(torch.int32).view(blocks * groups, 1, 1, size, lanes) ^ -0x80000000
+    x = x.as_strided(x.shape, x.stride()).view(-1, groups, 1, size, 1).transpose(0, 1)
+    every = x.expand(blocks, *x.shape).flatten(0, 1)  # one loop over blocks and groups, which threads share evenly
+    sums = [((q & masks[:, j, None, None]).float() * every).sum(3) for j in range(4)]  # of the digits j and 4 + j
+    exact = torch.stack(sums, 3).unflatten(0, (blocks, groups)) * powers - x.sum(3)[..., None] * eights
+    y = (exact * scales[:, :, None].float()).sum(1).transpose(0, 1).flatten(1)  # of [blocks, M, 2, 4, lanes]
+    return y.as_strided(y.shape, y.stride())
 
 
-def lanes(scale: Tensor, half: int) -> Tensor:
-    """scale [N, G] in the order of `int4_word_sums`: [blocks, G, 2, 4, words of two columns]."""
-    words = scale.view(-1, 2, 4, 1, half // 4, scale.shape[-1]).expand(-1, -1, -1, 2, -1, -1)
-    return words.flatten(3, 4).movedim(-1, 1).contiguous()
+def lanes(scale: Tensor) -> Tensor:
+    """scale [N, G] in the order of `int4_word_sums`: [blocks, G, 2, 4, 8]."""
+    return scale.view(-1, 2, 4, 8, scale.shape[-1]).movedim(-1, 1).contiguous()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int) -> Tensor:

@@ -176,19 +176,20 @@ def test_the_loops_of_int4_know_both_layouts(group, zero, half):
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("group", [32, 64, 256])
-@pytest.mark.parametrize("half", [16, 32])
-def test_the_loops_of_int4_read_eight_digits_from_a_word(group, half):
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_loops_of_int4_read_eight_digits_from_a_word(group, rows):
     g = torch.Generator().manual_seed(group)
     q = torch.randint(-8, 8, (192, 512), generator=g, dtype=torch.int8)
     q[0], q[31], q[32] = -8, 7, 7
-    scale, x = torch.rand(192, 512 // group, generator=g), torch.randn(1, 512, generator=g)
-    rows = cpu_int4.interleave(q, half)
-    assert torch.equal(cpu_int4.in_order(rows.T, half), q.T)
-    low, high = (rows + 8).unflatten(0, (-1, 2, half)).transpose(-1, -2).unbind(1)  # [blocks, K, half]
-    words = (low | high << 4).contiguous().view(torch.float32)
-    y = cpu_loops.int4_word_sums(x, words, cpu_loops.lanes(scale, half))
+    scale, x = torch.rand(192, 512 // group, generator=g), torch.randn(rows, 512, generator=g)
+    packed = cpu_int4.lay(q)
+    assert torch.equal(cpu_int4.gather(cpu_int4.deal(q).T), q.T)
+    assert torch.equal(cpu_int4.lifted(packed, 192, 512), q)
     want = x.double() @ (q.double().unflatten(1, (-1, group)) * scale.double()[..., None]).flatten(1).T
+    y = cpu_loops.int4_word_sums(x, packed.view(torch.float32), cpu_loops.lanes(scale))
+    assert (y - want).abs().max() < 1e-5 * want.abs().max()
+    y = cpu_int4.gather(cpu_int4.many(x, packed, cpu_int4.deal(scale), None, cpu_int4.LAID))
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
 
 
@@ -204,20 +205,23 @@ def test_the_loops_of_int8_read_four_integers_from_a_word(n, k):
     assert (y - want).abs().max() < 2e-6 * want.abs().max()
 
 
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_both_widths_of_vectors_are_served(kind, short, monkeypatch):
+def test_both_widths_of_vectors_are_served(kind, short, rows, monkeypatch):
     """A compiler gets loops over words, or the operator, where vectors are short, and else loops over bytes."""
     monkeypatch.setattr(cpu_loops, "short", lambda: short)
     linear = make(kind, 576, 192, torch.bfloat16)
+    x = torch.randn(rows, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
+    want = linear(x).float()
     decode_kernels.use_(linear, compiled=True)
+    assert (linear.fast is cpu.WORDS) == (kind == "int4" and short)
     if kind == "int8":
         assert (linear.fast_constants is not None) == short
-    x = torch.randn(1, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
-    want = linear(x).float()
     torch._dynamo.reset()
-    got = torch.compile(linear, backend="eager", fullgraph=True, dynamic=False)(x).float()
-    assert (got - want).abs().max() <= TOLERANCE[torch.bfloat16] * want.abs().max()
+    compiled = torch.compile(linear, backend="eager", fullgraph=True, dynamic=False)
+    for got in (linear(x), compiled(x)):
+        assert (got.float() - want).abs().max() <= TOLERANCE[torch.bfloat16] * want.abs().max()
 
 
 @pytest.mark.parametrize("able", [True, False])
