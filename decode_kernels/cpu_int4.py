@@ -50,7 +50,7 @@ def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, block: i
     w = _columns(packed, n, k, block).sub_(8).to(dtype).view(groups, -1, n)  # exact in 16 bits, and so is q - zero
     scales, zeros = (t if t is None else t.T.to(dtype).contiguous()[:, None] for t in (scale, zero))
     w = (w if zeros is None else w.sub_(zeros)).mul_(scales)
-    return (x.to(dtype) @ w.view(k, n)).to(x.dtype)
+    return multiply(x, w.view(k, n).T)
 
 
 def lay(q: Tensor) -> Tensor:
