@@ -49,8 +49,8 @@ def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, block: i
     (n, groups), k, dtype = scale.shape, x.shape[-1], wide(x.dtype)
     w = _columns(packed, n, k, block).sub_(8).to(dtype).view(groups, -1, n)  # exact in 16 bits, and so is q - zero
     scales, zeros = (t if t is None else t.T.to(dtype).contiguous()[:, None] for t in (scale, zero))
-    w = (w if zeros is None else w.sub_(zeros)).mul_(scales)
-    return multiply(x, w.view(k, n).T)
+    w = (w if zeros is None else w.sub_(zeros)).mul_(scales).view(k, n)
+    return x @ w if dtype == x.dtype else multiply(x, w.T)
 
 
 def lay(q: Tensor) -> Tensor:
