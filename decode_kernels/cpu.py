@@ -15,7 +15,7 @@ the modules stay plain.
 a compiled layer Inductor makes one loop of w * x and its sum (`cpu_loops.py`), which reads bf16 at 15.0, float32 at
 6.5, int8 at 31.4 and int4 at 48 G weights/s. With AVX2 alone, on another EPYC, the operators read bf16 at 8, int8 at 12
 and int4 at 14; embedding bags (`cpu_blocks.py`) bf16 at 9 to 12 and int8 at 22 to 27; compiled loops bf16 at 14, int8
-at 22, int4 at 20, float32 at 3.3. Many rows of bf16 are multiplied in float32 there, five times as fast.
+at 22, int4 at 27 to 31, float32 at 3.3. Many rows of bf16 are multiplied in float32 there, five times as fast.
 """
 
 from collections.abc import Callable
