@@ -609,8 +609,8 @@ def test_no_working_compiler_is_one_line(fails, abc, monkeypatch, tmp_path):
     asked = ("--checkpoint", abc, "--prompt", "a", "--max-new-tokens", 2, "--compile")
     inductor.prepare.cache_clear()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "nothing")))
-    assert "--no-compile --kernels inductor" in fails(*asked)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "nothing"))}):
+        assert "--no-compile --kernels inductor" in fails(*asked)
 
 
 @pytest.mark.parametrize(

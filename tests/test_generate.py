@@ -512,7 +512,8 @@ def test_a_penalised_answer_is_that_of_transformers(tiny, eager_backend, compile
     [
         ("The old king", {}, "prompts is the string 'The old king'; give a list"),
         (["a"], {"stop": "the"}, "stop is the string 'the'; give a list"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be an integer"),
+        (["a"], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be an integer"),
         (["a"], {"max_new_tokens": -3}, "max_new_tokens is -3"),
         ([[1, 2.0]], {}, "integer ids"),
         ([[1, "2"]], {}, "integer ids"),
@@ -539,9 +540,12 @@ def test_ids_of_other_integer_types_are_ids(llama):
         ({"dtype": "bf16"}, "dtype is 'bf16'; it must be one of auto, float32"),
         ({"kernels": "cuda"}, "kernels is 'cuda'; it must be auto, triton or inductor"),
         ({"prefill_chunk": -1}, "prefill_chunk is -1"),
+        ({"prefill_chunk": 0.5}, "prefill_chunk is 0.5"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2.0}, "batch_size is 2.0"),
         ({"batch_size": 2.5}, "batch_size is 2.5"),
         ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ({"num_draft_tokens": 3.0}, "num_draft_tokens is 3.0"),
         ({"num_draft_tokens": 16}, "num_draft_tokens is 16"),
     ],
 )
