@@ -14,6 +14,7 @@ import benchmark
 import ladder
 import plots
 
+import compilation
 import engine
 
 QUICK = ["--device", "cpu", "--new-tokens", "6", "--repeats", "1", "--heldout-tokens", "64"]
@@ -25,7 +26,9 @@ RUNGS = [ladder.FIRST, *(rung.name for rung in ladder.RUNGS)]
 def small(monkeypatch):
     """Neither the memory nor the compiler is what is tested here."""
     monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(engine, "compiled", lambda fn, name, **options: fn)
+    for module in (engine, compilation):
+        monkeypatch.setattr(module, "compiled", lambda fn, name, **options: fn)
+    monkeypatch.setattr(compilation, "prepare", lambda: None)
 
 
 def climb(folder, *argv):
