@@ -8,7 +8,7 @@ and 3 the column 5 6 7 8 becomes 0x75 and 0x86. The operator takes q + 8 and mul
 
 The operator makes floats of the weights anew for every four rows of activations. For many rows they are written out
 once, and oneDNN multiplies: 3072 x 576 with 128 rows takes 3.8 ms instead of 5.3, with 512 rows 10.3 instead of 21.0
-(one thread of an AMD EPYC). For one row in a compiled layer see `cpu_loops.sums_int4`.
+(one thread of an AMD EPYC). For a compiled layer see `cpu_loops.sums_int4`, and `lay` for vectors of 256 bits.
 """
 
 from collections.abc import Callable
