@@ -145,7 +145,9 @@ def first_to_fail() -> bool:
 
 
 FAULTS = (ValueError, OSError, RuntimeError, MemoryError, subprocess.SubprocessError)  # what `refuse` may know
-COMPILER = r"working C\+\+ compiler|find C compiler|C\+\+ compile error"  # Inductor's words, and Triton's
+COMPILER = (
+    r"working C\+\+ compiler|C\+\+ compile error|find C compiler|^Command '\['([^']*/)?[^'/]*(cc|\+\+|clang)[^'/]*'"
+)
 COLLECTIVE = "gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|TCPStore|DistBackendError"
 
 
@@ -156,7 +158,7 @@ def refuse(program: str, error: Exception) -> int:
     """
     line = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
     memory = re.search("DefaultCPUAllocator|out of memory|Cannot allocate memory", str(error))
-    if isinstance(error, subprocess.SubprocessError) or re.search(COMPILER, line):
+    if re.search(COMPILER, line):  # Inductor's words, and Triton's
         words = re.search("error: .*", str(error))
         line = "no working compiler for C++, which --compile and a GPU's kernels need; install one and Python's headers"
         line += (

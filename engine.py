@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +56,13 @@ class EngineOptions:
     num_draft_tokens: int | None = None  # to propose at a time; None: as many as pay
 
     def __post_init__(self) -> None:
-        chunk, rows, drafts = self.prefill_chunk, self.batch_size, self.num_draft_tokens
+        chunk, rows, k = self.prefill_chunk, self.batch_size, self.num_draft_tokens
         for name, ok, want in (
             ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
             ("kernels", self.kernels in ("auto", "triton", "inductor"), "auto, triton or inductor"),
-            ("prefill_chunk", isinstance(chunk, int) and chunk >= 0, "0 (all tokens), or an integer above"),
-            ("batch_size", isinstance(rows, int) and rows >= 1, "an integer of at least 1"),
-            ("num_draft_tokens", drafts is None or (isinstance(drafts, int) and 1 <= drafts <= 15), "1 to 15, or None"),
+            ("prefill_chunk", isinstance(chunk, SupportsIndex) and chunk >= 0, "0 (all tokens), or an integer above"),
+            ("batch_size", isinstance(rows, SupportsIndex) and rows >= 1, "an integer of at least 1"),
+            ("num_draft_tokens", k is None or (isinstance(k, SupportsIndex) and 1 <= k <= 15), "1 to 15, or None"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {want}")
@@ -218,7 +218,7 @@ class Engine:
         ValueError for arguments that make no sense, for a prompt that does not fit, and for logits that are not finite;
         RuntimeError while another generation of this engine is under way: finish or `close()` it first.
         """
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if not isinstance(max_new_tokens, SupportsIndex) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be an integer of at least 1")
         rows = self.encode(prompts)
         longest = max(map(len, rows))

@@ -627,6 +627,11 @@ def test_what_a_compiler_says_is_one_line(capsys, error, words):
     assert line.startswith("a.py: error: no working compiler") and words in line and "Later" not in line
 
 
+def test_another_command_that_fails_is_told_as_it_is(capsys):
+    assert command_line.refuse("a.py", subprocess.CalledProcessError(1, ["/accounts/g++/python", "-m", "pip"])) == 2
+    assert "compiler" not in (line := capsys.readouterr().err) and "'-m', 'pip'" in line and line.count("\n") == 1
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
 def test_closed_streams(abc):
     command = f"{sys.executable} {ROOT / 'generate.py'} --checkpoint {abc} --prompt - --json <&- 2>&-"

@@ -554,6 +554,12 @@ def test_options_that_make_no_sense(options, match):
         EngineOptions(**options)
 
 
+def test_options_may_be_integers_of_other_kinds():
+    three = torch.tensor(3).numpy()[()]  # numpy's int64
+    options = EngineOptions(batch_size=three, prefill_chunk=three, num_draft_tokens=three)
+    assert options.batch_size == options.prefill_chunk == options.num_draft_tokens == 3
+
+
 def test_a_busy_engine_refuses_a_second_generation_and_is_free_again_after(llama):
     wanted = ids_of(llama, [3, 4, 5], max_new_tokens=6)
     first = llama.generate([[3, 4, 5]], GREEDY, max_new_tokens=6)
