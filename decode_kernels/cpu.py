@@ -70,7 +70,7 @@ class Dense:
             y = torch.cat([self.product(linear, row, one) for row, one in zip(x.split(1), experts.tolist())])
         else:
             y = self.product(linear, x, experts)
-        return linear.finish(y, residual, silu_mul)
+        return linear.finish(y if silu_mul else y.contiguous(), residual, silu_mul)
 
     def serves(self, linear: Linear, x: Tensor, experts: Experts) -> bool:
         if torch.compiler.is_compiling():
@@ -246,7 +246,7 @@ class Words(Int4):
         if len(x) <= 16 and cpu_int4.half_rows() == 16 and linear.in_features <= 128 * scale.shape[1]:
             assert linear.fast_constants is not None
             return cpu_int4.few_laid(x, packed, linear.fast_constants[1:].view(2, scale.shape[1], -1, 2))
-        return cpu_int4.gather(cpu_int4.many(x, packed, cpu_int4.deal(scale), None, cpu_int4.LAID))
+        return cpu_int4.many(x, packed, scale, None, laid=True)
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         assert linear.fast_constants is not None

@@ -1,4 +1,4 @@
-"""Attention of few new tokens on a CPU: norms and rotation of the heads, the cache, and the filled slots alone.
+"""Attention on a CPU: norms and rotation of the heads, the cache, and the filled slots alone.
 
 Knows in how few calls of PyTorch a step does that. Refuses to know what comes before and after it.
 """
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import model
 from decode_kernels import cpu_loops
 from model import DECODE_TOKENS, Attention, LayerCache, rotate
 
@@ -16,12 +17,12 @@ from model import DECODE_TOKENS, Attention, LayerCache, rotate
 def attend(
     attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
 ) -> Tensor | None:
-    """`Attention.fast`: up to 16 new tokens of one sequence, whose positions must be consecutive; it reads the slots
-    that are filled and no others: qkv [1, T, (H + 2 Hkv) Dh] -> [1, T, H Dh].
+    """`Attention.fast`: new tokens of one sequence, whose positions must be consecutive; it reads the slots that are
+    filled and no others: qkv [1, T, (H + 2 Hkv) Dh] -> [1, T, H Dh].
     """
     b, t, _ = qkv.shape
     compiling = torch.compiler.is_compiling()
-    if b > 1 or t > (1 if compiling else DECODE_TOKENS):
+    if b > 1 or (t > 1 and compiling):
         return None
     if t == 1 and not compiling:
         return Token(attention)(qkv, cos, sin, positions, cache)[None]
@@ -40,6 +41,9 @@ def attend(
     end, first = start + t, max(0, start + 1 - attention.window) if attention.window else 0
     k, v = cache.k[:, :, first:end], cache.v[:, :, first:end]
     k[0, :, -t:], v[0, :, -t:] = turned[:, h:].transpose(0, 1), heads[:, h + hkv :].transpose(0, 1)
+    if t > DECODE_TOKENS:
+        q, k, v = turned[None, :, :h], cache.k[:, :, :end], cache.v[:, :, :end]
+        return model.attend(q, k, v, positions, attention.window).flatten(2)
     q = turned[:, :h].reshape(t, hkv, h // hkv, dh).permute(1, 2, 0, 3).reshape(1, hkv, h // hkv * t, dh)
     slots, at = torch.arange(first, end), positions[0, :, None]
     mask = (slots <= at) & (slots > at - (attention.window or end))  # row m of q is token m % t

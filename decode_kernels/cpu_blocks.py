@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decode_kernels.cpu_int4 import PIECE
 from linear import Linear
 from model import Transformer
 
@@ -78,7 +79,9 @@ def few(x: Tensor, blocks: Tensor) -> Tensor:
 
 def many(x: Tensor, blocks: Tensor) -> Tensor:
     """The same for many rows, multiplied in float32."""
-    count, _, k = blocks.shape
+    count, n, k = blocks.shape
+    if count > (few := max(1, PIECE // (n * k))):
+        return torch.cat([many(x, part) for part in blocks.split(few)], 1)
     y = torch.bmm(x.float().expand(count, len(x), k), blocks.float().mT)
     return y.transpose(0, 1).reshape(len(x), -1).to(x.dtype)
 

@@ -7,10 +7,11 @@ neighbours. How many and which depends on the processor, and packing tells it. E
 and 3 the column 5 6 7 8 becomes 0x75 and 0x86. The operator takes q + 8 and multiplies by (q + 8 - 8) * scale + shift.
 
 The operator makes floats of the weights anew for every four rows of activations. For many rows they are written out
-once, and oneDNN multiplies: 3072 x 576 with 128 rows takes 3.8 ms instead of 5.3, with 512 rows 10.3 instead of 21.0
+once, and a library multiplies: 3072 x 576 with 128 rows takes 3.8 ms instead of 5.3, with 512 rows 10.3 instead of 21.0
 (one thread of an AMD EPYC). For a compiled layer see `cpu_loops.sums_int4`, and `lay` for vectors of 256 bits.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 
@@ -20,6 +21,9 @@ from torch import Tensor
 
 aten = torch.ops.aten
 LAID = 64  # rows in a block of `lay`
+SIGNS, HIGH = -0x7777777777777778, -0x0F0F0F0F0F0F0F10  # 0x8888888888888888 and 0xF0F0F0F0F0F0F0F0 of int64
+PIECE = 4 << 20  # weights of which floats are made at a time: for more, the system clears new memory every time
+PAD = 16  # floats more in a row: rows that lie a multiple of 4,096 bytes apart share a place in the cache
 
 
 def pack(q: Tensor) -> Tensor:
@@ -44,27 +48,38 @@ def row(packed: Tensor, constants: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group, constants)
 
 
-def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, block: int = 0) -> Tensor:
-    """x [M, K] by ((q - zero) * scale) [N, K]: [M, N]; scale, zero [N, G]. block: as of `_columns`."""
-    (n, groups), k, dtype = scale.shape, x.shape[-1], wide(x.dtype)
-    w = _columns(packed, n, k, block).sub_(8).to(dtype).view(groups, -1, n)  # exact in 16 bits, and so is q - zero
-    scales, zeros = (t if t is None else t.T.to(dtype).contiguous()[:, None] for t in (scale, zero))
-    w = (w if zeros is None else w.sub_(zeros)).mul_(scales).view(k, n)
-    return x @ w if dtype == x.dtype else multiply(x, w.T)
+def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, laid: bool = False) -> Tensor:
+    """x [M, K] by ((q - zero) * scale) [N, K]: as of `multiply`; scale, zero [N, G]. laid: packed by `lay`."""
+    (n, groups), k, dtype, order = scale.shape, x.shape[-1], wide(x.dtype), _dealt if laid else _apart
+    if n > (rows := LAID * max(1, PIECE // (LAID * k))):
+        zeros = itertools.repeat(None) if zero is None else zero.split(rows)
+        return torch.cat([many(x, *part, laid) for part in zip(packed.split(rows), scale.split(rows), zeros)], 1)
+    w = torch.empty(k, n + PAD, dtype=dtype)[:, :-PAD]
+    digits = _digits(packed, n, k, laid)
+    for columns, part in zip(w.split([part.shape[1] for part in digits], 1), digits):
+        columns.copy_(part)  # 16 q, which is exact in 16 bits, as is 16 (q - zero)
+    if zero is not None:
+        w.unflatten(0, (groups, -1)).sub_(_columns(order(zero.T), dtype).mul_(16))
+    w.unflatten(0, (groups, -1)).mul_(_columns(order(scale.T), dtype).div_(16))
+    y, product = _result(x, n), x @ w if dtype == x.dtype else (w.T @ x.to(dtype).T).T
+    order(y).copy_(product.view(order(y).shape))
+    return y
 
 
 def lay(q: Tensor) -> Tensor:
-    """int8 [N, K] in blocks of 64 rows, a byte holding two that are 32 apart, uint8 [N, K / 2], whatever the processor:
-    where the operator's blocks have 32, whose column is half a vector of 256 bits, this fills one. The rows lie in the
-    order of `deal`.
+    """int8 [N, K] in blocks of 64 rows, a byte holding two, uint8 [N, K / 2], whatever the processor: where the
+    operator's blocks have 32, whose column is half a vector of 256 bits, this fills one.
     """
-    low, high = (deal(q) + 8).view(torch.uint8).unflatten(0, (-1, 2, LAID // 2)).mT.unbind(1)  # [blocks, K, 32]
+    low, high = (_dealt(q.T) + 8).view(torch.uint8).flatten(3).permute(1, 2, 0, 3)  # [blocks, K, 32]
     return (low | high << 4).reshape(len(q), -1)
 
 
 def lifted(packed: Tensor, n: int, k: int) -> Tensor:
     """The inverse of `lay`."""
-    return gather(_columns(packed, n, k, LAID) - 8).T.contiguous()
+    q = packed.new_empty(n, k, dtype=torch.int8)
+    columns = torch.cat(_digits(packed, n, k, True), 1) >> 4
+    _dealt(q.T).copy_(columns.view(_dealt(q.T).shape))
+    return q
 
 
 def few_laid(x: Tensor, packed: Tensor, constants: Tensor) -> Tensor:
@@ -74,25 +89,13 @@ def few_laid(x: Tensor, packed: Tensor, constants: Tensor) -> Tensor:
     none, k = torch.zeros_like(x), x.shape[-1]
     pairs = (torch.stack(pair, -1).flatten(1) for pair in ((x, none), (none, x)))  # [M, 2 K]
     y = [few(pair, packed.view(-1, k), part).unflatten(1, (-1, 2, LAID // 4)) for pair, part in zip(pairs, constants)]
-    return gather(torch.stack(y, 3).flatten(1))
+    return torch.stack(y, 3).view(len(x), -1, 2, LAID // 8, 4).movedim(4, 2).flatten(1)
 
 
 def halves(scale: Tensor) -> Tensor:
     """Scales [N, G] for `few_laid`: [2, G, N / 2, 2]."""
-    parts = deal(scale).T.unflatten(1, (-1, 2, 2, LAID // 4)).movedim(3, 0).flatten(2)  # [2, G, N / 2]
+    parts = _dealt(scale.T).flatten(3).transpose(1, 2).unflatten(3, (2, -1)).movedim(3, 0).flatten(2)  # [2, G, N / 2]
     return torch.stack((parts, torch.zeros_like(parts)), -1)
-
-
-def deal(rows: Tensor) -> Tensor:
-    """Rows [N, ...] in the order of `lay`. Of a block's column, four bytes are a word of eight digits: so packed, the
-    lowest digits of its eight words are the block's first eight rows, the next digits the next rows.
-    """
-    return rows.unflatten(0, (-1, 4, 2, LAID // 8)).movedim((2, 3), (1, 2)).flatten(0, 3)
-
-
-def gather(y: Tensor) -> Tensor:
-    """The inverse of `deal` for products: y [M, N] of dealt rows."""
-    return y.unflatten(1, (-1, 2, LAID // 8, 4)).movedim(4, 2).flatten(1)
 
 
 @cache
@@ -107,14 +110,22 @@ def is_few(x: Tensor) -> bool:
 
 
 def multiply(x: Tensor, w: Tensor) -> Tensor:
-    """Many rows x [M, K] by w [N, K], whose numbers are exact in x's dtype: [M, N].
+    """Many rows x [M, K] by w [N, K], whose numbers are exact in x's dtype: [M, N], whose columns may be contiguous.
 
     MKL multiplies W x^T faster than x W^T: 16, 64, 128 rows by 3072 x 576 take 1.1, 2.2, 3.8 ms for 2.3, 3.8, 5.2 (two
-    cores with AVX2), and 512 the same.
+    cores with AVX2), and 512 the same. In pieces 128 rows by 8192 x 2048 of int8 take 31 ms for 55.
     """
-    if (dtype := wide(x.dtype)) == x.dtype:
+    dtype, rows = wide(x.dtype), max(1, PIECE // w.shape[1])
+    if len(w) > rows and w.dtype != dtype:
+        return torch.cat([multiply(x, part) for part in w.split(rows)], 1)
+    if dtype == x.dtype:
         return F.linear(x, w.to(dtype))
-    return (w.to(dtype) @ x.to(dtype).T).to(x.dtype).T.contiguous()
+    return _result(x, len(w)).copy_((w.to(dtype) @ x.to(dtype).T).T)
+
+
+def _result(x: Tensor, n: int) -> Tensor:
+    """Empty [M, N]. After W x^T its columns are contiguous, with gaps: without, one thread alone would transpose it."""
+    return x.new_empty(len(x), n) if wide(x.dtype) == x.dtype else x.new_empty(n, len(x) + PAD)[:, :-PAD].T
 
 
 def _parts(packed: Tensor, n: int, k: int, block: int) -> list[Tensor]:
@@ -128,19 +139,38 @@ def _parts(packed: Tensor, n: int, k: int, block: int) -> list[Tensor]:
     return parts
 
 
-def _columns(packed: Tensor, n: int, k: int, block: int) -> Tensor:
-    """q + 8, int8 [K, N]; where a byte holds rows of two halves, eight bytes at a time, in half the time. block: the
-    rows in a block of that kind, or 0 for the operator's own layout.
+def _digits(packed: Tensor, n: int, k: int, laid: bool) -> list[Tensor]:
+    """16 q, parts int8 [K, n'] side by side, in the order of `_dealt` or `_apart`. A byte without its low digit is
+    that, once the sign of the high one is turned, and shifted by four bits so is the low one, eight bytes at a time.
     """
-    own = block_rows()
-    if not block and (n % own or not _halves(own)):
-        return torch.cat([part.transpose(0, 1).reshape(k, -1) for part in _parts(packed, n, k, own)], -1)
-    block, low = block or own, 0x0F0F0F0F0F0F0F0F
-    words = packed.view(torch.int64).view(n // block, k, block // 16).transpose(0, 1)
-    columns = words.new_empty(k, n // block, 2, block // 16)
-    torch.bitwise_and(words, low, out=columns[:, :, 0])
-    torch.bitwise_and(words >> 4, low, out=columns[:, :, 1])
-    return columns.view(torch.int8).view(k, n)
+    half = LAID // 2 if laid else half_rows()
+    if not laid and not _is_apart(n):
+        return [(part << 4 ^ -128).transpose(0, 1).reshape(k, -1) for part in _parts(packed, n, k, block_rows())]
+    columns = packed.view(torch.complex128).view(n // half // 2, k, half // 16).transpose(0, 1)  # of 16 bytes each
+    words = columns.flatten().view(torch.int64).view(k, -1) ^ SIGNS
+    return [(words << 4).bitwise_and_(HIGH).view(torch.int8), words.bitwise_and_(HIGH).view(torch.int8)]
+
+
+def _columns(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t [G, ...] in a dtype, as [G, 1, N]."""
+    return torch.empty(t.shape, dtype=dtype).copy_(t).view(len(t), 1, -1)
+
+
+def _dealt(rows: Tensor) -> Tensor:
+    """Something of rows, [..., N], in the order of `lay`: [..., 2, blocks, 8, 4], first what lies in low digits. Of a
+    block's column, four bytes are a word of eight digits: so packed, the lowest digits of its eight words are the
+    block's first eight rows, the next digits the next rows.
+    """
+    return rows.unflatten(-1, (-1, 4, 2, LAID // 8)).movedim(-2, -4).transpose(-1, -2)
+
+
+def _apart(rows: Tensor) -> Tensor:
+    """The same in the order of `pack`, [..., 2, blocks, half], where bytes hold two halves of blocks; else as it is."""
+    return rows.unflatten(-1, (-1, 2, half_rows())).transpose(-2, -3) if _is_apart(rows.shape[-1]) else rows
+
+
+def _is_apart(n: int) -> bool:
+    return half_rows() in (16, 32) and n % block_rows() == 0
 
 
 def half_rows() -> int:

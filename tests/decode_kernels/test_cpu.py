@@ -100,6 +100,23 @@ def test_many_rows_of_int4(kind, dtype, n):
     agree(make(kind, 128, n, dtype), dtype, 65)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int4 zero", "laid"])
+@pytest.mark.parametrize("n", [192, 208])
+def test_many_rows_of_a_large_matrix_in_pieces(kind, dtype, n, monkeypatch):
+    """Pieces of 64 rows, the last of which may be shorter; with a gate, which reads columns, and without."""
+    for module in (cpu_int4, cpu_blocks):
+        monkeypatch.setattr(module, "PIECE", 64 * 128)
+    linear = make(kind.replace("laid", "int4"), 128, n, dtype)
+    for options in ({}, {"silu_mul": True}, {"residual": torch.ones(65, n, dtype=dtype)}):
+        agree(linear, dtype, 65, **options)
+    if kind == "laid" and n == 192:
+        x = torch.randn(65, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+        want, packed = linear(x).float(), cpu_int4.lay(linear.values(linear.weight_packed))
+        got = cpu_int4.many(x, packed, linear.weight_scale, None, laid=True).float()
+        assert (got - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1)
+
+
 def test_onednn_is_as_it_was_after_a_product_and_after_an_error():
     x, w = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(4, 9, dtype=torch.bfloat16)
     before = torch._C._get_mkldnn_enabled()
@@ -123,7 +140,7 @@ def test_new_scales_reach_a_model_that_uses_a_fast_path():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("new, traced", [(1, False), (4, False), (16, False), (1, True)])
+@pytest.mark.parametrize("new, traced", [(1, False), (4, False), (16, False), (40, False), (1, True)])
 def test_attention_against_the_plain_one(dtype, window, qk_norm, new, traced):
     """traced: what Inductor is given, without a graph break."""
     torch._dynamo.reset()
@@ -184,12 +201,11 @@ def test_the_loops_of_int4_read_eight_digits_from_a_word(group, rows):
     q[0], q[31], q[32] = -8, 7, 7
     scale, x = torch.rand(192, 512 // group, generator=g), torch.randn(rows, 512, generator=g)
     packed = cpu_int4.lay(q)
-    assert torch.equal(cpu_int4.gather(cpu_int4.deal(q).T), q.T)
     assert torch.equal(cpu_int4.lifted(packed, 192, 512), q)
     want = x.double() @ (q.double().unflatten(1, (-1, group)) * scale.double()[..., None]).flatten(1).T
     y = cpu_loops.int4_word_sums(x, packed.view(torch.float32), cpu_loops.lanes(scale))
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
-    y = cpu_int4.gather(cpu_int4.many(x, packed, cpu_int4.deal(scale), None, cpu_int4.LAID))
+    y = cpu_int4.many(x, packed, scale, None, laid=True)
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
 
 
