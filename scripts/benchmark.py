@@ -116,12 +116,13 @@ SUM_MS = 0.0024  # a sum over two H200s of one row of Llama-2-7B's activations (
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or the processor's and how many threads compute."""
+    """A GPU's name, or the processor's, its vectors as PyTorch uses them, and how many threads compute."""
     if device.type != "cpu":
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     info = Path("/proc/cpuinfo")
     names = re.findall(r"(?m)^model name\s*: (.+)$", info.read_text()) if info.is_file() else []
-    return f"{names[0] if names else platform.machine()} ({torch.get_num_threads()} threads)"
+    name, vectors = names[0] if names else platform.machine(), torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {vectors} ({torch.get_num_threads()} threads)"
 
 
 def seconds(run: Callable[[], object], device: torch.device, times: int) -> float:
