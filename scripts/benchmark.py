@@ -121,8 +121,8 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     info = Path("/proc/cpuinfo")
     names = re.findall(r"(?m)^model name\s*: (.+)$", info.read_text()) if info.is_file() else []
-    name, vectors = names[0] if names else platform.machine(), torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {vectors} ({torch.get_num_threads()} threads)"
+    name = f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 def seconds(run: Callable[[], object], device: torch.device, times: int) -> float:
@@ -156,8 +156,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     seconds(lambda: a @ b, device, 3)
     rate = 2 * n**3 / statistics.median(seconds(lambda: a @ b, device, 10) for _ in range(4))
-    wider = device.type == "cpu" and dtype != torch.float32
-    return max(rate, matmul_rate(device, torch.float32)) if wider else rate
+    return max(rate, matmul_rate(device, torch.float32)) if device.type == "cpu" and dtype != torch.float32 else rate
 
 
 def process_seconds() -> float:

@@ -207,6 +207,19 @@ def test_known_device_bounds_the_denominator(monkeypatch, capsys):
     assert last_line(capsys)["bandwidth_gb_s"] == 5000
 
 
+def test_a_cpu_is_measured_by_its_fastest_product(monkeypatch):
+    """Without instructions for bfloat16 a product in it takes a hundred times as long, and MFU came out at 50."""
+    took = {torch.bfloat16: 0.2, torch.float32: 0.002}
+
+    def seconds(run, device, times):
+        return took[run.__closure__[0].cell_contents.dtype]
+
+    monkeypatch.setattr(benchmark, "seconds", seconds)
+    rates = [benchmark.matmul_rate(torch.device("cpu"), dtype) for dtype in took]
+    assert rates == [2 * 512**3 / 0.002] * 2
+    assert torch.backends.cpu.get_cpu_capability() in benchmark.device_name(torch.device("cpu"))
+
+
 def test_bandwidth_is_measured(monkeypatch):
     monkeypatch.undo()
     assert 1e8 < benchmark.read_bandwidth(torch.device("cpu")) < 1e13
