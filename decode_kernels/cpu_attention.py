@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import model
 from decode_kernels import cpu_loops
 from model import DECODE_TOKENS, Attention, LayerCache, rotate
+from model import attend as plain
 
 
 def attend(
@@ -43,7 +43,7 @@ def attend(
     k[0, :, -t:], v[0, :, -t:] = turned[:, h:].transpose(0, 1), heads[:, h + hkv :].transpose(0, 1)
     if t > DECODE_TOKENS:
         q, k, v = turned[None, :, :h], cache.k[:, :, :end], cache.v[:, :, :end]
-        return model.attend(q, k, v, positions, attention.window).flatten(2)
+        return plain(q, k, v, positions, attention.window).flatten(2)
     q = turned[:, :h].reshape(t, hkv, h // hkv, dh).permute(1, 2, 0, 3).reshape(1, hkv, h // hkv * t, dh)
     slots, at = torch.arange(first, end), positions[0, :, None]
     mask = (slots <= at) & (slots > at - (attention.window or end))  # row m of q is token m % t

@@ -80,8 +80,8 @@ def few(x: Tensor, blocks: Tensor) -> Tensor:
 def many(x: Tensor, blocks: Tensor) -> Tensor:
     """The same for many rows, multiplied in float32."""
     count, n, k = blocks.shape
-    if count > (few := max(1, PIECE // (n * k))):
-        return torch.cat([many(x, part) for part in blocks.split(few)], 1)
+    if count > (most := max(1, PIECE // (n * k))):
+        return torch.cat([many(x, part) for part in blocks.split(most)], 1)
     y = torch.bmm(x.float().expand(count, len(x), k), blocks.float().mT)
     return y.transpose(0, 1).reshape(len(x), -1).to(x.dtype)
 

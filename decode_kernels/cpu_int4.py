@@ -68,7 +68,7 @@ def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, laid: bo
 
 def lay(q: Tensor) -> Tensor:
     """int8 [N, K] in blocks of 64 rows, a byte holding two, uint8 [N, K / 2], whatever the processor: where the
-    operator's blocks have 32, whose column is half a vector of 256 bits, this fills one.
+    operator's blocks have 32, whose column is half a vector of 256 bits, this fills one. Their order is `_dealt`'s.
     """
     low, high = (_dealt(q.T) + 8).view(torch.uint8).flatten(3).permute(1, 2, 0, 3)  # [blocks, K, 32]
     return (low | high << 4).reshape(len(q), -1)
