@@ -201,15 +201,16 @@ class Int4(Int8):
         return x.dtype == linear.weight_scale.dtype
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        packed, constants = self.packed(linear)
+        packed, pairs, scale = self.packed(linear)
         if torch.compiler.is_compiling() or cpu_int4.is_few(x):
-            return cpu_int4.few(x, packed, constants)
-        return cpu_int4.many(x, packed, linear.weight_scale, linear.weight_zero_point)
+            return cpu_int4.few(x, packed, pairs)
+        return cpu_int4.many(x, packed, scale, linear.weight_zero_point)
 
-    def packed(self, linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
-        """What the operator takes for a weight."""
+    def packed(self, linear: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
+        """What the operator takes for a weight, and the scales for many rows."""
         assert linear.fast_constants is not None
-        return linear.weight_packed, linear.fast_constants
+        (pairs, scale), groups = linear.fast_constants.split((2, 1)), linear.weight_scale.shape[1]
+        return linear.weight_packed, pairs.view(groups, -1, 2), scale.view(groups, -1)
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         packed, scale, zero = linear.operands(None)
@@ -228,10 +229,11 @@ class Int4(Int8):
         return cpu_int4.unpack(packed, n, k)
 
     def constants(self, linear: QuantizedLinear) -> Tensor:
-        """[G, N, 2]: w = (q + 8 - 8) * scale + shift, with shift = -zero * scale."""
+        """[3, G * N]: what the operator takes, w = (q + 8 - 8) * scale + shift, and the scales for `many`."""
         scale, zero = linear.weight_scale, linear.weight_zero_point
         shift = torch.zeros_like(scale) if zero is None else -zero.float() * scale.float()
-        return torch.stack((scale, shift.to(scale.dtype)), -1).transpose(0, 1).contiguous()
+        pairs = torch.stack((scale, shift.to(scale.dtype)), -1).transpose(0, 1)  # [G, N, 2]
+        return torch.cat((pairs.reshape(2, -1), cpu_int4.ordered(scale, False).reshape(1, -1)))
 
 
 class Words(Int4):
@@ -243,11 +245,11 @@ class Words(Int4):
         return fits and cpu_loops.short() and super().covers(linear)
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        packed, scale = linear.weight_packed.view(torch.uint8), linear.weight_scale
-        if len(x) <= 16 and cpu_int4.half_rows() == 16 and linear.in_features <= 128 * scale.shape[1]:
-            assert linear.fast_constants is not None
-            return cpu_int4.few_laid(x, packed, linear.fast_constants[1:].view(2, scale.shape[1], -1, 2))
-        return cpu_int4.many(x, packed, scale, None, laid=True)
+        packed, groups = linear.weight_packed.view(torch.uint8), linear.weight_scale.shape[1]
+        assert linear.fast_constants is not None
+        if len(x) <= 16 and cpu_int4.half_rows() == 16 and linear.in_features <= 128 * groups:
+            return cpu_int4.few_laid(x, packed, linear.fast_constants[1:3].view(2, groups, -1, 2))
+        return cpu_int4.many(x, packed, linear.fast_constants[3:].view(groups, -1), None, laid=True)
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         assert linear.fast_constants is not None
@@ -261,9 +263,10 @@ class Words(Int4):
         return cpu_int4.lifted(packed.view(torch.uint8), n, k)
 
     def constants(self, linear: QuantizedLinear) -> Tensor:
-        """What the loops take, and the operator: [3, N * G]."""
+        """What the loops take, the operator, and `many`: [4, G * N]."""
         scale = linear.weight_scale
-        return torch.cat((cpu_loops.lanes(scale).view(1, -1), cpu_int4.halves(scale).view(2, -1)))
+        parts = cpu_loops.lanes(scale), cpu_int4.halves(scale), cpu_int4.ordered(scale, True)
+        return torch.cat([part.flatten() for part in parts]).view(4, -1)
 
 
 DENSE, BLOCKS, INT8, BYTES, INT4, WORDS = Dense(), Blocks(), Int8(), Bytes(), Int4(), Words()
@@ -322,4 +325,10 @@ def _knows_int4() -> bool:
     constants = torch.stack((scale, scale), -1).repeat(2, 1, 1)  # shift = scale: w = (q + 1) * scale
     want = F.linear(x.float(), (q.float() + 1) * scale.float()[:, None])
     right = _answers(lambda: torch.allclose(cpu_int4.few(x, cpu_int4.pack(q), constants).float(), want, rtol=2**-7))
-    return right and cpu_int4.block_rows() > 0
+    return right and cpu_int4.block_rows() > 0 and _answers(_knows_many_of_int4)
+
+
+def _knows_many_of_int4() -> bool:
+    x, q, _ = _case(64)
+    want, ones = F.linear(x.float(), q[:192].float()).to(x.dtype), torch.ones(1, 192, dtype=x.dtype)
+    return torch.equal(cpu_int4.many(x, cpu_int4.pack(q[:192]), ones, None), want)

@@ -79,11 +79,11 @@ def few(x: Tensor, blocks: Tensor) -> Tensor:
 
 def many(x: Tensor, blocks: Tensor) -> Tensor:
     """The same for many rows, multiplied in float32."""
-    count, n, k = blocks.shape
-    if count > (most := max(1, PIECE // (n * k))):
-        return torch.cat([many(x, part) for part in blocks.split(most)], 1)
-    y = torch.bmm(x.float().expand(count, len(x), k), blocks.float().mT)
-    return y.transpose(0, 1).reshape(len(x), -1).to(x.dtype)
+    (count, n, k), rows = blocks.shape, x.float()
+    y, size = x.new_empty(len(x), count, n), max(1, PIECE // (n * k))
+    for part, columns in zip(blocks.split(size), y.split(size, 1)):
+        columns.copy_(torch.bmm(rows.expand(len(part), -1, -1), part.float().mT).transpose(0, 1))
+    return y.flatten(1)
 
 
 def lay_bytes(q: Tensor) -> Tensor:
@@ -149,10 +149,14 @@ class ByteBags:
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x [M, K]; of one row in two operations, 18 us where PyTorch's nine take 71."""
-    if len(x) > 1 or x.dtype != weight.dtype or x.dtype not in ZERO:
+    """RMSNorm of x [M, K]; of one row in two operations, 18 us where PyTorch's nine take 71, and of more in seven."""
+    if x.dtype != weight.dtype or x.dtype not in ZERO:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return torch.addcmul(ZERO[x.dtype], x, weight, value=gain(x, eps))
+    if len(x) == 1:
+        return torch.addcmul(ZERO[x.dtype], x, weight, value=gain(x, eps))
+    rows = x.float()
+    gains = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
+    return rows.mul_(gains).mul_(weight.float()).to(x.dtype)
 
 
 def gain(x: Tensor, eps: float) -> float:

@@ -7,8 +7,9 @@ neighbours. How many and which depends on the processor, and packing tells it. E
 and 3 the column 5 6 7 8 becomes 0x75 and 0x86. The operator takes q + 8 and multiplies by (q + 8 - 8) * scale + shift.
 
 The operator makes floats of the weights anew for every four rows of activations. For many rows they are written out
-once, and a library multiplies: 3072 x 576 with 128 rows takes 3.8 ms instead of 5.3, with 512 rows 10.3 instead of 21.0
-(one thread of an AMD EPYC). For a compiled layer see `cpu_loops.sums_int4`, and `lay` for vectors of 256 bits.
+once, by PyTorch's operator for tables of 4-bit embeddings, and a library multiplies: 3072 x 576 with 128 rows takes 3.8
+ms instead of 5.3, with 512 rows 10.3 instead of 21.0 (one thread of an AMD EPYC). For a compiled layer see
+`cpu_loops.sums_int4`, and `lay` for vectors of 256 bits.
 """
 
 import itertools
@@ -21,8 +22,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 LAID = 64  # rows in a block of `lay`
-SIGNS, HIGH = -0x7777777777777778, -0x0F0F0F0F0F0F0F10  # 0x8888888888888888 and 0xF0F0F0F0F0F0F0F0 of int64
-PIECE = 4 << 20  # weights of which floats are made at a time: for more, the system clears new memory every time
+UNIT = -0x37FFC400  # the bits of 1 and -8 in fp16: digit * 1 - 8
+PIECE = 2 << 20  # weights of which floats are made at a time: for many more, the system clears new memory every time
 PAD = 16  # floats more in a row: rows that lie a multiple of 4,096 bytes apart share a place in the cache
 
 
@@ -33,8 +34,13 @@ def pack(q: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, n: int, k: int, block: int = 0) -> Tensor:
     """The inverse of `pack`, int8 [N, K], for blocks of `block` rows (0: as found out)."""
-    parts = _parts(packed, n, k, block or block_rows())
-    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts]) - 8
+    flat, block, parts = packed.flatten(), block or block_rows(), []
+    for rows, count in [(block, n // block)] + [(n % block, 1)] * (n % block > 0):  # of a smaller block what is left
+        part, flat = flat.tensor_split([count * rows * k // 2])
+        both = [digit.view(count, k, rows // 2) for digit in (part & 15, part >> 4)]
+        digits = torch.cat(both, -1) if _halves(rows) else torch.stack(both, -1).flatten(-2)
+        parts.append(digits.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).view(torch.int8) - 8
 
 
 def few(x: Tensor, packed: Tensor, constants: Tensor) -> Tensor:
@@ -49,36 +55,43 @@ def row(packed: Tensor, constants: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, laid: bool = False) -> Tensor:
-    """x [M, K] by ((q - zero) * scale) [N, K]: as of `multiply`; scale, zero [N, G]. laid: packed by `lay`."""
-    (n, groups), k, dtype, order = scale.shape, x.shape[-1], wide(x.dtype), _dealt if laid else _apart
-    if n > (rows := LAID * max(1, PIECE // (LAID * k))):
-        zeros = itertools.repeat(None) if zero is None else zero.split(rows)
-        return torch.cat([many(x, *part, laid) for part in zip(packed.split(rows), scale.split(rows), zeros)], 1)
-    w = torch.empty(k, n + PAD, dtype=dtype)[:, :-PAD]
-    digits = _digits(packed, n, k, laid)
-    for columns, part in zip(w.split([part.shape[1] for part in digits], 1), digits):
-        columns.copy_(part)  # 16 q, which is exact in 16 bits, as is 16 (q - zero)
-    if zero is not None:
-        w.unflatten(0, (groups, -1)).sub_(_columns(order(zero.T), dtype).mul_(16))
-    w.unflatten(0, (groups, -1)).mul_(_columns(order(scale.T), dtype).div_(16))
-    y, product = _result(x, n), x @ w if dtype == x.dtype else (w.T @ x.to(dtype).T).T
-    order(y).copy_(product.view(order(y).shape))
+    """x [M, K] by ((q - zero) * scale) [N, K]: as of `multiply`; scale [G, N] is of `ordered`, zero [N, G]. laid:
+    packed by `lay`.
+    """
+    (groups, n), k, dtype = scale.shape, x.shape[-1], wide(x.dtype)
+    (order, block), rows = _order(n, laid), LAID * max(1, PIECE // (LAID * k))
+    y, wide_x = _result(x, n), x.to(dtype)
+    zeros = itertools.repeat(None) if zero is None else zero.split(rows)
+    for part, scales, shift, columns in zip(packed.split(rows), scale.split(rows, 1), zeros, y.split(rows, 1)):
+        w = _floats(part, len(part), k, block) if block else unpack(part, len(part), k).T
+        w = w.to(dtype)  # exact, as is q - zero
+        each = w.unflatten(0, (groups, -1))
+        if shift is not None:
+            each.sub_(order(shift.T).reshape(groups, 1, -1))
+        each.mul_(scales.to(dtype)[:, None])
+        product = wide_x @ w if dtype == x.dtype else (w.T @ wide_x.T).T
+        order(columns).copy_(product.view(order(columns).shape))
     return y
+
+
+def ordered(scale: Tensor, laid: bool) -> Tensor:
+    """Scales [N, G] for `many`: [G, N]."""
+    return _order(len(scale), laid)[0](scale.T).reshape(-1, len(scale))
 
 
 def lay(q: Tensor) -> Tensor:
     """int8 [N, K] in blocks of 64 rows, a byte holding two, uint8 [N, K / 2], whatever the processor: where the
     operator's blocks have 32, whose column is half a vector of 256 bits, this fills one. Their order is `_dealt`'s.
     """
-    low, high = (_dealt(q.T) + 8).view(torch.uint8).flatten(3).permute(1, 2, 0, 3)  # [blocks, K, 32]
-    return (low | high << 4).reshape(len(q), -1)
+    low, high = (_dealt(q.T) + 8).view(torch.uint8).flatten(2).unflatten(2, (-1, 2)).unbind(3)  # [K, blocks, 32]
+    return (low | high << 4).transpose(0, 1).reshape(len(q), -1)
 
 
 def lifted(packed: Tensor, n: int, k: int) -> Tensor:
     """The inverse of `lay`."""
     q = packed.new_empty(n, k, dtype=torch.int8)
-    columns = torch.cat(_digits(packed, n, k, True), 1) >> 4
-    _dealt(q.T).copy_(columns.view(_dealt(q.T).shape))
+    digits = torch.stack((packed & 15, packed >> 4), -1).view(torch.int8).view(-1, k, LAID) - 8
+    _dealt(q.T).copy_(digits.transpose(0, 1).unflatten(2, (LAID // 8, 8)))
     return q
 
 
@@ -89,12 +102,13 @@ def few_laid(x: Tensor, packed: Tensor, constants: Tensor) -> Tensor:
     none, k = torch.zeros_like(x), x.shape[-1]
     pairs = (torch.stack(pair, -1).flatten(1) for pair in ((x, none), (none, x)))  # [M, 2 K]
     y = [few(pair, packed.view(-1, k), part).unflatten(1, (-1, 2, LAID // 4)) for pair, part in zip(pairs, constants)]
-    return torch.stack(y, 3).view(len(x), -1, 2, LAID // 8, 4).movedim(4, 2).flatten(1)
+    return torch.stack(y, 2).mT.reshape(len(x), -1, LAID // 8, 8).mT.flatten(1)
 
 
 def halves(scale: Tensor) -> Tensor:
     """Scales [N, G] for `few_laid`: [2, G, N / 2, 2]."""
-    parts = _dealt(scale.T).flatten(3).transpose(1, 2).unflatten(3, (2, -1)).movedim(3, 0).flatten(2)  # [2, G, N / 2]
+    # of a column's 32 bytes each half, and of a byte each digit: [2, G, N / 2]
+    parts = _dealt(scale.T).flatten(2).unflatten(2, (2, -1, 2)).permute(2, 0, 1, 4, 3).flatten(2)
     return torch.stack((parts, torch.zeros_like(parts)), -1)
 
 
@@ -115,12 +129,13 @@ def multiply(x: Tensor, w: Tensor) -> Tensor:
     MKL multiplies W x^T faster than x W^T: 16, 64, 128 rows by 3072 x 576 take 1.1, 2.2, 3.8 ms for 2.3, 3.8, 5.2 (two
     cores with AVX2), and 512 the same. In pieces 128 rows by 8192 x 2048 of int8 take 31 ms for 55.
     """
-    dtype, rows = wide(x.dtype), max(1, PIECE // w.shape[1])
-    if len(w) > rows and w.dtype != dtype:
-        return torch.cat([multiply(x, part) for part in w.split(rows)], 1)
-    if dtype == x.dtype:
-        return F.linear(x, w.to(dtype))
-    return _result(x, len(w)).copy_((w.to(dtype) @ x.to(dtype).T).T)
+    if w.dtype == (dtype := wide(x.dtype)):
+        return F.linear(x, w)
+    rows, y, wide_x = max(1, PIECE // w.shape[1]), _result(x, len(w)), x.to(dtype)
+    for part, columns in zip(w.split(rows), y.split(rows, 1)):
+        part = part.to(dtype)
+        columns.copy_(wide_x @ part.T if dtype == x.dtype else (part @ wide_x.T).T)
+    return y
 
 
 def _result(x: Tensor, n: int) -> Tensor:
@@ -128,49 +143,40 @@ def _result(x: Tensor, n: int) -> Tensor:
     return x.new_empty(len(x), n) if wide(x.dtype) == x.dtype else x.new_empty(n, len(x) + PAD)[:, :-PAD].T
 
 
-def _parts(packed: Tensor, n: int, k: int, block: int) -> list[Tensor]:
-    """q + 8, int8 [blocks, K, rows], of the whole blocks, and of a smaller one with the rows that are left."""
-    flat, parts = packed.flatten(), []
-    for rows, count in [(block, n // block)] + [(n % block, 1)] * (n % block > 0):
-        part, flat = flat.tensor_split([count * rows * k // 2])
-        both = [digit.view(count, k, rows // 2) for digit in (part & 15, part >> 4)]
-        digits = torch.cat(both, -1) if _halves(rows) else torch.stack(both, -1).flatten(-2)
-        parts.append(digits.view(torch.int8))  # which become floats six times as fast as uint8
-    return parts
+def _floats(packed: Tensor, n: int, k: int, block: int) -> Tensor:
+    """q, float32 [K, N], of whole blocks, whose rows come in the order of their digits: `_dealt`'s, or `_paired`'s.
 
-
-def _digits(packed: Tensor, n: int, k: int, laid: bool) -> list[Tensor]:
-    """16 q, parts int8 [K, n'] side by side, in the order of `_dealt` or `_apart`. A byte without its low digit is
-    that, once the sign of the high one is turned, and shifted by four bits so is the low one, eight bytes at a time.
+    PyTorch's operator for a table of 4-bit embeddings writes them, in a fifth of the time that shifts and conversions
+    take. A row of the table is a column of the matrix, and its last word scale and offset in fp16. The three words
+    before, which nobody reads, keep rows of the result from lying a multiple of 4,096 bytes apart, where they would
+    share places in the cache.
     """
-    half = LAID // 2 if laid else half_rows()
-    if not laid and not _is_apart(n):
-        return [(part << 4 ^ -128).transpose(0, 1).reshape(k, -1) for part in _parts(packed, n, k, block_rows())]
-    columns = packed.view(torch.complex128).view(n // half // 2, k, half // 16).transpose(0, 1)  # of 16 bytes each
-    words = columns.flatten().view(torch.int64).view(k, -1) ^ SIGNS
-    return [(words << 4).bitwise_and_(HIGH).view(torch.int8), words.bitwise_and_(HIGH).view(torch.int8)]
-
-
-def _columns(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t [G, ...] in a dtype, as [G, 1, N]."""
-    return torch.empty(t.shape, dtype=dtype).copy_(t).view(len(t), 1, -1)
+    table = torch.empty(k, n // 32 + 1, dtype=torch.complex128)  # of 16 bytes each, a block's column or half of it
+    table.view(torch.int32)[:, -1] = UNIT
+    columns = packed.view(table.dtype).view(-1, k, block // 32)
+    table[:, :-1].view(k, -1, block // 32).copy_(columns.transpose(0, 1))
+    return torch.ops.quantized.embedding_bag_4bit_unpack(table.view(torch.uint8))[:, :n]
 
 
 def _dealt(rows: Tensor) -> Tensor:
-    """Something of rows, [..., N], in the order of `lay`: [..., 2, blocks, 8, 4], first what lies in low digits. Of a
-    block's column, four bytes are a word of eight digits: so packed, the lowest digits of its eight words are the
-    block's first eight rows, the next digits the next rows.
+    """Something of rows, [..., N], in the order of `lay`: [..., blocks, 8, 8]. Of a block's column, four bytes are a
+    word of eight digits: so packed, the lowest digits of its eight words are the block's first eight rows, the next
+    digits the next rows.
     """
-    return rows.unflatten(-1, (-1, 4, 2, LAID // 8)).movedim(-2, -4).transpose(-1, -2)
+    return rows.unflatten(-1, (-1, 8, LAID // 8)).mT
 
 
-def _apart(rows: Tensor) -> Tensor:
-    """The same in the order of `pack`, [..., 2, blocks, half], where bytes hold two halves of blocks; else as it is."""
-    return rows.unflatten(-1, (-1, 2, half_rows())).transpose(-2, -3) if _is_apart(rows.shape[-1]) else rows
+def _paired(rows: Tensor) -> Tensor:
+    """The same in the order of `pack` where bytes hold two halves of a block: [..., blocks, half, 2]."""
+    return rows.unflatten(-1, (-1, 2, half_rows())).mT
 
 
-def _is_apart(n: int) -> bool:
-    return half_rows() in (16, 32) and n % block_rows() == 0
+def _order(n: int, laid: bool) -> tuple[Callable[[Tensor], Tensor], int]:
+    """In which order `_floats` has n rows, and how many are a block; 0 where they are not whole blocks for it."""
+    if laid:
+        return _dealt, LAID
+    block = block_rows() if block_rows() in (32, 64) and n % block_rows() == 0 else 0
+    return (_paired if block and half_rows() else lambda rows: rows), block
 
 
 def half_rows() -> int:

@@ -81,7 +81,7 @@ def row(linear: Linear, dtype: torch.dtype, norm: RMSNorm | None = None) -> Row 
     else:
         product = partial(fast.product, linear, one=None)
         if fast is cpu.INT4 and isinstance(linear, QuantizedLinear):
-            product = cpu_int4.row(*cpu.INT4.packed(linear))
+            product = cpu_int4.row(*cpu.INT4.packed(linear)[:2])
         if weight is not None:
             plain = product
             product = lambda x: plain(cpu_blocks.normed(x, weight, eps))  # noqa: E731

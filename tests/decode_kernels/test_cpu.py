@@ -113,7 +113,7 @@ def test_many_rows_of_a_large_matrix_in_pieces(kind, dtype, n, monkeypatch):
     if kind == "int4" and n == 192:
         x = torch.randn(65, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
         want, packed = linear(x).float(), cpu_int4.lay(linear.values(linear.weight_packed))
-        got = cpu_int4.many(x, packed, linear.weight_scale, None, laid=True).float()
+        got = cpu_int4.many(x, packed, cpu_int4.ordered(linear.weight_scale, True), None, laid=True).float()
         assert (got - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1)
 
 
@@ -205,7 +205,7 @@ def test_the_loops_of_int4_read_eight_digits_from_a_word(group, rows):
     want = x.double() @ (q.double().unflatten(1, (-1, group)) * scale.double()[..., None]).flatten(1).T
     y = cpu_loops.int4_word_sums(x, packed.view(torch.float32), cpu_loops.lanes(scale))
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
-    y = cpu_int4.many(x, packed, scale, None, laid=True)
+    y = cpu_int4.many(x, packed, cpu_int4.ordered(scale, True), None, laid=True)
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
 
 
