@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from inductor import Inductor, prepare
-from model import DecoderLayer
+from model import DecoderLayer, Select
 
 Function = Callable[..., Any]
 
@@ -95,8 +95,9 @@ class CompiledModules:
         self.forward[key], self.backends[key] = lambda _, x: own(x), backend
         return partial(self, key)
 
-    def __call__(self, module: nn.Module, *args: object, **options: object) -> Any:  # noqa: ANN401
-        return self.forward.get(module, nn.Module.__call__)(module, *args, **options)
+    def __call__(self, module: nn.Module, *args: object, select: Select = None, **options: object) -> Any:  # noqa: ANN401
+        y = self.forward.get(module, nn.Module.__call__)(module, *args, **options)
+        return y if select is None else y.flatten(0, 1).index_select(0, select)[:, None]  # not a program of its own
 
     def settle(self, park: Callable[[], None], step: Callable[[], None]) -> None:
         """Run step, in which all of these are called, and call what Inductor has made of them directly from then on,

@@ -11,6 +11,7 @@ a module says `local`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from linear import Linear, RMSNorm
 from tp import TensorParallel
 
 FastSum = Callable[[Linear, Tensor, Tensor | None], Tensor | None] | None  # of proj(y) + residual over ranks
+Select: TypeAlias = Tensor | None  # int64: those of the B * T tokens whose results are wanted; None: all
 DECODE_TOKENS = 16  # up to so many new tokens (of a row) or rows (of a layer) are a decode step, more are a prefill
 
 
@@ -136,8 +138,7 @@ class LayerCache(nn.Module):
     def write_(self, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [B, T, Hkv, Dh] into the slots `positions` [B, T] of each row."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.k[rows, :, positions] = k
-        self.v[rows, :, positions] = v
+        self.k[rows, :, positions], self.v[rows, :, positions] = k, v
 
 
 class KVCache(nn.Module):
@@ -171,15 +172,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> T
     Returns [B, T, H, Dh]. With S == T the queries are the slots themselves, so plain causal attention needs no mask.
     A few queries (decode) read K and V once for all query heads of a group; nothing is repeated.
     """
-    B, T, H, Dh = q.shape
-    Hkv, S = k.shape[1], k.shape[2]
+    (B, T, H, Dh), (_, Hkv, S, _) = q.shape, k.shape
     if S == T and not 0 < window < T:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=Hkv != H)
         return y.transpose(1, 2)
-    slots = torch.arange(S, device=q.device)
-    mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
-    if window:
-        mask = mask & (slots > positions[:, None, :, None] - window)
+    slots, at = torch.arange(S, device=q.device), positions[:, None, :, None]
+    mask = (slots <= at) & (slots > at - (window or S))  # [B, 1, T, S]
     if T > DECODE_TOKENS:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=Hkv != H)
         return y.transpose(1, 2)
@@ -355,8 +353,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.pre_norms else None
         self.mlp = (MoE if config.sparse[layer] else MLP)(config, tp)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int, select: Select = None
+    ) -> Tensor:
+        """x [B, T, D] -> the same; with select int64 [N] of so many of the B * T tokens alone, [N, 1, D]."""
         x = self.self_attn(x, self.input_layernorm, cos, sin, positions, cache, end)
+        x = x if select is None else x.flatten(0, 1).index_select(0, select)[:, None]
         return self.mlp(x, self.post_attention_layernorm)
 
 
@@ -417,7 +419,7 @@ class Transformer(nn.Module):
         run: Callable[..., Tensor] = nn.Module.__call__,
         *,
         end: int,
-        select: Tensor | None = None,
+        select: Select = None,
         whole: bool = True,
     ) -> Tensor:
         """tokens, positions int64 [B, T] -> logits in the activations' dtype: [B, T, V], or with select, int64 [B],
@@ -425,14 +427,14 @@ class Transformer(nn.Module):
 
         Keys and values of the new tokens are written to `cache` at `positions`. end: how many cache slots attention may
         look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
-        first prefill). run: what calls a layer, or the head; one compiled function serves all layers.
+        first prefill). run: what calls a layer, or the head; one compiled function serves all layers. The last layer is
+        asked for the selected tokens alone, since no other layer needs what its MLP makes of the others.
         """
         which = [int(cache.long or rope) for rope in self.config.layer_ropes]
         x, cos, sin = self.embed(tokens, positions, which[0])
         ropes = {i: (cos, sin) if i == which[0] else self.rope(positions, i) for i in dict.fromkeys(which)}
         for layer, layer_cache, i in zip(self.layers, cache.layers, which):
-            x = run(layer, x, *ropes[i], positions, layer_cache, end)
-        if select is not None:
-            x = x.flatten(0, 1).index_select(0, select)[:, None]
+            wanted = {} if select is None or layer is not self.layers[-1] else {"select": select}
+            x = run(layer, x, *ropes[i], positions, layer_cache, end, **wanted)
         logits = run(self.lm_head, x, norm=self.norm)  # of ranks whose shares of the vocabulary may be padded
         return self.tp.all_gather(logits)[..., : self.config.vocab_size].contiguous() if whole else logits

@@ -143,8 +143,10 @@ def rehearse(run: Run) -> None:
     for tokens in run.prefills:
         if tokens <= ROWS:
             step(tokens, tokens, ids(b))
+            mlps(model, b, tokens)  # before the last layer, which alone is asked for the last tokens alone
         elif (rows := tokens * b) <= 2 * ROWS:  # its products are those of a step of so many rows
             model(ids(rows, 1), ids(rows, 1), cache, end=run.slots, select=ids(b))
+            mlps(model, rows, 1)
     for tokens in sorted(run.tokens, reverse=True):
         logits = step(tokens, run.slots)
     token, of_rows = model.tp.broadcast(ids(b)), (torch.empty(4, device=META), ids(b), ids(b))
@@ -157,6 +159,7 @@ def rehearse(run: Run) -> None:
             end_round(fast, run, logits)
     if max(run.prefills) * b > ROWS:
         prefill(model, cache, ids(b, ROWS + 1))
+        mlps(model, b, 1)
 
 
 def end_round(fast: FastRounds, run: Run, logits: Tensor) -> None:
@@ -173,6 +176,13 @@ def end_round(fast: FastRounds, run: Run, logits: Tensor) -> None:
     for tokens in run.tokens:
         verified = fast.verify(logits.new_empty(b, tokens, v), top_k or 1, top_p, *of_rows, history, seen, q, None)
         fast.settle_(run.model.tp.broadcast(verified), 0, ids(b, 1), ids(b, 1), history, drafted, ids(b, 1), seen)
+
+
+def mlps(model: Transformer, *shape: int) -> None:
+    """The MLPs of so many tokens that no kernel has left digits of."""
+    for layer in model.layers:
+        x = torch.empty(*shape, model.config.hidden_size, dtype=model.norm.weight.dtype, device=META)
+        layer.mlp(x, layer.post_attention_layernorm)
 
 
 def prefill(model: Transformer, cache: KVCache, tokens: Tensor) -> None:

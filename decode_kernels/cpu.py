@@ -330,5 +330,5 @@ def _knows_int4() -> bool:
 
 def _knows_many_of_int4() -> bool:
     x, q, _ = _case(64)
-    want, ones = F.linear(x.float(), q[:192].float()).to(x.dtype), torch.ones(1, 192, dtype=x.dtype)
-    return torch.equal(cpu_int4.many(x, cpu_int4.pack(q[:192]), ones, None), want)
+    want, ones = F.linear(x.float(), q[:192].float()).to(x.dtype), torch.ones(192, 1, dtype=x.dtype)
+    return torch.equal(cpu_int4.many(x, cpu_int4.pack(q[:192]), cpu_int4.ordered(ones, False), None), want)

@@ -18,7 +18,7 @@ from decode_kernels import cpu, cpu_blocks, cpu_int4
 from decode_kernels.cpu_attention import Token
 from decode_kernels.cpu_blocks import Row
 from linear import Linear, QuantizedLinear, RMSNorm
-from model import MLP, DecoderLayer, LayerCache, Transformer
+from model import MLP, DecoderLayer, LayerCache, Select, Transformer
 
 
 class Layers:
@@ -47,7 +47,9 @@ class Step:
             self.gate_up = row(self.mlp.gate_up_proj, self.norm.weight.dtype, self.norm)
             self.down = row(self.mlp.down_proj, self.norm.weight.dtype)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int, select: Select = None
+    ) -> Tensor:  # the one token is what is selected
         x = x.view(1, -1)
         x = self.o(self.attend(self.qkv(x), cos, sin, positions, cache)).add_(x)
         if self.gate_up is None or self.down is None:

@@ -212,8 +212,13 @@ def test_rows_of_a_batch_may_be_at_different_positions(tiny):
     whole, cache = in_parts(model, tokens, []), cache_of(model)
     lengths = torch.tensor([31, 9])
     select = lengths - 1  # a padded prefill: the shorter row's padding is overwritten as it goes on
+    seen: list[tuple[int, ...]] = []
+    hooks = [layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape)) for layer in model.layers]
     logits = model(tokens[:, :31], torch.arange(31).expand(2, -1), cache, end=31, select=select + 31 * torch.arange(2))
     assert logits.shape == (2, 1, 200)
+    assert [shape[:2] for shape in seen] == [(2, 31)] * (len(hooks) - 1) + [(2, 1)]  # of the last, the wanted alone
+    for hook in hooks:
+        hook.remove()
     torch.testing.assert_close(logits[:, 0], whole[torch.arange(2), select], atol=1e-5, rtol=0)
     for _ in range(9):
         step = tokens.gather(1, lengths[:, None])

@@ -39,7 +39,7 @@ LIMITS = {
     "decode_kernels/__init__.py": 100,
     "decode_kernels/gpu.py": 165,
     "decode_kernels/bounds.py": 110,
-    "decode_kernels/ahead.py": 195,
+    "decode_kernels/ahead.py": 202,
     "decode_kernels/launch.py": 130,
     "decode_kernels/tiles.py": 160,
     "decode_kernels/dense.py": 350,
@@ -57,7 +57,7 @@ LIMITS = {
     "decode_kernels/cpu.py": 216,
     "decode_kernels/cpu_attention.py": 65,
     "decode_kernels/cpu_blocks.py": 108,
-    "decode_kernels/cpu_int4.py": 100,
+    "decode_kernels/cpu_int4.py": 113,
     "decode_kernels/cpu_loops.py": 60,
     "decode_kernels/cpu_step.py": 65,
 }

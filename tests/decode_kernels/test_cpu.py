@@ -50,6 +50,15 @@ def agree(linear: Linear, dtype: torch.dtype, rows: int, **options: object) -> N
     assert linear.fast is None and torch.equal(linear(x, **options).float(), want)
 
 
+@pytest.fixture(params=[True, False])
+def able(request, monkeypatch):
+    """Whether the processor has instructions for 16 bits."""
+    cpu_int4.wide.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
+    yield request.param
+    cpu_int4.wide.cache_clear()
+
+
 @pytest.mark.parametrize("kind", ["dense", "int8", "int8 g32", "int4", "int4 zero"])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("k, n", SHAPES)
@@ -103,7 +112,7 @@ def test_many_rows_of_int4(kind, dtype, n):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int4 zero"])
 @pytest.mark.parametrize("n", [192, 208])
-def test_many_rows_of_a_large_matrix_in_pieces(kind, dtype, n, monkeypatch):
+def test_many_rows_of_a_large_matrix_in_pieces(kind, dtype, n, able, monkeypatch):
     """Pieces of 64 rows, the last of which may be shorter; with a gate, which reads columns, and without."""
     for module in (cpu_int4, cpu_blocks):
         monkeypatch.setattr(module, "PIECE", 64 * 128)
@@ -240,18 +249,12 @@ def test_both_widths_of_vectors_are_served(kind, short, rows, monkeypatch):
         assert (got.float() - want).abs().max() <= TOLERANCE[torch.bfloat16] * want.abs().max()
 
 
-@pytest.mark.parametrize("able", [True, False])
-@pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
-def test_many_rows_with_and_without_instructions_for_16_bits(kind, able, monkeypatch):
-    cpu_int4.wide.cache_clear()
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
-    try:
-        linear = make(kind, 96, 64, torch.bfloat16)
-        for rows in (1, 3, 5, 70):
-            agree(linear, torch.bfloat16, rows)
-        assert cpu_int4.wide(torch.bfloat16) == (torch.bfloat16 if able else torch.float32)
-    finally:
-        cpu_int4.wide.cache_clear()
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int4 zero"])
+def test_many_rows_with_and_without_instructions_for_16_bits(kind, able):
+    linear = make(kind, 96, 64, torch.bfloat16)
+    for rows in (1, 3, 5, 70):
+        agree(linear, torch.bfloat16, rows)
+    assert cpu_int4.wide(torch.bfloat16) == (torch.bfloat16 if able else torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4 zero"])
