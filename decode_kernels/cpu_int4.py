@@ -56,12 +56,12 @@ def row(packed: Tensor, constants: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, laid: bool = False) -> Tensor:
-    """x [M, K] by ((q - zero) * scale) [N, K]: as of `multiply`; scale [G, N] is of `ordered`, zero [N, G]. laid:
-    packed by `lay`.
+    """x [M, K] by ((q - zero) * scale) [N, K]: as of `multiply`, in the scales' dtype, whatever that of x; scale [G, N]
+    is of `ordered`, zero [N, G]. laid: packed by `lay`.
     """
-    (groups, n), k, dtype = scale.shape, x.shape[-1], wide(x.dtype)
-    (order, block), rows = _order(n, laid, x.dtype), LAID * max(1, PIECE // (LAID * k))
-    y, wide_x = _result(x, n), x.to(dtype)
+    (groups, n), k, dtype = scale.shape, x.shape[-1], wide(scale.dtype)
+    (order, block), rows = _order(n, laid, scale.dtype), LAID * max(1, PIECE // (LAID * k))
+    y, wide_x = _result(len(x), n, scale.dtype), x.to(dtype)
     zeros = itertools.repeat(None) if zero is None else zero.split(rows)
     for part, scales, shift, columns in zip(packed.split(rows), scale.split(rows, 1), zeros, y.split(rows, 1)):
         make = _sixteenfold if order is _apart else _floats
@@ -72,7 +72,7 @@ def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, laid: bo
             each.sub_((order(shift.T) * (16 if order is _apart else 1)).reshape(groups, 1, -1))
         scales = order(scales).reshape(groups, -1) if order is _apart else scales
         each.mul_(scales.to(dtype)[:, None])
-        product = wide_x @ w if dtype == x.dtype else (w.T @ wide_x.T).T
+        product = wide_x @ w if dtype == scale.dtype else (w.T @ wide_x.T).T
         order(columns).copy_(product.view(order(columns).shape))
     return y
 
@@ -135,16 +135,18 @@ def multiply(x: Tensor, w: Tensor) -> Tensor:
     """
     if w.dtype == (dtype := wide(x.dtype)):
         return F.linear(x, w)
-    rows, y, wide_x = max(1, PIECE // w.shape[1]), _result(x, len(w)), x.to(dtype)
+    rows, y, wide_x = max(1, PIECE // w.shape[1]), _result(len(x), len(w), x.dtype), x.to(dtype)
     for part, columns in zip(w.split(rows), y.split(rows, 1)):
         part = part.to(dtype)
         columns.copy_(wide_x @ part.T if dtype == x.dtype else (part @ wide_x.T).T)
     return y
 
 
-def _result(x: Tensor, n: int) -> Tensor:
+def _result(m: int, n: int, dtype: torch.dtype) -> Tensor:
     """Empty [M, N]. After W x^T its columns are contiguous, with gaps: without, one thread alone would transpose it."""
-    return x.new_empty(len(x), n) if wide(x.dtype) == x.dtype else x.new_empty(n, len(x) + PAD)[:, :-PAD].T
+    if wide(dtype) == dtype:
+        return torch.empty(m, n, dtype=dtype)
+    return torch.empty(n, m + PAD, dtype=dtype)[:, :-PAD].T
 
 
 def _floats(packed: Tensor, n: int, k: int, block: int) -> Tensor:

@@ -54,10 +54,10 @@ LIMITS = {
     "decode_kernels/letters.py": 50,
     "decode_kernels/reduce.py": 160,
     "decode_kernels/sums.py": 80,
-    "decode_kernels/cpu.py": 216,
+    "decode_kernels/cpu.py": 220,
     "decode_kernels/cpu_attention.py": 65,
     "decode_kernels/cpu_blocks.py": 108,
-    "decode_kernels/cpu_int4.py": 113,
+    "decode_kernels/cpu_int4.py": 114,
     "decode_kernels/cpu_loops.py": 60,
     "decode_kernels/cpu_step.py": 65,
 }

@@ -69,7 +69,7 @@ def test_every_format_and_shape_against_the_plain_expression(kind, dtype, k, n):
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 70])
 def test_what_is_fused_around_the_product(kind, rows):
     dtype, linear, norm = torch.bfloat16, make(kind, 128, 96, torch.bfloat16), RMSNorm(128, 1e-5)
     norm.weight.copy_(torch.linspace(0.5, 1.5, 128))
