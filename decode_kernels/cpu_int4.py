@@ -152,7 +152,7 @@ def _result(m: int, n: int, dtype: torch.dtype) -> Tensor:
 def _floats(packed: Tensor, n: int, k: int, block: int) -> Tensor:
     """q, float32 [K, N], of whole blocks, whose rows come in the order of their digits: `_dealt`'s, or `_paired`'s.
 
-    PyTorch's operator for a table of 4-bit embeddings writes them, in a fifth of the time that shifts and conversions
+    PyTorch's operator for a table of 4-bit embeddings writes them, in a third of the time that shifts and conversions
     take. A row of the table is a column of the matrix, and its last word scale and offset in fp16. The three words
     before, which nobody reads, keep rows of the result from lying a multiple of 4,096 bytes apart, where they would
     share places in the cache.
