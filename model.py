@@ -428,7 +428,7 @@ class Transformer(nn.Module):
         Keys and values of the new tokens are written to `cache` at `positions`. end: how many cache slots attention may
         look at, a host integer above every position; end == T says that the tokens are slots 0..T-1 of every row (a
         first prefill). run: what calls a layer, or the head; one compiled function serves all layers. The last layer is
-        asked for the selected tokens alone, since no other layer needs what its MLP makes of the others.
+        asked for the selected tokens alone: no layer follows that would attend to the others.
         """
         which = [int(cache.long or rope) for rope in self.config.layer_ropes]
         x, cos, sin = self.embed(tokens, positions, which[0])
