@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from decode_kernels import cpu_blocks, cpu_int4, cpu_loops
 from decode_kernels.cpu_attention import attend
-from decode_kernels.cpu_int4 import multiply, wide
+from decode_kernels.cpu_products import PlainProduct, Product, multiply, wide
 from linear import Experts, Int4Linear, Linear, QuantizedLinear, RMSNorm
 from model import DECODE_TOKENS, Attention
 
@@ -86,6 +86,10 @@ class Dense:
         w = linear.weight if one is None else linear.weight[one]
         return gemv(x, w) if len(x) <= 4 else multiply(x, w)
 
+    def many(self, linear: Linear, entering: tuple[int, int] | None = None) -> Product:
+        """The product with many rows; entering: see `cpu_int4.Int4Product`."""
+        return PlainProduct(linear.weight, linear.weight.dtype)
+
     def sums(self, linear: Linear, x: Tensor, one: int | None) -> Tensor:
         """The product for a compiler: float32 x [1, K] -> float32 [1, N]; of int4 [M, K] -> [M, N]."""
         return cpu_loops.sums(x, linear.weight if one is None else linear.weight[one])
@@ -102,7 +106,10 @@ class Blocks(Dense):
         return x.dtype == linear.weight.dtype and not torch.compiler.is_compiling()
 
     def product(self, linear: Linear, x: Tensor, one: int | None) -> Tensor:
-        return (cpu_blocks.few if len(x) <= cpu_blocks.FEW else cpu_blocks.many)(x, linear.weight)
+        return cpu_blocks.few(x, linear.weight) if len(x) <= cpu_blocks.FEW else self.many(linear)(x)
+
+    def many(self, linear: Linear, entering: tuple[int, int] | None = None) -> Product:
+        return cpu_blocks.BlockProduct(linear.weight, linear.in_features, linear.weight.dtype)
 
 
 def gemv(x: Tensor, w: Tensor) -> Tensor:
@@ -135,7 +142,11 @@ class Int8(Dense):
             if x.shape[-1] < 2048 and q.numel() <= CACHED and q.storage_offset() % 8 == 0:
                 q.view(torch.int64).max()  # at 30 GB/s; the operator reads short rows at 13, from the cache at 31
             return torch._weight_int8pack_mm(x.contiguous(), q, scale.view(-1))
-        return (multiply(x, q).float() * scale.squeeze(-1).float()).to(x.dtype)
+        return PlainProduct(q, x.dtype, scale.float())(x)
+
+    def many(self, linear: QuantizedLinear, entering: tuple[int, int] | None = None) -> Product:
+        q, scale, _ = linear.operands(None)
+        return PlainProduct(q, scale.dtype, scale.float())
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         (q, scale, _), words = linear.operands(one), linear.fast_constants
@@ -168,12 +179,14 @@ class Bytes(Int8):
         return not torch.compiler.is_compiling()
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        (table, scale, _), row = linear.operands(None), x.float()
-        if len(x) <= cpu_blocks.FEW_BYTES:
-            y = cpu_blocks.few_bytes(row, table)
-        else:
-            y = cpu_blocks.many(row, cpu_blocks.integers(table, x.shape[-1]))
-        return (y * scale.view(-1)).to(x.dtype)
+        if len(x) > cpu_blocks.FEW_BYTES:
+            return self.many(linear)(x, x.dtype)
+        table, scale, _ = linear.operands(None)
+        return (cpu_blocks.few_bytes(x.float(), table) * scale.view(-1)).to(x.dtype)
+
+    def many(self, linear: QuantizedLinear, entering: tuple[int, int] | None = None) -> Product:
+        table, scale, _ = linear.operands(None)
+        return cpu_blocks.BlockProduct(table, linear.in_features, scale.dtype, scale)
 
     def pack(self, q: Tensor) -> Tensor:
         return cpu_blocks.lay_bytes(q)
@@ -205,13 +218,16 @@ class Int4(Int8):
 
     def normed(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """Many rows in the dtype in which they are multiplied: 2 to 4% of a prefill of 128 tokens."""
-        return cpu_blocks.normed(x, norm.weight, norm.eps, None if cpu_int4.is_few(x) else cpu_int4.wide(x.dtype))
+        return cpu_blocks.normed(x, norm.weight, norm.eps, None if cpu_int4.is_few(x) else wide(x.dtype))
 
     def product(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
-        packed, pairs, scale = self.packed(linear)
         if torch.compiler.is_compiling() or cpu_int4.is_few(x):
-            return cpu_int4.few(x, packed, pairs)
-        return cpu_int4.many(x, packed, scale, linear.weight_zero_point)
+            return cpu_int4.few(x, *self.packed(linear)[:2])
+        return self.many(linear)(x)
+
+    def many(self, linear: QuantizedLinear, entering: tuple[int, int] | None = None) -> Product:
+        packed, _, scale = self.packed(linear)
+        return cpu_int4.Int4Product(packed, scale, linear.weight_zero_point, entering=entering)
 
     def packed(self, linear: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
         """What the operator takes for a weight, and the scales for many rows."""
@@ -240,7 +256,7 @@ class Int4(Int8):
         scale, zero = linear.weight_scale, linear.weight_zero_point
         shift = torch.zeros_like(scale) if zero is None else -zero.float() * scale.float()
         pairs = torch.stack((scale, shift.to(scale.dtype)), -1).transpose(0, 1)  # [G, N, 2]
-        return torch.cat((pairs.reshape(2, -1), cpu_int4.ordered(scale, False).reshape(1, -1)))
+        return torch.cat((pairs.reshape(2, -1), cpu_int4.ordered(scale, linear.in_features, False).reshape(1, -1)))
 
 
 class Words(Int4):
@@ -256,7 +272,12 @@ class Words(Int4):
         assert linear.fast_constants is not None
         if len(x) <= 16 and cpu_int4.half_rows() == 16 and linear.in_features <= 128 * groups:
             return cpu_int4.few_laid(x, packed, linear.fast_constants[1:3].view(2, groups, -1, 2))
-        return cpu_int4.many(x, packed, linear.fast_constants[3:].view(groups, -1), None, laid=True)
+        return self.many(linear)(x)
+
+    def many(self, linear: QuantizedLinear, entering: tuple[int, int] | None = None) -> Product:
+        packed, groups = linear.weight_packed.view(torch.uint8), linear.weight_scale.shape[1]
+        assert linear.fast_constants is not None
+        return cpu_int4.Int4Product(packed, linear.fast_constants[3:].view(groups, -1), None, True, entering)
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         assert linear.fast_constants is not None
@@ -272,7 +293,7 @@ class Words(Int4):
     def constants(self, linear: QuantizedLinear) -> Tensor:
         """What the loops take, the operator, and `many`: [4, G * N]."""
         scale = linear.weight_scale
-        parts = cpu_loops.lanes(scale), cpu_int4.halves(scale), cpu_int4.ordered(scale, True)
+        parts = cpu_loops.lanes(scale), cpu_int4.halves(scale), cpu_int4.ordered(scale, linear.in_features, True)
         return torch.cat([part.flatten() for part in parts]).view(4, -1)
 
 
@@ -338,4 +359,4 @@ def _knows_int4() -> bool:
 def _knows_many_of_int4() -> bool:
     x, q, _ = _case(64)
     want, ones = F.linear(x.float(), q[:192].float()).to(x.dtype), torch.ones(192, 1, dtype=x.dtype)
-    return torch.equal(cpu_int4.many(x, cpu_int4.pack(q[:192]), cpu_int4.ordered(ones, False), None), want)
+    return torch.equal(cpu_int4.Int4Product(cpu_int4.pack(q[:192]), cpu_int4.ordered(ones, 64, False), None)(x), want)

@@ -18,7 +18,8 @@ def attend(
     attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache, end: int
 ) -> Tensor | None:
     """`Attention.fast`: new tokens of one sequence, whose positions must be consecutive; it reads the slots that are
-    filled and no others: qkv [1, T, (H + 2 Hkv) Dh] -> [1, T, H Dh].
+    filled and no others: qkv [1, T, (H + 2 Hkv) Dh] -> [1, T, H Dh]. With more than a few of them qkv may be in float32
+    where the cache is not.
     """
     b, t, _ = qkv.shape
     compiling = torch.compiler.is_compiling()
@@ -30,19 +31,21 @@ def attend(
     heads = qkv.view(t, h + 2 * hkv, dh)
     turned = heads[:, : h + hkv]
     if attention.q_norm is not None and attention.k_norm is not None:
-        turned = torch.cat((attention.q_norm(turned[:, :h]), attention.k_norm(turned[:, h:])), 1)
-    turned = rotate(turned, cos[0], sin[0])
+        norms = ((turned[:, :h], attention.q_norm), (turned[:, h:], attention.k_norm))
+        turned = torch.cat([F.rms_norm(x, (dh,), norm.weight.to(x.dtype), norm.eps) for x, norm in norms], 1)
     if compiling:
+        turned = rotate(turned, cos[0], sin[0])
         cache.write_(positions, turned[None, :, h:], heads[None, :, h + hkv :])
         k, v = cache.k[0].narrow(1, 0, end), cache.v[0].narrow(1, 0, end)
         y = cpu_loops.attention(turned[0, :h], k, v, positions[0], attention.window)
         return y.to(qkv.dtype)
-    start = int(positions[0, 0])
+    cos, sin, start = _step(cos, sin, positions)
+    turned = _turned(turned.float(), cos, sin).to(qkv.dtype)
     end, first = start + t, max(0, start + 1 - attention.window) if attention.window else 0
     k, v = cache.k[:, :, first:end], cache.v[:, :, first:end]
     k[0, :, -t:], v[0, :, -t:] = turned[:, h:].transpose(0, 1), heads[:, h + hkv :].transpose(0, 1)
     if t > DECODE_TOKENS:
-        q, k, v = turned[None, :, :h], cache.k[:, :, :end], cache.v[:, :, :end]
+        q, k, v = turned[None, :, :h], cache.k[:, :, :end].to(qkv.dtype), cache.v[:, :, :end].to(qkv.dtype)
         return plain(q, k, v, positions, attention.window).flatten(2)
     q = turned[:, :h].reshape(t, hkv, h // hkv, dh).permute(1, 2, 0, 3).reshape(1, hkv, h // hkv * t, dh)
     slots, at = torch.arange(first, end), positions[0, :, None]
@@ -65,8 +68,7 @@ class Token:
         q_norm, k_norm = self.norms
         if q_norm is not None and k_norm is not None:
             turned = torch.cat((q_norm(turned[:, :h]), k_norm(turned[:, h:])), 1)
-        # `model.rotate` in five operations instead of ten
-        turned = (turned * cos).add_(turned.roll(dh // 2, -1) * sin).to(v.dtype)
+        turned = _turned(turned, cos, sin)
         q, k = turned.split((h, hkv), 1)
         keys, values = cache._buffers["k"], cache._buffers["v"]  # `nn.Module.__getattr__` takes a microsecond
         assert keys is not None and values is not None
@@ -77,7 +79,14 @@ class Token:
         return F.scaled_dot_product_attention(q.view(1, hkv, -1, dh), k, v).view(1, -1)
 
 
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`model.rotate` in five operations instead of ten, for the factors of `_step`."""
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
 @lru_cache(4)  # a step's layers turn by the same angles, or by one of two
 def _step(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Of cos and sin [1, 1, 1, Dh / 2] the factors [1, 1, Dh] of x and of x with its halves exchanged; the position."""
-    return torch.cat((cos[0], cos[0]), -1), torch.cat((-sin[0], sin[0]), -1), int(positions)
+    """Of cos and sin [1, T, 1, Dh / 2] the factors [T, 1, Dh] of x and of x with its halves exchanged; the first of the
+    positions.
+    """
+    return torch.cat((cos[0], cos[0]), -1), torch.cat((-sin[0], sin[0]), -1), int(positions[0, 0])

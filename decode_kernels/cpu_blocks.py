@@ -10,14 +10,14 @@ rows, whose columns lie in memory one after the other. 8192 x 2048 of bf16 take 
 matrix-vector product, which makes floats of x anew for every row; four rows of x take 3.8 ms instead of 7.0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decode_kernels.cpu_int4 import PIECE
+from decode_kernels.cpu_products import Product
 from linear import Linear
 from model import Transformer
 
@@ -77,13 +77,37 @@ def few(x: Tensor, blocks: Tensor) -> Tensor:
     return y.view(1, -1) if m == 1 else y.view(count, m, n).transpose(0, 1).reshape(m, -1)
 
 
-def many(x: Tensor, blocks: Tensor) -> Tensor:
-    """The same for many rows, multiplied in float32."""
-    (count, n, k), rows = blocks.shape, x.float()
-    y, size = x.new_empty(len(x), count, n), max(1, PIECE // (n * k))
-    for part, columns in zip(blocks.split(size), y.split(size, 1)):
-        columns.copy_(torch.bmm(rows.expand(len(part), -1, -1), part.float().mT).transpose(0, 1))
-    return y.flatten(1)
+class BlockProduct(Product):
+    """Many rows by blocks of 16-bit weights, or by a table of `lay_bytes` with scales [N, 1], in float32."""
+
+    def __init__(self, weight: Tensor, k: int, dtype: torch.dtype, scale: Tensor | None = None) -> None:
+        in_bytes = weight.dtype == torch.uint8
+        self.k, self.count = k, len(weight) // k if in_bytes else len(weight)
+        size = weight.shape[1] - 8 if in_bytes else weight.shape[1]
+        super().__init__(self.count * size, k, dtype, size)
+        self.wide, self.by_rows, self.unit = torch.float32, True, size
+        self.scale = None if scale is None else scale.float().view(self.count, 1, -1)
+        self.parts = weight.split(self.rows // size * (k if in_bytes else 1))
+
+    def matrices(self) -> Iterator[Tensor]:
+        """[blocks, K, n]."""
+        return ((part if part.dim() == 3 else integers(part, self.k)).mT.float() for part in self.parts)
+
+    def product(self, x: Tensor) -> Tensor:
+        """[N / n, M, n]."""
+        y = x.new_empty(self.count, len(x), self.unit)
+        for w, blocks in zip(self.matrices(), y.split(self.rows // self.unit)):
+            torch.bmm(x.expand(len(w), -1, -1), w, out=blocks)
+        return y if self.scale is None else y.mul_(self.scale)
+
+    def shares(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.product(x).transpose(0, 1), y.view(len(x), self.count, -1)
+
+    def gated(self, x: Tensor) -> Tensor:
+        gate, up = self.product(x).chunk(2)
+        y = x.new_empty(len(x), len(gate), self.unit)
+        torch.mul(F.silu(gate, inplace=True).transpose(0, 1), up.transpose(0, 1), out=y)
+        return y.flatten(1)
 
 
 def lay_bytes(q: Tensor) -> Tensor:
@@ -156,9 +180,13 @@ def normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = No
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     if len(x) == 1:
         return torch.addcmul(ZERO[x.dtype], x, weight, value=gain(x, eps))
-    rows = x.float()
-    gains = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
-    return rows.mul_(gains).mul_(weight.float()).to(dtype or x.dtype)
+    return normed_rows(x.float(), weight, eps).to(dtype or x.dtype)
+
+
+def normed_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same of float32 x, in float32."""
+    gains = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
+    return (x * gains).mul_(weight.float())
 
 
 def gain(x: Tensor, eps: float) -> float:

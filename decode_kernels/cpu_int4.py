@@ -13,19 +13,18 @@ ms instead of 5.3, with 512 rows 10.3 instead of 21.0 (one thread of an AMD EPYC
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from decode_kernels.cpu_products import PAD, Product, piece, wide
 
 aten = torch.ops.aten
 LAID = 64  # rows in a block of `lay`
 SIGNS, HIGH = -0x7777777777777778, -0x0F0F0F0F0F0F0F10  # 0x8888888888888888 and 0xF0F0F0F0F0F0F0F0 of int64
 UNIT = -0x37FFC400  # the bits of 1 and -8 in fp16: digit * 1 - 8
-PIECE = 2 << 20  # weights of which floats are made at a time: for many more, the system clears new memory every time
-PAD = 16  # floats more in a row: rows that lie a multiple of 4,096 bytes apart share a place in the cache
 
 
 def pack(q: Tensor) -> Tensor:
@@ -55,32 +54,54 @@ def row(packed: Tensor, constants: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group, constants)
 
 
-def many(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, laid: bool = False) -> Tensor:
-    """x [M, K] by ((q - zero) * scale) [N, K]: as of `multiply`, in the scales' dtype, whatever that of x; scale [G, N]
-    is of `ordered`, zero [N, G]. laid: packed by `lay`.
+class Int4Product(Product):
+    """Many rows by ((q - zero) * scale) [N, K]; scale [G, N] is of `ordered`, zero [N, G] or None. laid: packed by
+    `lay`. entering: the order in which x comes, see `Product.leaving`; the groups must hold a multiple of it.
     """
-    (groups, n), k, dtype = scale.shape, x.shape[-1], wide(scale.dtype)
-    (order, block), rows = _order(n, laid, scale.dtype), LAID * max(1, PIECE // (LAID * k))
-    y, wide_x = _result(len(x), n, scale.dtype), x.to(dtype)
-    zeros = itertools.repeat(None) if zero is None else zero.split(rows)
-    for part, scales, shift, columns in zip(packed.split(rows), scale.split(rows, 1), zeros, y.split(rows, 1)):
-        make = _sixteenfold if order is _apart else _floats
-        w = make(part, len(part), k, block) if block else unpack(part, len(part), k).T
-        w = w.to(dtype)  # exact, as is q - zero
-        each = w.unflatten(0, (groups, -1))
-        if shift is not None:
-            each.sub_((order(shift.T) * (16 if order is _apart else 1)).reshape(groups, 1, -1))
-        scales = order(scales).reshape(groups, -1) if order is _apart else scales
-        each.mul_(scales.to(dtype)[:, None])
-        product = wide_x @ w if dtype == scale.dtype else (w.T @ wide_x.T).T
-        order(columns).copy_(product.view(order(columns).shape))
-    return y
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        laid: bool = False,
+        entering: tuple[int, int] | None = None,
+    ) -> None:
+        (groups, n), k = scale.shape, 2 * packed.numel() // scale.shape[1]
+        super().__init__(n, k, scale.dtype, LAID)
+        self.order, self.block = _order(n, laid, scale.dtype)
+        self.unit, self.leaving = self.block or 1, _swapped(self.order)
+        self.k, self.groups, self.entering = k, groups, entering
+        zeros = itertools.repeat(None) if zero is None else zero.split(self.rows)
+        self.parts = list(zip(packed.split(self.rows), scale.split(self.rows, 1), zeros))
+
+    def matrices(self) -> Iterator[Tensor]:
+        for part, scales, zero in self.parts:
+            w = self.integers(part).to(self.wide)  # exact, as is q - zero
+            each = w.unflatten(0, (self.groups, -1))
+            if zero is not None:
+                each.sub_((self.order(zero.T) * (16 if self.order is _apart else 1)).reshape(self.groups, 1, -1))
+            each.mul_(scales[:, None])
+            yield w.T
+
+    def integers(self, part: Tensor) -> Tensor:
+        """q [K, rows], or 16 q in the order of `_apart`."""
+        if not self.block:
+            columns = unpack(part, len(part), self.k).T
+        else:  # of 16 bytes each
+            columns = part.view(torch.complex128).view(-1, self.k, self.block // 32).transpose(0, 1)
+        if self.order is _apart:
+            return _sixteenfold(columns)
+        if self.entering is not None:
+            columns = columns.unflatten(0, (-1, *self.entering)).transpose(1, 2)
+        return _floats(columns) if self.block else columns.reshape(self.k, -1)
 
 
-def ordered(scale: Tensor, laid: bool) -> Tensor:
-    """Scales [N, G] for `many`: [G, N], in its order, unless that is `_apart`, which depends on how it splits rows."""
+def ordered(scale: Tensor, k: int, laid: bool) -> Tensor:
+    """Scales [N, G] of a weight [N, K] for `Int4Product`: [G, N], in the order of its matrices."""
     order, _ = _order(len(scale), laid, scale.dtype)
-    return scale.T / 16 if order is _apart else order(scale.T).reshape(-1, len(scale))
+    parts = [order(part.T).reshape(-1, len(part)) for part in scale.split(piece(k, LAID))]
+    return torch.cat(parts, 1) / (16 if order is _apart else 1)
 
 
 def lay(q: Tensor) -> Tensor:
@@ -116,60 +137,33 @@ def halves(scale: Tensor) -> Tensor:
     return torch.stack((parts, torch.zeros_like(parts)), -1)
 
 
-@cache
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """In which oneDNN multiplies many rows fastest: 16 bits need instructions for them, and fp16's come with AMX."""
-    return dtype if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
 def is_few(x: Tensor) -> bool:
     """Whether the operator is faster for so many rows of activations."""
     return len(x) <= (32 if wide(x.dtype) == torch.float32 else 64)
 
 
-def multiply(x: Tensor, w: Tensor) -> Tensor:
-    """Many rows x [M, K] by w [N, K], whose numbers are exact in x's dtype: [M, N], whose columns may be contiguous.
-
-    MKL multiplies W x^T faster than x W^T: 16, 64, 128 rows by 3072 x 576 take 1.1, 2.2, 3.8 ms for 2.3, 3.8, 5.2 (two
-    cores with AVX2), and 512 the same. In pieces 128 rows by 8192 x 2048 of int8 take 31 ms for 55.
-    """
-    if w.dtype == (dtype := wide(x.dtype)):
-        return F.linear(x, w)
-    rows, y, wide_x = max(1, PIECE // w.shape[1]), _result(len(x), len(w), x.dtype), x.to(dtype)
-    for part, columns in zip(w.split(rows), y.split(rows, 1)):
-        part = part.to(dtype)
-        columns.copy_(wide_x @ part.T if dtype == x.dtype else (part @ wide_x.T).T)
-    return y
-
-
-def _result(m: int, n: int, dtype: torch.dtype) -> Tensor:
-    """Empty [M, N]. After W x^T its columns are contiguous, with gaps: without, one thread alone would transpose it."""
-    if wide(dtype) == dtype:
-        return torch.empty(m, n, dtype=dtype)
-    return torch.empty(n, m + PAD, dtype=dtype)[:, :-PAD].T
-
-
-def _floats(packed: Tensor, n: int, k: int, block: int) -> Tensor:
-    """q, float32 [K, N], of whole blocks, whose rows come in the order of their digits: `_dealt`'s, or `_paired`'s.
+def _floats(columns: Tensor) -> Tensor:
+    """q, float32 [K, N], of columns complex128 [..., N / 32], which are K and lie as they may; the rows come in the
+    order of their digits: `_dealt`'s, or `_paired`'s.
 
     PyTorch's operator for a table of 4-bit embeddings writes them, in a third of the time that shifts and conversions
     take. A row of the table is a column of the matrix, and its last word scale and offset in fp16. The three words
     before, which nobody reads, keep rows of the result from lying a multiple of 4,096 bytes apart, where they would
     share places in the cache.
     """
-    table = torch.empty(k, n // 32 + 1, dtype=torch.complex128)  # of 16 bytes each, a block's column or half of it
+    words = columns.shape[-2] * columns.shape[-1]  # in a column of the matrix
+    table = torch.empty(columns.numel() // words, words + 1, dtype=columns.dtype)
     table.view(torch.int32)[:, -1] = UNIT
-    columns = packed.view(table.dtype).view(-1, k, block // 32)
-    table[:, :-1].view(k, -1, block // 32).copy_(columns.transpose(0, 1))
-    return torch.ops.quantized.embedding_bag_4bit_unpack(table.view(torch.uint8))[:, :n]
+    table[:, :-1].view(columns.shape).copy_(columns)
+    return torch.ops.quantized.embedding_bag_4bit_unpack(table.view(torch.uint8))[:, : 32 * words]
 
 
-def _sixteenfold(packed: Tensor, n: int, k: int, block: int) -> Tensor:
+def _sixteenfold(columns: Tensor) -> Tensor:
     """16 q, bf16 [K, N], in the order of `_apart`, in less time where nothing needs float32. A byte without its low
     digit is that, once the sign of the high one is turned, and shifted by four bits so is the low one, eight bytes at a
     time.
     """
-    columns = packed.view(torch.complex128).view(-1, k, block // 32).transpose(0, 1)  # of 16 bytes each
+    k, n = len(columns), 32 * columns[0].numel()
     words, w = columns.flatten().view(torch.int64).view(k, -1) ^ SIGNS, torch.empty(k, n + PAD, dtype=torch.bfloat16)
     w[:, : n // 2] = (words << 4).bitwise_and_(HIGH).view(torch.int8)
     w[:, n // 2 : n] = words.bitwise_and_(HIGH).view(torch.int8)
@@ -201,6 +195,11 @@ def _order(n: int, laid: bool, dtype: torch.dtype) -> tuple[Callable[[Tensor], T
     block = block_rows() if block_rows() in (32, 64) and n % block_rows() == 0 else 0
     in_halves = _apart if wide(dtype) == dtype else _paired
     return (in_halves if block and half_rows() else lambda rows: rows), block
+
+
+def _swapped(order: Callable[[Tensor], Tensor]) -> tuple[int, int] | None:
+    """The order as `Product.leaving`."""
+    return (8, LAID // 8) if order is _dealt else (2, half_rows()) if order is _paired else None
 
 
 def half_rows() -> int:

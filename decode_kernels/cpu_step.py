@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from decode_kernels import cpu, cpu_blocks, cpu_int4
 from decode_kernels.cpu_attention import Token
 from decode_kernels.cpu_blocks import Row
+from decode_kernels.cpu_prompt import MANY, prompts_of
 from linear import Linear, QuantizedLinear, RMSNorm
 from model import MLP, DecoderLayer, LayerCache, Select, Transformer
 
@@ -26,12 +27,15 @@ class Layers:
 
     def __init__(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+        self.prompts = prompts_of(layers)
         self.steps: dict[nn.Module, Callable[..., Tensor] | None] = {layer: step_of(layer) for layer in layers}
         if isinstance(model, Transformer) and (product := row(model.lm_head, model.norm.weight.dtype, model.norm)):
             self.steps[model.lm_head] = lambda x, norm: product(x.view(1, -1))[None]
 
     def __call__(self, module: nn.Module, x: Tensor, *args: Any, **options: Any) -> Tensor:  # noqa: ANN401
-        step = self.steps.get(module) if x.shape[0] == x.shape[1] == 1 else None
+        one, tokens, step = x.shape[0] == 1, x.shape[1], None
+        if one and (tokens == 1 or tokens >= MANY):
+            step = (self.steps if tokens == 1 else self.prompts).get(module)
         y: Tensor = (step or module)(x, *args, **options)
         return y
 

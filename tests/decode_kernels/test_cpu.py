@@ -7,7 +7,7 @@ import torch
 
 import decode_kernels
 from checkpoint import quantized_copy, random_model
-from decode_kernels import INTERPRETED, cpu, cpu_blocks, cpu_int4, cpu_loops
+from decode_kernels import INTERPRETED, cpu, cpu_blocks, cpu_int4, cpu_loops, cpu_products
 from engine import Engine
 from linear import Int4Linear, Linear, RMSNorm, from_linear, quantize_rtn
 from model import Attention, KVCache, angles
@@ -53,10 +53,10 @@ def agree(linear: Linear, dtype: torch.dtype, rows: int, **options: object) -> N
 @pytest.fixture(params=[True, False])
 def able(request, monkeypatch):
     """Whether the processor has instructions for 16 bits."""
-    cpu_int4.wide.cache_clear()
+    cpu_products.wide.cache_clear()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
     yield request.param
-    cpu_int4.wide.cache_clear()
+    cpu_products.wide.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "int8 g32", "int4", "int4 zero"])
@@ -114,15 +114,14 @@ def test_many_rows_of_int4(kind, dtype, n):
 @pytest.mark.parametrize("n", [192, 208])
 def test_many_rows_of_a_large_matrix_in_pieces(kind, dtype, n, able, monkeypatch):
     """Pieces of 64 rows, the last of which may be shorter; with a gate, which reads columns, and without."""
-    for module in (cpu_int4, cpu_blocks):
-        monkeypatch.setattr(module, "PIECE", 64 * 128)
+    monkeypatch.setattr(cpu_products, "PIECE", 64 * 128)
     linear = make(kind, 128, n, dtype)
     for options in ({}, {"silu_mul": True}, {"residual": torch.ones(65, n, dtype=dtype)}):
         agree(linear, dtype, 65, **options)
     if kind == "int4" and n == 192:
         x = torch.randn(65, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
         want, packed = linear(x).float(), cpu_int4.lay(linear.values(linear.weight_packed))
-        got = cpu_int4.many(x, packed, cpu_int4.ordered(linear.weight_scale, True), None, laid=True).float()
+        got = cpu_int4.Int4Product(packed, cpu_int4.ordered(linear.weight_scale, 128, True), None, laid=True)(x).float()
         assert (got - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1)
 
 
@@ -214,7 +213,7 @@ def test_the_loops_of_int4_read_eight_digits_from_a_word(group, rows):
     want = x.double() @ (q.double().unflatten(1, (-1, group)) * scale.double()[..., None]).flatten(1).T
     y = cpu_loops.int4_word_sums(x, packed.view(torch.float32), cpu_loops.lanes(scale))
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
-    y = cpu_int4.many(x, packed, cpu_int4.ordered(scale, True), None, laid=True)
+    y = cpu_int4.Int4Product(packed, cpu_int4.ordered(scale, 512, True), None, laid=True)(x)
     assert (y - want).abs().max() < 1e-5 * want.abs().max()
 
 
@@ -254,7 +253,7 @@ def test_many_rows_with_and_without_instructions_for_16_bits(kind, able):
     linear = make(kind, 96, 64, torch.bfloat16)
     for rows in (1, 3, 5, 70):
         agree(linear, torch.bfloat16, rows)
-    assert cpu_int4.wide(torch.bfloat16) == (torch.bfloat16 if able else torch.float32)
+    assert cpu_products.wide(torch.bfloat16) == (torch.bfloat16 if able else torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4 zero"])
@@ -332,3 +331,34 @@ def test_a_token_through_the_layers_is_what_the_modules_make_of_it(bits, variant
     assert all((step is None) == (variant == "norms behind") for step in steps) or not cpu._knows_gemv()
     assert model.lm_head in run.steps or not cpu._knows_gemv()
     assert (logits[1] - logits[0]).abs().max() <= 0.03 * logits[0].abs().max()
+
+
+@pytest.mark.parametrize("short, compiled", [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("variant", [*VARIANTS, "groups that an order crosses"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_prompt_through_the_layers_is_what_the_modules_make_of_it(bits, variant, short, compiled, monkeypatch):
+    """A first prefill, whose last token alone is wanted, and one that goes on and wants all, in pieces."""
+    monkeypatch.setattr(cpu_loops, "short", lambda: short)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    cpu_products.wide.cache_clear()
+    monkeypatch.setattr(cpu_products, "PIECE", 128 * 256)
+    config = replace(shape_config("tiny"), **VARIANTS.get(variant, {"intermediate_size": 544}))
+    torch.manual_seed(0)
+    model = random_model(config, dtype=torch.bfloat16)
+    model = model if bits == 16 else quantized_copy(model, bits)
+    logits = []
+    for on in (False, True):
+        run = decode_kernels.use_(model, on, compiled)
+        cache = KVCache(config, 1, 128, torch.device("cpu"), torch.bfloat16)
+        with torch.inference_mode():
+            ids, at = torch.arange(90)[None] % 60, torch.arange(90)[None]
+            y = model(ids[:, :40], at[:, :40], cache, run, end=40, select=torch.tensor([39]))
+            logits.append((y, model(ids[:, 40:], at[:, 40:], cache, run, end=90)))
+    fused = {prompt.down is not None for prompt in run.prompts.values()}
+    in_units_of_64 = compiled or cpu_int4.half_rows() == 32 if bits == 4 else short and not compiled
+    unfused = variant in ("gelu", "tied, biased") or (variant not in VARIANTS and in_units_of_64)
+    known = cpu._knows_int4() if bits == 4 else cpu._knows_int8() if bits == 8 else cpu._knows_gemv()
+    assert fused == (set() if variant == "norms behind" else {not unfused}) or not known
+    for plain, fast in zip(*logits):
+        assert fast.dtype == plain.dtype and (fast - plain).abs().max() <= 0.03 * plain.abs().max()
+    cpu_products.wide.cache_clear()
