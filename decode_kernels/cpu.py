@@ -281,7 +281,7 @@ class Words(Int4):
 
     def sums(self, linear: QuantizedLinear, x: Tensor, one: int | None) -> Tensor:
         assert linear.fast_constants is not None
-        scales = linear.fast_constants[0].view(-1, linear.weight_scale.shape[1], 2, 4, 8)
+        scales = linear.fast_constants[0].view(-1, linear.weight_scale.shape[1], 8, 8)
         return cpu_loops.int4_word_sums(x, linear.weight_packed, scales)
 
     def pack(self, q: Tensor) -> Tensor:

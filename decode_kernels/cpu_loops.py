@@ -72,26 +72,26 @@ def int4_word_sums(x: Tensor, words: Tensor, scales: Tensor) -> Tensor:
     float32, and `lanes` of scales: float32 [M, K] -> [M, N].
 
     A word holds eight digits of eight rows, and eight words of a column fill a vector. A digit stays where it stands in
-    the word, 16^d times too large, and the highest, as it is the word's sign, is turned, not 8 too large.
+    the word, 16^d times too large, and the highest, as it is the word's sign, is turned, not 8 too large. One loop has
+    all eight sums, for which the registers suffice if the compiler is told to save them: see `inductor.prepare`.
     """
-    blocks, groups, _, _, lanes = scales.shape
-    size, digit = x.shape[-1] // groups, [[4 * half + j for j in range(4)] for half in (0, 1)]
-    masks = torch.tensor([[15 << 4 * d if d < 7 else -1 << 28 for d in row] for row in digit], dtype=torch.int32)
-    masks = masks.as_strided(masks.shape, masks.stride())  # stored, as in `sums`, and so is x
-    powers = torch.tensor([[16.0**-d for d in row] for row in digit])[..., None]
-    eights = torch.tensor([[8.0 * (d < 7) for d in row] for row in digit])[..., None]
-    q = words.view(torch.int32).view(blocks * groups, 1, 1, size, lanes) ^ -0x80000000
-    x = x.as_strided(x.shape, x.stride()).view(-1, groups, 1, size, 1).transpose(0, 1)
+    blocks, groups, digits, lanes = scales.shape
+    size = x.shape[-1] // groups
+    powers = torch.tensor([16.0**-d for d in range(digits)])[:, None]
+    eights = torch.tensor([8.0 * (d < 7) for d in range(digits)])[:, None]
+    q = words.view(torch.int32).view(blocks * groups, 1, size, lanes) ^ -0x80000000
+    x = x.as_strided(x.shape, x.stride()).view(-1, groups, size, 1).transpose(0, 1)  # stored, as in `sums`
     every = x.expand(blocks, *x.shape).flatten(0, 1)  # one loop over blocks and groups, which threads share evenly
-    sums = [((q & masks[:, j, None, None]).float() * every).sum(3) for j in range(4)]  # of the digits j and 4 + j
-    exact = torch.stack(sums, 3).unflatten(0, (blocks, groups)) * powers - x.sum(3)[..., None] * eights
-    y = (exact * scales[:, :, None].float()).sum(1).transpose(0, 1).flatten(1)  # of [blocks, M, 2, 4, lanes]
+    masks = [15 << 4 * d if d < 7 else -1 << 28 for d in range(digits)]
+    sums = torch.stack([((q & mask).float() * every).sum(2) for mask in masks], 2)  # of [blocks * groups, M, lanes]
+    exact = sums.unflatten(0, (blocks, groups)) * powers - x.sum(2)[..., None] * eights
+    y = (exact * scales[:, :, None].float()).sum(1).transpose(0, 1).flatten(1)  # of [blocks, M, digits, lanes]
     return y.as_strided(y.shape, y.stride())
 
 
 def lanes(scale: Tensor) -> Tensor:
-    """scale [N, G] in the order of `int4_word_sums`: [blocks, G, 2, 4, 8]."""
-    return scale.view(-1, 2, 4, 8, scale.shape[-1]).movedim(-1, 1).contiguous()
+    """scale [N, G] in the order of `int4_word_sums`: [blocks, G, 8, 8]."""
+    return scale.view(-1, 8, 8, scale.shape[-1]).movedim(-1, 1).contiguous()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int) -> Tensor:
