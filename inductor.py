@@ -136,7 +136,7 @@ class Inductor:
 def prepare() -> None:
     """What a process does before it has Inductor compile for a CPU. RuntimeError where there is no compiler for C++."""
     compiler = importlib.import_module("torch._inductor.async_compile").AsyncCompile()
-    # Inductor itself asks for the compiler later, and tells first what it cannot compile
+    torch._inductor.cpp_builder.get_cpp_compiler()  # Inductor itself asks later, and tells first what it cannot compile
     if torch._inductor.cpp_builder.is_gcc() and torch.backends.cpu.get_cpu_capability() == "AVX2":
         # Of the eight sums in `cpu_loops.int4_word_sums` GCC keeps one in memory, where each addition waits for the
         # last, unless told otherwise: 2048 x 8192 take 761 us for 577. Its command is one line of text, so this
