@@ -333,14 +333,13 @@ def test_a_token_through_the_layers_is_what_the_modules_make_of_it(bits, variant
     assert (logits[1] - logits[0]).abs().max() <= 0.03 * logits[0].abs().max()
 
 
+@pytest.mark.parametrize("able", [False], indirect=True)
 @pytest.mark.parametrize("short, compiled", [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("variant", [*VARIANTS, "groups that an order crosses"])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_a_prompt_through_the_layers_is_what_the_modules_make_of_it(bits, variant, short, compiled, monkeypatch):
+def test_a_prompt_through_the_layers_is_what_the_modules_make_of_it(bits, variant, short, compiled, able, monkeypatch):
     """A first prefill, whose last token alone is wanted, and one that goes on and wants all, in pieces."""
     monkeypatch.setattr(cpu_loops, "short", lambda: short)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    cpu_products.wide.cache_clear()
     monkeypatch.setattr(cpu_products, "PIECE", 128 * 256)
     config = replace(shape_config("tiny"), **VARIANTS.get(variant, {"intermediate_size": 544}))
     torch.manual_seed(0)
@@ -361,4 +360,3 @@ def test_a_prompt_through_the_layers_is_what_the_modules_make_of_it(bits, varian
     assert fused == (set() if variant == "norms behind" else {not unfused}) or not known
     for plain, fast in zip(*logits):
         assert fast.dtype == plain.dtype and (fast - plain).abs().max() <= 0.03 * plain.abs().max()
-    cpu_products.wide.cache_clear()
